@@ -1,0 +1,10 @@
+"""NNI adapter: `GumbelPruner`, and NNI 3.0 made to run on today's torch (applied on import)."""
+
+from gumbel_nni import compat
+
+compat.apply()
+
+from gumbel_nni.pruner import GumbelPruner, unwrapped_copy  # noqa: E402
+from gumbel_nni.speedup import speedup  # noqa: E402
+
+__all__ = ["GumbelPruner", "compat", "speedup", "unwrapped_copy"]

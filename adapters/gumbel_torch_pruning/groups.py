@@ -1,0 +1,192 @@
+"""Torch-Pruning's dependency graph, read as channel groups: who computes the channels, and who reads them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from gumbel_plugin.errors import GraphError
+from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice
+from gumbel_plugin.shrinking.inputs import call_model, observing
+
+_ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
+_NORMS_OVER_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+# Autograd nodes that mix channels: closing a channel at its readers does not undo what it did to the others.
+_MIXING_OPERATIONS = ("softmax", "layernorm", "groupnorm", "rmsnorm", "scaleddot", "bmm", "linalg", "cumsum", "topk")
+
+
+class DependencyGroups:
+    """The channel groups of one model, and the physical removal of their units.
+
+    Example::
+
+        dependency = DependencyGroups(copy.deepcopy(model), example_inputs)
+        for group in dependency.groups:
+            ...
+        dependency.remove("layer1.0.conv1", torch.tensor([0, 3]))
+
+    Attributes:
+        model: The model that the graph was built on, and that `remove` changes.
+        groups: The model's channel groups.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        """Trace the model.
+
+        Args:
+            model: The plain model, without gates. Its train/eval flags and requires_grad are kept.
+            example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+        Raises:
+            GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
+        """
+        self.model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self.graph = _build_graph(model, example_inputs)
+        self._roots: dict[str, tuple[nn.Module, int]] = {}
+        self.groups = [self._describe(group) for group in self.graph.get_all_groups(root_module_types=list(_ROOTS))]
+
+    def remove(self, name: str, units: Tensor) -> None:
+        """Remove units of a group from the model, everywhere they appear.
+
+        Args:
+            name: The group's name.
+            units: Unit numbers, int64.
+        """
+        root, size = self._roots[name]
+        channels = _channels(root)
+        gone = set(units.tolist())
+        positions = [channel for channel in range(channels) if channel % size in gone]
+        group = self.graph.get_pruning_group(root, self.graph.get_pruner_of_module(root).prune_out_channels, positions)
+        flags = {id(parameter): parameter.requires_grad for parameter in self.model.parameters()}
+        trainable = {name: flags[id(parameter)] for name, parameter in self.model.named_parameters()}
+        group.prune()
+        for parameter_name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trainable[parameter_name])
+
+    def _describe(self, group: Any) -> ChannelGroup:
+        """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
+        root = group[0].dep.target.module
+        name = self._names[root]
+        size = _channels(root) // self._coupled(group)
+        self._roots[name] = (root, size)
+        producers: list[ChannelSlice] = []
+        consumers: list[ChannelSlice] = []
+        for item in group.items:
+            module = item.dep.target.module
+            if module not in self._names:
+                continue
+            part = ChannelSlice(self._names[module], torch.tensor(item.idxs), torch.tensor(item.root_idxs) % size)
+            if self._reads(item.dep):
+                consumers.append(part)
+            elif isinstance(getattr(module, "weight", None), Tensor):
+                producers.append(part)
+        safety, reason = self._judge(group, consumers)
+        return ChannelGroup(name, size, tuple(producers), tuple(consumers), safety, reason)  # type: ignore[arg-type]
+
+    def _reads(self, dep: Any) -> bool:
+        """Whether a dependency prunes the input channels of a layer that sums over them."""
+        module = dep.target.module
+        if not isinstance(module, _ROOTS) or dep.target.type == tp.ops.OPTYPE.DEPTHWISE_CONV:
+            return False
+        pruner = self.graph.get_pruner_of_module(module)
+        return bool(dep.handler == pruner.prune_in_channels)
+
+    def _coupled(self, group: Any) -> int:
+        """Return into how many equal parts the channels fall that must lose the same members (grouped layers)."""
+        parts = 1
+        for item in group.items:
+            module = item.dep.target.module
+            if isinstance(module, tp.ops.TORCH_CONV) and module.groups > 1:
+                if item.dep.target.type != tp.ops.OPTYPE.DEPTHWISE_CONV:
+                    parts = max(parts, module.groups)
+            elif isinstance(module, nn.GroupNorm):
+                parts = max(parts, module.num_groups)
+        return parts
+
+    def _judge(self, group: Any, consumers: Sequence[ChannelSlice]) -> tuple[str, str]:
+        for item in group.items:
+            node = item.dep.target
+            if node.type == tp.ops.OPTYPE.OUTPUT:
+                return "unsupported", "it reaches the network's output"
+            if isinstance(node.module, nn.MultiheadAttention):
+                return "unsupported", f"{self._names[node.module]} is an attention layer over these channels"
+            if isinstance(node.module, _NORMS_OVER_CHANNELS):
+                kind = type(node.module).__name__
+                return "inexact", f"{kind} {self._names[node.module]} computes statistics over these channels"
+            operation = str(getattr(node.module, "_grad_fn", ""))
+            if any(word in operation.lower() for word in _MIXING_OPERATIONS):
+                return "inexact", f"{operation} mixes these channels"
+        if not consumers:
+            return "unsupported", "no convolution or linear layer reads it"
+        return "exact", ""
+
+
+def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
+    """Return the channel groups of a model, which is left as it is.
+
+    Args:
+        model: The plain model.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Raises:
+        GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
+    """
+    return DependencyGroups(copy.deepcopy(model), example_inputs).groups
+
+
+def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
+    with _traceable(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.no_grad():
+                call_model(model, example_inputs)
+        except Exception as error:
+            raise GraphError(f"the model's forward fails on the example inputs: {error}") from error
+        try:
+            return tp.DependencyGraph().build_dependency(
+                model,
+                example_inputs,
+                forward_fn=_forward,
+                output_transform=_mark_outputs,
+                verbose=False,
+            )
+        except Exception as error:
+            raise GraphError(f"Torch-Pruning cannot build the dependency graph: {error!r}") from error
+
+
+def _forward(model: nn.Module, example_inputs: Any) -> Any:
+    return call_model(model, example_inputs)
+
+
+def _mark_outputs(outputs: Any) -> list[Tensor]:
+    """Give every output a node of its own: a final layer alone is not recognised as an output."""
+    tensors: list[Tensor] = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [tensor.clone() for tensor in tensors if tensor.grad_fn is not None]
+
+
+@contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """Let autograd see every parameter, in eval mode; restore all flags afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with observing(model), torch.enable_grad():
+        for parameter in flags:
+            parameter.requires_grad_(parameter.is_floating_point())
+        try:
+            yield
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+
+def _channels(module: nn.Module) -> int:
+    channels = getattr(module, "out_channels", getattr(module, "out_features", None))
+    assert isinstance(channels, int)
+    return channels

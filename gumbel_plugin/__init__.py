@@ -1,0 +1,44 @@
+"""Learnt masks for neural networks, and the exact removal of what they close."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gumbel_plugin.compat import make_torchvision_importable
+
+make_torchvision_importable()
+
+from gumbel_plugin.config import PruningConfig  # noqa: E402
+from gumbel_plugin.errors import GumbelPluginError, MissingExtraError  # noqa: E402
+from gumbel_plugin.learning.session import MaskingSession  # noqa: E402
+from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence  # noqa: E402
+from gumbel_plugin.shrinking.shrink import shrink  # noqa: E402
+
+if TYPE_CHECKING:
+    from gumbel_nni import GumbelPruner
+
+__version__ = "0.1.0"
+
+# What lives in an adapter: (its package, the package that must be installed, the extra that installs it).
+_ADAPTERS = {"GumbelPruner": ("gumbel_nni", "nni", "nni")}
+
+__all__ = [
+    "EquivalenceReport",
+    "GumbelPluginError",
+    "GumbelPruner",
+    "MaskingSession",
+    "PruningConfig",
+    "shrink",
+    "verify_equivalence",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ADAPTERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    adapter, package, extra = _ADAPTERS[name]
+    try:
+        return getattr(import_module(adapter), name)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or package, extra) from error

@@ -1,0 +1,327 @@
+"""A run's configuration: from a YAML file, a dict or an NNI config list, checked before anything happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gumbel_plugin.errors import ConfigError, nearest
+from gumbel_plugin.masks import method_named
+from gumbel_plugin.masks.base import MaskOptions, WeightMode
+from gumbel_plugin.masks.targets import granularity_of
+
+ConfigLike: TypeAlias = "str | Path | Mapping[str, Any] | PruningConfig | Sequence[Mapping[str, Any]]"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """Which network: a name known to `gumbel_plugin.runs.models`, or ``package.module:factory``."""
+
+    name: str
+    num_classes: int | None = None
+    in_channels: int | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class DataConfig(_Section):
+    """Which data set, known to `gumbel_plugin.runs.data`, and how it is fed."""
+
+    name: str
+    root: Path | None = None
+    batch_size: int = Field(default=64, ge=1)
+    validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    augment: bool = False
+    download: bool = False
+
+
+class OptimizerConfig(_Section):
+    """An optimizer and its settings."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adam"
+    lr: float = Field(default=1e-3, gt=0)
+    momentum: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class TrainingConfig(_Section):
+    """How a run trains; the Lightning Trainer takes accelerator, devices, strategy and precision as they are.
+
+    Attributes:
+        lr_decay: What the learning rate of the weights is multiplied by each epoch once the masks are fixed.
+        dense_baseline: Also train the same network without gates for as many epochs, to compare with.
+        patience: Stop after this many epochs without a better validation accuracy (needs validation data).
+    """
+
+    max_epochs: int = Field(default=10, ge=1)
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr_decay: float = Field(default=1.0, gt=0, le=1)
+    gradient_clip: float | None = Field(default=None, gt=0)
+    accelerator: str = "auto"
+    devices: int | str = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    dense_baseline: bool = False
+    patience: int | None = Field(default=None, ge=1)
+
+
+class LayerRule(_Section):
+    """One entry of an NNI config list: which layers, and how much of them may go.
+
+    Attributes:
+        sparse_ratio: The fraction to remove; None leaves it to the gates themselves.
+        sparse_threshold: Without a ratio: keep a unit while P(keep) is at least this (default ½).
+        granularity: NNI's words, and ``element`` and ``kernel``; ``default`` is out_channel, as in NNI.
+        global_group_id: Rules with the same id share one budget.
+        dependency_group_id: Layers with the same id share their gates, beyond what the graph ties anyway.
+        max_sparse_ratio: No layer loses more than this fraction.
+        min_sparse_ratio: No layer loses less than this fraction.
+    """
+
+    op_types: tuple[str, ...] | None = None
+    op_names: tuple[str, ...] | None = None
+    op_names_re: tuple[str, ...] | None = None
+    exclude_op_types: tuple[str, ...] = ()
+    exclude_op_names: tuple[str, ...] = ()
+    exclude_op_names_re: tuple[str, ...] = ()
+    target_names: tuple[str, ...] | None = None
+    target_settings: dict[str, dict[str, Any]] | None = None
+    sparse_ratio: float | None = Field(default=None, ge=0, lt=1)
+    sparse_threshold: float | None = Field(default=None, gt=0, lt=1)
+    max_sparse_ratio: float | None = Field(default=None, gt=0, le=1)
+    min_sparse_ratio: float | None = Field(default=None, ge=0, lt=1)
+    granularity: str | tuple[int, ...] = "default"
+    global_group_id: int | str | None = None
+    dependency_group_id: int | str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_weight_settings(cls, values: Any) -> Any:
+        """NNI allows a target's settings in ``target_settings``; ours has one maskable target, the weight."""
+        if not isinstance(values, dict):
+            return values
+        settings = dict(values.get("target_settings") or {})
+        unknown = set(settings) - {"weight", "bias"}
+        if unknown:
+            raise ValueError(f"target_settings {sorted(unknown)} cannot be learnt; masks cover 'weight' (and its bias)")
+        return {**values, **settings.get("weight", {})}
+
+    @field_validator("target_names")
+    @classmethod
+    def _only_weights(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and not set(names) <= {"weight", "bias"}:
+            raise ValueError(f"target_names {list(names)}: learnt masks cover 'weight' and follow on 'bias'")
+        return names
+
+    @field_validator("granularity")
+    @classmethod
+    def _known(cls, word: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        granularity_of(word)
+        return word
+
+    @model_validator(mode="after")
+    def _selects_something(self) -> LayerRule:
+        if not (self.op_types or self.op_names or self.op_names_re):
+            raise ValueError("an entry names its layers by op_types, op_names or op_names_re; it has none of them")
+        if self.sparse_ratio is not None and self.sparse_threshold is not None:
+            raise ValueError("sparse_ratio and sparse_threshold exclude each other")
+        return self
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole output channels go, so that the dependency graph decides what goes with them."""
+        return self.granularity in ("default", "out_channel")
+
+    def as_nni(self) -> dict[str, Any]:
+        """Return the entry in words that NNI's schema accepts."""
+        entry = self.model_dump(exclude_defaults=True, exclude={"target_settings", "granularity"})
+        lists = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
+        words: dict[str, Any] = {"element": [1], "kernel": [1, 1, -1, -1]}
+        granularity = self.granularity if isinstance(self.granularity, str) else list(self.granularity)
+        return {**lists, "granularity": words.get(str(granularity), granularity)}
+
+
+class BudgetConfig(_Section):
+    """How the masks are steered towards their `sparse_ratio` while they are learnt.
+
+    Attributes:
+        ramp: The part of the mask learning over which the target falls from whole to its final value.
+        strength: Weight of the quadratic term of the budget loss.
+        multiplier_rate: How fast the Lagrange multiplier follows the violation, per step.
+    """
+
+    ramp: float = Field(default=0.8, ge=0, le=1)
+    strength: float = Field(default=1.0, gt=0)
+    multiplier_rate: float = Field(default=0.01, ge=0)
+
+
+class PhaseConfig(_Section):
+    """How the training time is divided: dense training first, then mask learning, then training with fixed masks.
+
+    Attributes:
+        dense: The fraction of the steps before the gates start to act.
+        fixed: The fraction of the steps after the gates were decided.
+    """
+
+    dense: float = Field(default=0.0, ge=0, lt=1)
+    fixed: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _leave_time_to_learn(self) -> PhaseConfig:
+        if self.dense + self.fixed >= 1:
+            raise ValueError(f"dense + fixed must stay below 1, got {self.dense} + {self.fixed}")
+        return self
+
+
+class PruningSection(_Section):
+    """What is masked, by which method, and how far.
+
+    Attributes:
+        gate_optimizer: Optimizer of the gates; None takes SGD 50 with momentum 0.9 for frozen weights (Dupont et al.
+            2022), Adam 0.05 for trained ones.
+        config_list: NNI's config list.
+    """
+
+    method: str = "gumbel_softmax"
+    options: dict[str, Any] = Field(default_factory=dict)
+    config_list: tuple[LayerRule, ...] = Field(min_length=1)
+    weights: WeightMode = "trained"
+    weight_init: Literal["keep", "kaiming_normal", "signed_constant"] = "keep"
+    rescale: Literal["none", "learned", "dynamic"] = "none"
+    gate_optimizer: OptimizerConfig | None = None
+    scale_optimizer: OptimizerConfig = OptimizerConfig(name="sgd", lr=1e-3, momentum=0.9)
+    budget: BudgetConfig = BudgetConfig()
+    phases: PhaseConfig = PhaseConfig()
+
+    @model_validator(mode="after")
+    def _check_options(self) -> PruningSection:
+        try:
+            self.method_options()
+        except ValidationError as error:
+            raise ValueError(_explain(error, method_named(self.method).Options, prefix="pruning.options.")) from error
+        return self
+
+    def method_options(self) -> MaskOptions:
+        """Return the method's own options, with the defaults that go with the weight mode."""
+        return method_named(self.method).Options.model_validate(self.options).for_weights(self.weights)
+
+    def gate_optimizer_config(self) -> OptimizerConfig:
+        """Return the gates' optimizer settings, the published ones where none are given."""
+        if self.gate_optimizer is not None:
+            return self.gate_optimizer
+        if self.weights == "frozen":
+            return OptimizerConfig(name="sgd", lr=50.0, momentum=0.9)
+        return OptimizerConfig(name="adam", lr=0.05)
+
+
+class PruningConfig(_Section):
+    """A whole run: network, data, training and pruning."""
+
+    pruning: PruningSection
+    model: ModelConfig | None = None
+    data: DataConfig | None = None
+    training: TrainingConfig = TrainingConfig()
+    example_shape: tuple[int, ...] | None = None
+    seed: int = 0
+
+    @classmethod
+    def load(cls, config: ConfigLike) -> PruningConfig:
+        """Read a configuration in any of the forms it may have.
+
+        Args:
+            config: The path of a YAML file, a dict, an NNI config list, or a `PruningConfig` (returned as it is).
+
+        Raises:
+            ConfigError: If a key is unknown or a value breaks a rule; it names the key, the value and the rule.
+        """
+        if isinstance(config, PruningConfig):
+            return config
+        if isinstance(config, str | Path):
+            config = read_yaml(Path(config))
+        if isinstance(config, Sequence):
+            config = {"pruning": {"config_list": [dict(entry) for entry in config]}}
+        try:
+            return cls.model_validate(dict(config))
+        except ValidationError as error:
+            raise ConfigError(_explain(error, cls)) from error
+
+    def to_yaml(self) -> str:
+        """Return the resolved configuration as YAML that `load` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: If the file is missing or is no YAML mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"config {str(path)!r} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {str(path)!r} is no valid YAML: {error}") from error
+    if not isinstance(content, dict | list):
+        raise ConfigError(f"config {str(path)!r} must hold a mapping or an NNI config list")
+    return content
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the values with ``a.b=c`` settings applied; c is read as YAML, list items go by number.
+
+    Raises:
+        ConfigError: If a setting is not of that form or its path runs through a plain value.
+    """
+    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))
+    for setting in overrides:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set {setting!r} must read key.subkey=value")
+        *parents, last = path.split(".")
+        place: Any = result
+        for key in parents:
+            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+            if not isinstance(place, dict | list):
+                raise ConfigError(f"--set {setting!r}: {key!r} is a plain value, it has no sub-keys")
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+    return result
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """Say in one line an error: which key, its value, the rule, and the nearest valid key."""
+    lines = []
+    for item in error.errors():
+        key = prefix + ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            siblings = _fields_at(model, item["loc"][:-1])
+            lines.append(f"{key}: unknown key{nearest(str(item['loc'][-1]), siblings)}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: required, but missing")
+        else:
+            rule = item["msg"].removeprefix("Value error, ")
+            whole_section = isinstance(item["input"], dict | BaseModel)
+            lines.append(f"{key}: {rule}" if whole_section else f"{key} = {item['input']!r}: {rule}")
+    return "; ".join(lines)
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """Return the valid keys of the section at a path of keys."""
+    for key in path:
+        field = model.model_fields.get(str(key))
+        if field is None:
+            continue
+        annotation = field.annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if sections:
+            model = sections[0]
+    return list(model.model_fields)

@@ -1,0 +1,186 @@
+"""Budgets: how many units may stay, the loss that steers the gates there, and the cut that meets it exactly."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gumbel_plugin.config import BudgetConfig
+from gumbel_plugin.masks.base import LearntMask
+from gumbel_plugin.masks.schedules import Schedule
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Member:
+    """One mask's part in a budget.
+
+    Attributes:
+        name: The mask's name.
+        mask: The mask.
+        site_weight: Returns the weight that a weight-dependent method reads, or None for channel groups.
+        cost: How many weights one unit stands for.
+        max_ratio: At most this fraction of the units goes.
+        min_ratio: At least this fraction of the units goes.
+    """
+
+    name: str
+    mask: LearntMask
+    site_weight: object
+    cost: float = 1.0
+    max_ratio: float = 1.0
+    min_ratio: float = 0.0
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weight a weight-dependent method reads."""
+        return getattr(self.site_weight, "weight", None)
+
+    @property
+    def units(self) -> int:
+        """How many units the mask has."""
+        return math.prod(self.mask.shape)
+
+    def removable(self) -> tuple[int, int]:
+        """Return the least and the most units that may go; the last one always stays."""
+        most = min(portion(self.units, self.max_ratio), self.units - 1)
+        return min(portion(self.units, self.min_ratio), most), most
+
+
+@dataclass(eq=False)
+class Scope:
+    """Masks that share one budget: a layer, a dependency group, or the whole network.
+
+    Attributes:
+        name: What the scope is called in messages.
+        members: Its masks.
+        ratio: The fraction of its weights to remove, None where the gates decide by themselves.
+        threshold: Without a ratio: a unit stays if its P(keep) is at least this.
+    """
+
+    name: str
+    members: list[Member] = field(default_factory=list)
+    ratio: float | None = None
+    threshold: float | None = None
+
+    @property
+    def total(self) -> float:
+        """The cost of all units."""
+        return sum(member.units * member.cost for member in self.members)
+
+    def density(self) -> Tensor:
+        """Return the kept fraction: its value counts open gates, its gradient is that of the mean probability.
+
+        The value is what the final cut will see, so that a met budget leaves the cut nothing to do. The mean
+        probability would not do: at 0.5 % density the tails of thousands of closed gates use up the budget.
+        """
+        soft = sum((m.mask.probability(m.weight).sum() * m.cost for m in self.members), start=torch.zeros(()))
+        with torch.no_grad():
+            hard = sum((m.mask.decide(m.weight).sum() * m.cost for m in self.members), start=torch.zeros(()))
+        return (hard + soft - soft.detach()) / self.total
+
+    @torch.no_grad()
+    def cut(self) -> dict[str, Tensor]:
+        """Return the hard gates of every member, bool, that meet the ratio exactly (or the threshold, without one).
+
+        Units go in the order of their scores, the lowest first, until what is gone reaches the ratio: exactly where all
+        units cost the same, by less than one unit too much otherwise.
+        """
+        if self.ratio is None:
+            return {member.name: self._threshold(member) for member in self.members}
+        scores = [member.mask.scores(member.weight).float().flatten() for member in self.members]
+        keep = [torch.ones_like(score, dtype=torch.bool) for score in scores]
+        gone = 0.0
+        candidates: list[tuple[Tensor, Tensor, int]] = []
+        for number, (member, score) in enumerate(zip(self.members, scores, strict=True)):
+            least, most = member.removable()
+            order = torch.argsort(score, stable=True)
+            keep[number][order[:least]] = False
+            gone += least * member.cost
+            candidates.append((score[order[least:most]], order[least:most], number))
+        self._remove(candidates, keep, portion_of(self.total, self.ratio) - gone)
+        for member, kept in zip(self.members, keep, strict=True):
+            if int(kept.sum()) == 1 < member.units and self.ratio * member.units > member.units - 1:
+                _logger.warning("%s would lose its last unit; it keeps one", member.name)
+        return {m.name: kept.reshape(m.mask.shape) for m, kept in zip(self.members, keep, strict=True)}
+
+    def _remove(self, candidates: Sequence[tuple[Tensor, Tensor, int]], keep: list[Tensor], needed: float) -> None:
+        """Close the lowest-scored candidates until their cost reaches what is needed."""
+        if needed <= 0:
+            return
+        costs = torch.cat(
+            [torch.full(units.shape, self.members[n].cost, dtype=torch.float64) for _, units, n in candidates]
+        )
+        order = torch.argsort(torch.cat([score for score, _, _ in candidates]), stable=True).cpu()
+        reached = torch.cumsum(costs[order], 0)
+        count = min(int(torch.searchsorted(reached, needed)) + 1, len(order))
+        chosen = torch.zeros(len(order), dtype=torch.bool)
+        chosen[order[:count]] = True
+        start = 0
+        for _, units, number in candidates:
+            part = chosen[start : start + len(units)].to(units.device)
+            keep[number][units[part]] = False
+            start += len(units)
+
+    def _threshold(self, member: Member) -> Tensor:
+        if self.threshold is None:
+            kept = member.mask.decide(member.weight)
+        else:
+            kept = member.mask.probability(member.weight) >= self.threshold
+        if not bool(kept.any()):
+            kept.view(-1)[member.mask.scores(member.weight).argmax()] = True
+            _logger.warning("%s would lose its last unit; it keeps one", member.name)
+        return kept
+
+
+class BudgetController:
+    """Steers every scope to its ratio with a Lagrange multiplier, along a falling target.
+
+    loss = Σ μ·v + ρ·v², v = log density − log target; μ ← μ + η·v after every step. Both signs of v count, so gates that
+    were closed too far open again.
+    """
+
+    def __init__(self, scopes: Sequence[Scope], config: BudgetConfig) -> None:
+        self.scopes = [scope for scope in scopes if scope.ratio is not None]
+        self.config = config
+        self.multipliers = torch.zeros(len(self.scopes))
+        self._violations: Tensor | None = None
+
+    def targets(self, progress: float) -> list[float]:
+        """Return each scope's target density at this progress of the mask learning."""
+        ramp = self.config.ramp
+        position = 1.0 if ramp == 0 else progress / ramp
+        return [Schedule(1.0, 1.0 - (scope.ratio or 0.0), "cubic")(position) for scope in self.scopes]
+
+    def loss(self, progress: float) -> Tensor | None:
+        """Return the budget loss, or None where there is no budget."""
+        if not self.scopes:
+            return None
+        densities = torch.stack([scope.density().clamp_min(0.5 / scope.total) for scope in self.scopes])
+        targets = torch.tensor(self.targets(progress), device=densities.device)
+        violations = torch.log(densities) - torch.log(targets)
+        self._violations = violations.detach()
+        multipliers = self.multipliers.to(densities.device)
+        return (multipliers * violations + self.config.strength * violations**2).sum()
+
+    def step(self) -> None:
+        """Move the multipliers along the violations that the last loss saw."""
+        if self._violations is not None:
+            self.multipliers = self.multipliers + self.config.multiplier_rate * self._violations.cpu()
+            self._violations = None
+
+
+def portion(count: int, ratio: float) -> int:
+    """Return ⌊count·ratio⌋, immune to the rounding of the ratio (0.29·100 is 29, not 28)."""
+    return math.floor(count * ratio + 1e-9 * count)
+
+
+def portion_of(total: float, ratio: float) -> float:
+    """Return the cost to remove from a total: whole numbers where the costs are whole."""
+    return float(portion(round(total), ratio)) if float(total).is_integer() else total * ratio

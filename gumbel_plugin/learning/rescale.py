@@ -1,0 +1,37 @@
+"""Initial weights, and factors that keep a masked layer's scale."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+WeightInit = Literal["keep", "kaiming_normal", "signed_constant"]
+Rescale = Literal["none", "learned", "dynamic"]
+
+
+@torch.no_grad()
+def initialise_weight(weight: Tensor, how: WeightInit, generator: torch.Generator | None = None) -> None:
+    """Initialise a weight in place before its mask is learnt.
+
+    Args:
+        weight: A convolution's or linear layer's weight.
+        how: ``keep`` leaves it; ``kaiming_normal`` draws N(0, 2 / fan_in); ``signed_constant`` draws the same and keeps
+            sign(w)·std(w), one magnitude a layer (Dupont et al. 2022; Zhou et al. 2019).
+        generator: Where the numbers come from.
+    """
+    if how == "keep":
+        return
+    nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu", generator=generator)
+    if how == "signed_constant":
+        weight.copy_(torch.sign(weight) * weight.std())
+
+
+def dynamic_scale(mask: Tensor, weight: Tensor) -> Tensor:
+    """Return numel / Σ mask for a mask that broadcasts against the weight, with its gradient (Zhou et al. 2019).
+
+    A mask that closed everything gives 1, so that an empty sample stays finite.
+    """
+    kept = mask.sum() * (weight.numel() / mask.numel())
+    return torch.where(kept > 0, weight.numel() / kept.clamp_min(1.0), torch.ones_like(kept))

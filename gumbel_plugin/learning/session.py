@@ -1,0 +1,423 @@
+"""The one code path along which masks are learnt: a few verbs that every training loop calls."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gumbel_plugin.config import OptimizerConfig, PruningSection
+from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
+from gumbel_plugin.learning.budget import BudgetController
+from gumbel_plugin.learning.plan import build_plan
+from gumbel_plugin.learning.rescale import initialise_weight
+from gumbel_plugin.learning.sites import SiteHooks
+from gumbel_plugin.masks.base import LearntMask, Phase
+from gumbel_plugin.masks.targets import ChannelGroup
+
+_logger = logging.getLogger(__name__)
+
+GATES = "gumbel_gates"
+"""The attribute of a gated layer under which its masks and scale are registered, so that DDP and checkpoints see them.
+
+They hang on layers, not on the model: the model may be an `nn.Sequential`, which would call them.
+"""
+
+Masks = dict[str, dict[str, Tensor]]
+"""NNI's masks format: {module name: {tensor name: 0/1 tensor}}."""
+
+_SNAPSHOT_EVERY = 50
+
+
+class Gates(nn.Module):
+    """Holds masks and a scale as a submodule of a layer. Dots in names become slashes."""
+
+    def __init__(self, masks: dict[str, LearntMask], scale: nn.Parameter | None) -> None:
+        super().__init__()
+        self.masks = nn.ModuleDict({name.replace(".", "/"): mask for name, mask in masks.items()})
+        self.register_parameter("scale", scale)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where the mask learning stands.
+
+    Attributes:
+        phase: ``open``, ``learning`` or ``fixed``.
+        sparsity: The fraction of gated weights whose gates are closed now, as a hard mask.
+        soft_sparsity: The same by the gates' probabilities; its distance to `sparsity` is the soft-hard gap.
+        step: Optimiser steps so far.
+    """
+
+    phase: str
+    sparsity: float
+    soft_sparsity: float
+    step: int
+
+
+class MaskingSession:
+    """Learns masks on a model, whoever trains it.
+
+    The verbs, in the order in which a training loop calls them::
+
+        session = MaskingSession(model, config, groups)
+        session.start(total_steps)               # attach; say how long the training will be
+        gates = session.optimizers()             # or session.parameter_groups() for an optimizer of your own
+        for x, y in loader:
+            loss = session.guard(criterion(model(x), y)) + session.loss()
+            ...                                  # backward, step of all optimizers
+            session.step()                       # advance the schedules
+        masks = session.extract()                # hard masks; closed weights are now exactly zero
+        session.detach()
+
+    A sample is drawn by itself at the start of every forward of the model in train mode.
+
+    Attributes:
+        model: The model.
+        config: What is pruned.
+        plan: The masks, sites and budgets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruningSection,
+        groups: Sequence[ChannelGroup] = (),
+        seed: int = 0,
+    ) -> None:
+        """Plan the session; the model is not touched before `start`.
+
+        Args:
+            model: The plain model.
+            config: What is pruned, by which method and how far.
+            groups: The model's channel groups, needed where a rule removes whole channels.
+            seed: Seeds initial weights and the masks' noise.
+
+        Raises:
+            TargetError: If a rule matches nothing or nothing would be gated.
+            LifecycleError: If the model has a session already.
+        """
+        if _gated_layers(model):
+            raise LifecycleError("the model has a masking session already; detach that one first")
+        self.model = model
+        self.config = config
+        self.seed = seed
+        self.plan = build_plan(model, config, groups, seed)
+        self.controller = BudgetController(self.plan.scopes, config.budget)
+        self.total_steps: int | None = None
+        self.steps = 0
+        self._frozen: list[nn.Parameter] = []
+        self._hooks: list[SiteHooks] = []
+        self._root: RemovableHandle | None = None
+        self._snapshot: tuple[int, dict[str, Tensor]] | None = None
+
+    # Attaching ----------------------------------------------------------------------------------------------------
+
+    def start(self, total_steps: int | None = None, *, hooks: bool = True) -> None:
+        """Attach to the model and say how long the training will be.
+
+        Args:
+            total_steps: Optimiser steps of the whole training, all phases together; None if it is not known, which
+                starts mask learning at once, at the final target.
+            hooks: Whether the session acts by forward hooks; an adapter that wraps the layers itself passes False and
+                calls each site's `apply`.
+
+        Raises:
+            LifecycleError: If the session was started before.
+        """
+        if _gated_layers(self.model):
+            raise LifecycleError("the session is attached already")
+        self._initialise_weights()
+        if self.config.weights == "frozen":
+            self._frozen = [p for p in self.model.parameters() if p.requires_grad]
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
+        self._register_gates()
+        self.total_steps = total_steps
+        self._root = self.model.register_forward_pre_hook(self._begin_forward)
+        if hooks:
+            self._hooks = [SiteHooks(site) for site in self.plan.sites.values()]
+            for hook in self._hooks:
+                hook.attach()
+        self._enter_phase()
+
+    def detach(self) -> None:
+        """Remove hooks and gates from the model; what `extract` wrote into the weights stays."""
+        if self._root is not None:
+            self._root.remove()
+            self._root = None
+        for hook in self._hooks:
+            hook.detach()
+        self._hooks = []
+        remove_gates(self.model)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+    # Learning -----------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the gates' and the scales' parameters, each with its learning settings, for an optimizer."""
+        groups = []
+        for parameters, settings in (
+            (self.gate_parameters(), self.config.gate_optimizer_config()),
+            (self.scale_parameters(), self.config.scale_optimizer),
+        ):
+            if parameters:
+                groups.append({"params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay})
+        return groups
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Return the learnt parameters of all masks."""
+        return [parameter for mask in self.plan.masks.values() for parameter in mask.parameters()]
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """Return the scalars of smart rescale."""
+        return [site.scale for site in self.plan.sites.values() if site.scale is not None]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return optimizers of gates and scales with the configured (by default the published) settings."""
+        pairs = (
+            (self.gate_parameters(), self.config.gate_optimizer_config()),
+            (self.scale_parameters(), self.config.scale_optimizer),
+        )
+        return [make_optimizer(parameters, settings) for parameters, settings in pairs if parameters]
+
+    def guard(self, loss: Tensor) -> Tensor:
+        """Return a finite loss as it is; remember the model's state now and then.
+
+        Raises:
+            NonFiniteLossError: If the loss is NaN or infinite. The model gets its last remembered state back.
+        """
+        if bool(torch.isfinite(loss.detach()).all()):
+            if self._snapshot is None or self.steps - self._snapshot[0] >= _SNAPSHOT_EVERY:
+                self._snapshot = (self.steps, {name: t.detach().clone() for name, t in self._state().items()})
+            return loss
+        good = "its initial state" if self._snapshot is None else f"its state at step {self._snapshot[0]}"
+        with torch.no_grad():
+            current = self._state()
+            for name, value in (self._snapshot[1] if self._snapshot else {}).items():
+                current[name].copy_(value)
+        raise NonFiniteLossError(
+            f"the loss became {float(loss.detach()):g} at step {self.steps}; the model keeps {good}. "
+            "A lower learning rate of the weights or the gates is the usual cure"
+        )
+
+    def loss(self) -> Tensor:
+        """Return what the masks add to the training loss: budget and the method's own penalties; 0 outside learning."""
+        total = torch.zeros((), device=next(self.model.parameters()).device)
+        if self.phase is not Phase.LEARNING:
+            return total
+        budget = self.controller.loss(self.progress)
+        if budget is not None:
+            total = total + budget
+        for name, mask in self.plan.masks.items():
+            penalty = mask.penalty(self._weight_of(name))
+            if penalty is not None:
+                total = total + penalty
+        return total
+
+    def step(self) -> None:
+        """Advance schedules, multipliers and phases; to be called after every optimiser step."""
+        self.steps += 1
+        self.controller.step()
+        for mask in self.plan.masks.values():
+            mask.advance(self.progress)
+        self._enter_phase()
+
+    # The result ---------------------------------------------------------------------------------------------------
+
+    def decide(self) -> None:
+        """Fix the hard masks: each scope's budget is met exactly. Says how much the final cut changed."""
+        changed = total = 0
+        for scope in self.plan.scopes:
+            own = {member.name: member.mask.decide(member.weight) for member in scope.members}
+            for name, hard in scope.cut().items():
+                changed += int((hard != own[name]).sum())
+                total += hard.numel()
+                self.plan.masks[name].fix(hard)
+        _logger.info("masks decided: the cut changed %d of %d gates (%.3g %%)", changed, total, 100 * changed / total)
+
+    def extract(self) -> Masks:
+        """Decide the masks if that is still to be done, write them into the weights, and return them.
+
+        Afterwards every closed weight, and every closed input column of a consumer, is exactly zero in the parameters,
+        and scales are folded in.
+        """
+        if self.phase is not Phase.FIXED:
+            self.decide()
+        for site in self.plan.sites.values():
+            site.fold()
+        return self.masks()
+
+    def masks(self) -> Masks:
+        """Return the masks as NNI reports them: element masks on weights; a channel group's on its producers' rows."""
+        masks: Masks = {}
+        for name, site in self.plan.sites.items():
+            if site.mask is not None:
+                hard = site.mask.spread(site.mask.hard.float(), site.weight)
+                masks[name] = {"weight": hard.expand_as(site.weight).clone()}
+        modules = dict(self.model.named_modules())
+        for name, group in self.plan.groups.items():
+            for part in group.producers:
+                rows = _rows(modules[part.module], part.positions, self.plan.masks[name].hard[part.units])
+                for target, mask in rows.items():
+                    known = masks.setdefault(part.module, {})
+                    known[target] = known[target] * mask if target in known else mask
+        return masks
+
+    def fix_masks(self, masks: Masks) -> None:
+        """Take over hard masks in NNI's format: element masks of gated layers, rows of the groups' producers.
+
+        Raises:
+            TargetError: If a mask's shape is wrong, or producers of one group disagree.
+        """
+        for name, site in self.plan.sites.items():
+            given = masks.get(name, {}).get("weight")
+            if site.mask is not None and given is not None:
+                if given.shape != site.weight.shape:
+                    raise TargetError(f"{name}.weight: mask {tuple(given.shape)}, weight {tuple(site.weight.shape)}")
+                granularity = site.mask.granularity
+                site.mask.fix(given if granularity is None else granularity.reduce(given.float()))
+        for name, group in self.plan.groups.items():
+            rows = [masks[p.module]["weight"] for p in group.producers if "weight" in masks.get(p.module, {})]
+            if not rows:
+                continue
+            parts = [p for p in group.producers if "weight" in masks.get(p.module, {})]
+            kept = [torch.zeros(group.size).index_add(0, p.units, _open_rows(r)[p.positions])
+                    for p, r in zip(parts, rows, strict=True)]
+            if any(not torch.equal(kept[0] > 0, other > 0) for other in kept[1:]):
+                raise TargetError(f"group {name}: its producers' masks close different units")
+            self.plan.masks[name].fix(kept[0])
+
+    # State --------------------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        """What the gates do at present."""
+        return next(iter(self.plan.masks.values())).phase
+
+    @property
+    def progress(self) -> float:
+        """How far the mask learning is, in [0, 1]; 1 if the length of the training is not known."""
+        if self.total_steps is None:
+            return 1.0
+        begin, end = self._boundaries()
+        return min(1.0, max(0.0, (self.steps - begin) / max(1, end - begin)))
+
+    def status(self) -> Status:
+        """Return where the learning stands."""
+        hard = soft = total = 0.0
+        with torch.no_grad():
+            for scope in self.plan.scopes:
+                for member in scope.members:
+                    fixed = member.mask.phase is Phase.FIXED
+                    gates = member.mask.hard if fixed else member.mask.decide(member.weight)
+                    expected = gates.float() if fixed else member.mask.probability(member.weight)
+                    hard += float(gates.sum()) * member.cost
+                    soft += float(expected.sum()) * member.cost
+                    total += member.units * member.cost
+        return Status(self.phase.value, 1 - hard / total, 1 - soft / total, self.steps)
+
+    def _begin_forward(self, module: nn.Module, args: Any) -> None:
+        if module.training:
+            for mask in self.plan.masks.values():
+                mask.noise.forward += 1  # one source, shared by all masks
+                break
+
+    def _boundaries(self) -> tuple[int, int]:
+        total = self.total_steps or 0
+        phases = self.config.phases
+        return int(total * phases.dense), total - int(total * phases.fixed)
+
+    def _enter_phase(self) -> None:
+        begin, end = self._boundaries()
+        if self.phase is Phase.FIXED:
+            return
+        if self.total_steps is not None and self.config.phases.fixed > 0 and self.steps >= end:
+            self.decide()
+        elif self.phase is Phase.OPEN and (self.total_steps is None or self.steps >= begin):
+            for mask in self.plan.masks.values():
+                mask.phase = Phase.LEARNING
+
+    def _register_gates(self) -> None:
+        """Register every mask with the first layer that it acts on."""
+        registered: set[int] = set()
+        names = {id(mask): name for name, mask in self.plan.masks.items()}
+        for site in self.plan.sites.values():
+            new = {names[id(mask)]: mask for mask in site.masks if id(mask) not in registered}
+            registered.update(id(mask) for mask in new.values())
+            gates = Gates(new, site.scale).to(site.weight.device).train(self.model.training)
+            site.module.add_module(GATES, gates)
+
+    def _initialise_weights(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for site in self.plan.sites.values():
+            initialise_weight(site.weight, self.config.weight_init, generator)
+
+    def _weight_of(self, name: str) -> Tensor | None:
+        site = self.plan.sites.get(name)
+        return site.weight if site is not None and site.mask is self.plan.masks[name] else None
+
+    def _state(self) -> dict[str, Tensor]:
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {name: tensor for name, tensor in tensors.items() if tensor.is_leaf}
+
+
+def remove_gates(model: nn.Module) -> None:
+    """Remove the gates that hang on a model's layers."""
+    for layer in _gated_layers(model):
+        delattr(layer, GATES)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model without a session's gates and hooks."""
+    duplicate = copy.deepcopy(model)
+    remove_gates(duplicate)
+    for module in duplicate.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), SiteHooks | MaskingSession):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+    return duplicate
+
+
+def _gated_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(getattr(module, GATES, None), Gates)]
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Build an optimizer from its configuration."""
+    if settings.name == "sgd":
+        return torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    family = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return family(parameters, settings.lr, weight_decay=settings.weight_decay)
+
+
+def _rows(module: nn.Module, positions: Tensor, hard: Tensor) -> dict[str, Tensor]:
+    """Return row masks of a producer's weight and bias for the channels at these positions."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    dim = 1 if getattr(module, "transposed", False) else 0
+    channels = torch.ones(weight.shape[dim], device=weight.device)
+    channels[positions] = hard.float()
+    shape = [-1 if d == dim else 1 for d in range(weight.dim())]
+    masks = {"weight": channels.reshape(shape).expand_as(weight).clone()}
+    if isinstance(getattr(module, "bias", None), Tensor):
+        masks["bias"] = channels.clone()
+    return masks
+
+
+def _open_rows(mask: Tensor) -> Tensor:
+    """Return which rows of a weight's mask keep anything, as float."""
+    return mask.flatten(1).any(1).float() if mask.dim() > 1 else (mask != 0).float()
+
+
+__all__ = ["GATES", "MaskingSession", "Masks", "Status", "make_optimizer", "plain_copy", "remove_gates"]

@@ -1,0 +1,168 @@
+"""Where gates act: on one layer's weight, or equivalently on its input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gumbel_plugin.learning.rescale import Rescale, dynamic_scale
+from gumbel_plugin.masks.base import LearntMask, Phase
+from gumbel_plugin.masks.targets import ChannelSlice, columns_view, input_channels
+
+
+@dataclass(eq=False)
+class ColumnGates:
+    """The gates of one layer's input channels, fed by one or several channel groups (a concatenation has several)."""
+
+    masks: Sequence[LearntMask]
+    index: Tensor
+    """For every input channel, its place in the concatenated gates of `masks`; the last place is an open gate."""
+
+    @classmethod
+    def join(cls, module: nn.Module, feeds: Sequence[tuple[LearntMask, ChannelSlice]]) -> ColumnGates:
+        """Join the groups that feed a layer.
+
+        Args:
+            module: The layer.
+            feeds: Each group's mask, and which of the layer's input channels it feeds.
+        """
+        masks = [mask for mask, _ in feeds]
+        offsets = [0]
+        for mask in masks:
+            offsets.append(offsets[-1] + mask.shape[0])
+        index = torch.full((input_channels(module),), offsets[-1])
+        for (_, part), offset in zip(feeds, offsets, strict=False):
+            index[part.positions] = part.units + offset
+        return cls(masks, index)
+
+    def vector(self) -> Tensor:
+        """Return one gate per input channel, shape (in_channels,)."""
+        gates = [mask.gates() for mask in self.masks]
+        one = torch.ones(1, device=gates[0].device, dtype=gates[0].dtype)
+        return torch.cat([*gates, one])[self.index.to(gates[0].device)]
+
+
+@dataclass(eq=False)
+class WeightSite:
+    """One layer's weight and everything that multiplies it.
+
+    Attributes:
+        name: The layer's name.
+        module: The layer.
+        owner: What holds the weight parameter: the layer, or a wrapper around it.
+        mask: The mask over this weight's own units, if any.
+        columns: The gates of the layer's input channels, if any.
+        scale: The learnt scalar of smart rescale, if any.
+        rescale: Which rescale applies.
+        folded: Whether mask and scale are in the parameter already, so that the scale must not act again.
+    """
+
+    name: str
+    module: nn.Module
+    owner: nn.Module
+    mask: LearntMask | None = None
+    columns: ColumnGates | None = None
+    scale: nn.Parameter | None = None
+    rescale: Rescale = "none"
+    folded: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight parameter."""
+        weight = self.owner.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def masks(self) -> list[LearntMask]:
+        """All masks that act here."""
+        return [*([self.mask] if self.mask else ()), *(self.columns.masks if self.columns else ())]
+
+    @property
+    def phases(self) -> set[Phase]:
+        """The phases of all masks that act here."""
+        return {mask.phase for mask in self.masks}
+
+    def multiplier(self, weight: Tensor) -> Tensor:
+        """Return the product of all gates here, in a shape that broadcasts against the weight."""
+        product = torch.ones((1,) * weight.dim(), device=weight.device)
+        if self.mask is not None:
+            product = product * self.mask.spread(self.mask.gates(weight), weight)
+        if self.columns is not None:
+            product = product * columns_view(self.module, self.columns.vector())
+        return product.to(weight.dtype)
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the weight as the layer sees it now: gated, and rescaled."""
+        if self.phases == {Phase.OPEN}:
+            return weight
+        if self.rescale == "dynamic" and not self.folded:
+            gates = self.multiplier(weight)
+            return weight * gates * dynamic_scale(gates, weight)
+        if self.mask is not None:
+            weight = self.mask.mask_weight(weight)
+        if self.columns is not None:
+            weight = weight * columns_view(self.module, self.columns.vector()).to(weight.dtype)
+        if self.scale is not None and not self.folded:
+            weight = weight * self.scale
+        return weight
+
+    def apply_to_input(self, inputs: Tensor) -> Tensor:
+        """Return the layer's input with closed channels zeroed: the same as masking the weight's columns."""
+        assert self.columns is not None
+        gates = self.columns.vector().to(inputs.dtype)
+        spatial = 0 if isinstance(self.module, nn.Linear) else len(self.module.kernel_size)  # type: ignore[arg-type]
+        return inputs * gates.reshape(-1, *(1,) * spatial)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write gates and scale into the parameter; what was closed is exactly zero afterwards.
+
+        With 0/1 gates s·(w·m) and (s·w)·m are the same floating-point numbers, so nothing changes but the storage.
+        """
+        self.weight.copy_(self.apply(self.weight))
+        self.folded = True
+
+
+class SiteHooks:
+    """Hooks that let a site act in a plain model, without touching its parameters, names or state dict."""
+
+    def __init__(self, site: WeightSite) -> None:
+        self.site = site
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Start acting in the layer's forward."""
+        self._handles = [
+            self.site.module.register_forward_pre_hook(self._before),
+            self.site.module.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Stop acting."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        site = self.site
+        weight = site.weight
+        only_columns = site.mask is None and site.rescale == "none" and site.columns is not None
+        # Masking the input is the same function; it is cheaper where the input is the smaller tensor of the two.
+        if only_columns and args and isinstance(args[0], Tensor) and args[0].numel() < weight.numel():
+            return None if site.phases == {Phase.OPEN} else (site.apply_to_input(args[0]), *args[1:])
+        # An instance attribute hides the parameter of the same name for the length of this forward.
+        module.__dict__["weight"] = site.apply(weight)
+        return None
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        module.__dict__.pop("weight", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied model carries the hooks themselves (bound methods); handles belong to the original.
+        return {**self.__dict__, "_handles": []}

@@ -1,0 +1,87 @@
+"""Straight-through Gumbel-Softmax gates (ASLP, and joint training of weights and topology)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import field_validator
+from torch import Tensor, nn
+
+from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase, WeightMode
+from gumbel_plugin.masks.functional import gumbel_gates, straight_through_gumbel
+from gumbel_plugin.masks.schedules import Schedule, constant
+from gumbel_plugin.masks.targets import ELEMENT, Granularity
+
+
+class GumbelSoftmaxOptions(MaskOptions):
+    """Options of `GumbelSoftmaxMask`.
+
+    Attributes:
+        temperature: The Gumbel-Softmax temperature, a positive number or a schedule over the mask learning.
+        initial_logit: Where the latent m̂ of every gate starts; P(keep) = sigmoid(m̂). None: 0 for frozen weights
+            (Dupont et al. 2022), 3 for trained ones (the network starts almost whole).
+    """
+
+    temperature: float | Schedule = 1.0
+    initial_logit: float | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _positive(cls, value: float | Schedule) -> float | Schedule:
+        lowest = min(value.start, value.end) if isinstance(value, Schedule) else value
+        if lowest <= 0:
+            raise ValueError(f"the temperature must stay above 0, got {lowest}")
+        return value
+
+    def for_weights(self, weights: WeightMode) -> GumbelSoftmaxOptions:
+        if self.initial_logit is not None:
+            return self
+        return self.model_copy(update={"initial_logit": 0.0 if weights == "frozen" else 3.0})
+
+
+class GumbelSoftmaxMask(LearntMask):
+    """Gates sampled by a straight-through Gumbel-Softmax over [m̂, 0], one sample per forward for the whole batch.
+
+    P(keep) = σ(m̂); y = σ((m̂ + logit u)/τ); the forward uses [y > ½], the backward y. Sources: Dupont, Alaoui, Sahbi,
+    Lebois, ICIP 2022, arXiv 2202.12986 (one latent a weight, frozen weights); Zhang, Tao, Zhang, arXiv 2311.12526
+    (weights and gates together).
+    """
+
+    Options: ClassVar[type[MaskOptions]] = GumbelSoftmaxOptions
+    options: GumbelSoftmaxOptions
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        options: GumbelSoftmaxOptions,
+        noise: NoiseSource,
+        stream: int,
+        granularity: Granularity | None = None,
+    ) -> None:
+        super().__init__(shape, options, noise, stream, granularity)
+        self.logit = nn.Parameter(torch.full(self.shape, options.initial_logit or 0.0))
+        given = options.temperature
+        self._temperature_schedule = given if isinstance(given, Schedule) else constant(given)
+        self.temperature = self._temperature_schedule(0.0)
+
+    def sample(self, weight: Tensor | None) -> Tensor:
+        return gumbel_gates(self.logit, self._noise(), self.temperature)
+
+    def mask_weight(self, weight: Tensor) -> Tensor:
+        if self.phase is Phase.LEARNING and self.training and self.granularity == ELEMENT:
+            return straight_through_gumbel(weight, self.logit, self._noise(), self.temperature)
+        return super().mask_weight(weight)
+
+    def scores(self, weight: Tensor | None) -> Tensor:
+        return self.logit
+
+    def probability(self, weight: Tensor | None) -> Tensor:
+        return torch.sigmoid(self.logit)
+
+    def advance(self, progress: float) -> None:
+        self.temperature = self._temperature_schedule(progress)
+
+    def _noise(self) -> Tensor:
+        return self.noise.uniform(self.shape, self.stream, self.logit.device)

@@ -1,0 +1,180 @@
+"""What a mask covers: the granularity of its units inside one tensor, and channel groups that span several layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gumbel_plugin.errors import ConfigError, nearest
+
+FULL = -1
+"""A step that covers a whole dimension, as in NNI's granularity lists."""
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How a tensor is cut into units, in NNI's terms (`nni.compression.utils.Scaling`).
+
+    Attributes:
+        steps: The size of a unit along the dimensions named; `FULL` spans the dimension.
+        padding: Where dimensions that `steps` does not name are added.
+        fill: The step of the added dimensions.
+    """
+
+    steps: tuple[int, ...]
+    padding: Literal["front", "back"] = "front"
+    fill: int = 1
+
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the size of one unit in every dimension of a tensor of this shape.
+
+        Raises:
+            ConfigError: If the units do not tile the tensor.
+        """
+        missing = len(shape) - len(self.steps)
+        if missing < 0:
+            raise ConfigError(
+                f"granularity {list(self.steps)} has {len(self.steps)} dimensions, the tensor {tuple(shape)} fewer"
+            )
+        added = (self.fill,) * missing
+        steps = added + self.steps if self.padding == "front" else self.steps + added
+        unit = tuple(size if step == FULL else step for step, size in zip(steps, shape, strict=True))
+        if any(step < 1 or size % step for step, size in zip(unit, shape, strict=True)):
+            raise ConfigError(
+                f"granularity {list(self.steps)} does not tile a tensor of shape {tuple(shape)}: "
+                "every step must be -1 or divide its dimension"
+            )
+        return unit
+
+    def gate_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return how many units there are along every dimension of a tensor of this shape."""
+        return tuple(size // step for size, step in zip(shape, self.unit_shape(shape), strict=True))
+
+    def unit_size(self, shape: Sequence[int]) -> int:
+        """Return how many elements one unit has."""
+        return prod(self.unit_shape(shape))
+
+    def spread(self, gates: Tensor, shape: Sequence[int]) -> Tensor:
+        """Spread gates over a tensor's shape; the result broadcasts against it and is expanded only where it must be.
+
+        Args:
+            gates: One value a unit, of shape `gate_shape(shape)`.
+            shape: The tensor's shape.
+        """
+        unit = self.unit_shape(shape)
+        if all(step in (1, size) for step, size in zip(unit, shape, strict=True)):
+            return gates
+        # (n0, n1) with steps (s0, s1): view (n0, 1, n1, 1), expand to (n0, s0, n1, s1), read as (n0*s0, n1*s1).
+        interleaved = [part for pair in zip(gates.shape, unit, strict=True) for part in pair]
+        ones = [part for count in gates.shape for part in (count, 1)]
+        return gates.reshape(ones).expand(interleaved).reshape(tuple(shape))
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum a tensor over each unit; the result has `gate_shape(values.shape)`."""
+        unit = self.unit_shape(values.shape)
+        interleaved = [part for size, step in zip(values.shape, unit, strict=True) for part in (size // step, step)]
+        return values.reshape(interleaved).sum(dim=tuple(range(1, 2 * len(unit), 2)))
+
+
+ELEMENT = Granularity((1,))
+KERNEL = Granularity((1, 1), "back", FULL)
+OUT_CHANNEL = Granularity((1,), "back", FULL)
+IN_CHANNEL = Granularity((FULL, 1), "back", FULL)
+
+_NAMED = {
+    "element": ELEMENT,
+    "kernel": KERNEL,
+    "out_channel": OUT_CHANNEL,
+    "in_channel": IN_CHANNEL,
+    "default": OUT_CHANNEL,
+}
+
+
+def granularity_of(word: str | Sequence[int]) -> Granularity:
+    """Return the granularity that a configuration names.
+
+    Args:
+        word: ``element``, ``kernel``, ``in_channel``, ``out_channel``, ``default`` (as NNI: out_channel), or a block's
+            size along the last dimensions, for example ``[4, 4]`` (-1 spans a dimension).
+
+    Raises:
+        ConfigError: If the word is unknown.
+    """
+    if not isinstance(word, str):
+        return Granularity(tuple(word))
+    if word not in _NAMED:
+        raise ConfigError(f"granularity {word!r} is unknown{nearest(word, _NAMED)} (or a list of block sizes)")
+    return _NAMED[word]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelSlice:
+    """The channels of one module that belong to a group.
+
+    Attributes:
+        module: The module's name.
+        positions: Channel numbers in the module, shape (k,), int64.
+        units: The group's unit that each of them belongs to, shape (k,), int64.
+    """
+
+    module: str
+    positions: Tensor
+    units: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that leave a network together, because the graph ties them.
+
+    Attributes:
+        name: The module whose output channels define the group.
+        size: How many units the group has; a unit is one channel, or several that must go together.
+        producers: Modules that compute the channels (convolutions, linear layers, normalisations), by output channel.
+        consumers: Layers that read them, by input channel. Gates act here: see design of exactness in docs.
+        safety: ``exact`` if closing a unit at the consumers equals removing it, ``inexact`` if something between
+            computes statistics over the channels, ``unsupported`` if the group cannot be cut (for instance because it
+            reaches the network's output).
+        reason: Why the group is not exact, empty if it is.
+    """
+
+    name: str
+    size: int
+    producers: tuple[ChannelSlice, ...]
+    consumers: tuple[ChannelSlice, ...]
+    safety: Literal["exact", "inexact", "unsupported"] = "exact"
+    reason: str = ""
+
+
+def input_channels(module: torch.nn.Module) -> int:
+    """Return how many input channels a convolution or linear layer reads."""
+    channels = getattr(module, "in_channels", getattr(module, "in_features", None))
+    if not isinstance(channels, int):
+        raise ConfigError(f"{type(module).__name__} has neither in_channels nor in_features")
+    return channels
+
+
+def columns_view(module: torch.nn.Module, columns: Tensor) -> Tensor:
+    """Shape one value per input channel so that it multiplies the module's weight.
+
+    Args:
+        module: A convolution (grouped, transposed) or linear layer.
+        columns: One value per input channel, shape (in_channels,).
+
+    Returns:
+        A tensor that broadcasts against ``module.weight``.
+    """
+    weight_dims = 2 if isinstance(module, torch.nn.Linear) else 2 + len(module.kernel_size)  # type: ignore[arg-type]
+    tail = (1,) * (weight_dims - 2)
+    if getattr(module, "transposed", False):  # weight is (in, out / groups, ...)
+        return columns.reshape(-1, 1, *tail)
+    groups = int(getattr(module, "groups", 1))  # type: ignore[arg-type]
+    if groups == 1:
+        return columns.reshape(1, -1, *tail)
+    # Weight rows of group g read inputs g*c .. (g+1)*c - 1 only: repeat each group's columns for each of its rows.
+    rows = int(module.out_channels) // groups  # type: ignore[arg-type]
+    return columns.reshape(groups, 1, -1).expand(-1, rows, -1).reshape(groups * rows, -1, *tail)

@@ -1,0 +1,91 @@
+"""Which units no longer matter: nothing that reads them has a weight left for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, columns_view, input_channels
+
+_logger = logging.getLogger(__name__)
+
+
+def read_channels(module: nn.Module) -> Tensor:
+    """Return which input channels of a convolution or linear layer have a non-zero weight, bool, (in_channels,)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    nonzero = weight.detach() != 0
+    groups = int(getattr(module, "groups", 1))  # type: ignore[arg-type]
+    if getattr(module, "transposed", False):  # (in, out / groups, ...)
+        return nonzero.flatten(1).any(1)
+    per_group = nonzero.reshape(groups, -1, *nonzero.shape[1:])  # (groups, out / groups, in / groups, ...)
+    return per_group.flatten(3).any(3).any(1).flatten() if nonzero.dim() > 2 else per_group.any(1).flatten()
+
+
+def unread_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tensor:
+    """Return the units of a group that no consumer reads, int64, ascending."""
+    needed = torch.zeros(group.size, dtype=torch.bool)
+    for part in group.consumers:
+        needed[part.units] |= read_channels(modules[part.module]).cpu()[part.positions]
+    return torch.nonzero(~needed).flatten()
+
+
+@torch.no_grad()
+def find_dead_units(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+    """Find every unit that can go without changing the output, to the end of the chain.
+
+    What a dead unit computes does not matter, so its producers' rows are set to zero; that may leave units before it
+    unread, and so on until nothing changes. A group always keeps one unit.
+
+    Args:
+        model: The masked model; rows of dead units are zeroed in place, which does not change its output.
+        groups: Its channel groups; only exact ones are considered.
+
+    Returns:
+        Unit numbers by group name, for the groups that lose any.
+    """
+    modules = dict(model.named_modules())
+    exact = [group for group in groups if group.safety == "exact"]
+    dead: dict[str, Tensor] = {}
+    changed = True
+    while changed:
+        changed = False
+        for group in exact:
+            units = unread_units(modules, group)
+            if len(units) == group.size:
+                units = units[1:]
+            if len(units) > len(dead.get(group.name, ())):
+                dead[group.name] = units
+                changed = True
+                for part in group.producers:
+                    _zero_rows(modules[part.module], part, units)
+    return dead
+
+
+def column_masks(model: nn.Module, groups: Sequence[ChannelGroup], dead: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, by consumer, the mask of its weight that closes the input channels of dead units."""
+    modules = dict(model.named_modules())
+    columns: dict[str, Tensor] = {}
+    for group in groups:
+        for part in group.consumers if group.name in dead else ():
+            module = modules[part.module]
+            open_channels = columns.setdefault(part.module, torch.ones(input_channels(module)))
+            open_channels[part.positions[torch.isin(part.units, dead[group.name])]] = 0.0
+    masks = {}
+    for name, open_channels in columns.items():
+        weight = modules[name].weight
+        assert isinstance(weight, Tensor)
+        masks[name] = columns_view(modules[name], open_channels.to(weight.device)).expand_as(weight).clone()
+    return masks
+
+
+def _zero_rows(module: nn.Module, part: ChannelSlice, units: Tensor) -> None:
+    rows = part.positions[torch.isin(part.units, units)]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.dim() < 2:  # a normalisation: nothing before it depends on its own parameters
+        return
+    weight.index_fill_(1 if getattr(module, "transposed", False) else 0, rows.to(weight.device), 0.0)

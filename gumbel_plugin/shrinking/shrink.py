@@ -1,0 +1,107 @@
+"""From a masked network to a small dense one that computes the same."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.errors import ConfigError, MissingExtraError, TargetError, nearest
+from gumbel_plugin.learning.session import plain_copy
+from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units
+from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
+
+_logger = logging.getLogger(__name__)
+
+Backend = Literal["torch_pruning", "nni"]
+
+
+def shrink(
+    model: nn.Module,
+    masks: Mapping[str, Mapping[str, Tensor | None]],
+    example_inputs: Any,
+    backend: Backend = "torch_pruning",
+    verify: bool = True,
+) -> nn.Module:
+    """Return a smaller dense model that computes what the masked model computes.
+
+    The masks are multiplied into a copy of the model. Every unit that nothing reads any more is then removed, together
+    with all that the dependency graph ties to it.
+
+    Args:
+        model: The model; it is left alone. A model whose gates were learnt has its closed input columns at zero already
+            (`MaskingSession.extract`), so that masks on producers' rows are enough.
+        masks: NNI's masks format, ``{module: {"weight": 0/1 tensor, "bias": ...}}``.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        backend: What removes the channels: Torch-Pruning, or NNI's ModelSpeedup. Both give the same network.
+        verify: Whether to compare the outputs before returning.
+
+    Raises:
+        TargetError: If a mask's module does not exist or its shape does not fit.
+        GraphError: If the model cannot be traced.
+        EquivalenceError: If the small model's outputs differ from the masked model's.
+    """
+    masked = masked_copy(model, masks)
+    small = remove_dead_units(masked, example_inputs, backend)
+    if verify:
+        verify_equivalence(masked, small, example_inputs).raise_for_failure()
+    return small
+
+
+@torch.no_grad()
+def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> nn.Module:
+    """Return a plain copy of a model with the masks multiplied into its parameters.
+
+    Raises:
+        TargetError: If a mask's module or tensor does not exist, or its shape does not fit.
+    """
+    masked = plain_copy(model)
+    modules = dict(masked.named_modules())
+    for name, targets in masks.items():
+        if name not in modules:
+            raise TargetError(f"mask for module {name!r}, which the model does not have{nearest(name, modules)}")
+        for target, mask in targets.items():
+            tensor = getattr(modules[name], target, None)
+            if mask is None or (tensor is None and target == "bias"):
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TargetError(f"mask for {name}.{target}, which is no tensor of that module")
+            if tensor.shape != mask.shape:
+                raise TargetError(f"{name}.{target}: mask {tuple(mask.shape)}, tensor {tuple(tensor.shape)}")
+            tensor.mul_(mask.to(tensor))
+    return masked
+
+
+def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend = "torch_pruning") -> nn.Module:
+    """Return a copy of a masked model without the units that nothing reads.
+
+    Args:
+        masked: A plain model whose closed weights are zero; it is left alone.
+        example_inputs: What to trace it with.
+        backend: What removes the channels.
+    """
+    if backend not in ("torch_pruning", "nni"):
+        raise ConfigError(f"backend {backend!r} is unknown{nearest(backend, ['torch_pruning', 'nni'])}")
+    try:
+        from gumbel_torch_pruning.groups import DependencyGroups
+    except ImportError as error:
+        raise MissingExtraError("torch-pruning", "torch-pruning") from error
+    small = copy.deepcopy(masked)
+    dependency = DependencyGroups(small, example_inputs)
+    dead = find_dead_units(small, dependency.groups)
+    if backend == "nni":
+        from gumbel_nni.speedup import speedup
+
+        masks = column_masks(masked, dependency.groups, dead)
+        return speedup(masked, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
+    for name, units in dead.items():
+        dependency.remove(name, units)
+    _logger.info("removed %d units in %d groups", sum(len(units) for units in dead.values()), len(dead))
+    return small
+
+
+__all__ = ["Backend", "EquivalenceReport", "masked_copy", "remove_dead_units", "shrink", "verify_equivalence"]
