@@ -41,4 +41,6 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(adapter), name)
     except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or package, extra) from error
+        if error.name != package:
+            raise
+        raise MissingExtraError(package, extra) from error

@@ -5,6 +5,5 @@ from gumbel_nni import compat
 compat.apply()
 
 from gumbel_nni.pruner import GumbelPruner, unwrapped_copy  # noqa: E402
-from gumbel_nni.speedup import speedup  # noqa: E402
 
-__all__ = ["GumbelPruner", "compat", "speedup", "unwrapped_copy"]
+__all__ = ["GumbelPruner", "compat", "unwrapped_copy"]

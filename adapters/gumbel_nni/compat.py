@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from gumbel_plugin.compat import make_torchvision_importable
@@ -61,6 +62,20 @@ def tensor_methods_in_tracer() -> bool:
             continue
         public = getattr(torch.Tensor, method.__name__)
         table[public] = ([(torch.Tensor, method.__name__)] if public is method else [], force, to_function)
+    return True
+
+
+def classes_after_tracing() -> bool:
+    """Leave torch's classes as they were when concrete_trace returns.
+
+    Cause: the tracer ends with ``delattr(torch.autograd.Function, "apply")``, meant for a torch whose Function inherits
+    ``apply``. It has its own now (every version this project supports), and without it custom functions lose
+    torch.func and the defaults of their arguments, in the whole process. The fx patcher also leaves copies of
+    inherited methods behind (hundreds on torch.Tensor).
+    """
+    from nni.common.concrete_trace_utils.concrete_tracer import ConcreteTracer
+
+    _replace_once(ConcreteTracer, "trace", _trace)
     return True
 
 
@@ -220,6 +235,7 @@ def default_optimizer_of_trainer() -> bool:
 
 _REPAIRS: tuple[Callable[[], bool], ...] = (
     tensor_methods_in_tracer,
+    classes_after_tracing,
     impure_with_two_arguments,
     bytecode_caches_in_proxy,
     size_is_a_leaf,
@@ -243,6 +259,27 @@ def _import_nni() -> None:
             if (error.name or "").split(".")[0] == "nni":
                 raise MissingExtraError("nni", "nni") from error
             raise
+
+
+def _trace(self: Any, *args: Any, **kwargs: Any) -> torch.fx.Graph:
+    with _class_attributes_kept(torch.Tensor, nn.Module, torch.autograd.Function):
+        graph: torch.fx.Graph = _trace.__wrapped__(self, *args, **kwargs)  # type: ignore[attr-defined]
+    return graph
+
+
+@contextmanager
+def _class_attributes_kept(*classes: type) -> Iterator[None]:
+    """Put back what is missing on exit, and delete new attributes that only repeat what the class inherits."""
+    before = {cls: dict(vars(cls)) for cls in classes}
+    try:
+        yield
+    finally:
+        for cls, attributes in before.items():
+            for name in attributes.keys() - vars(cls).keys():
+                setattr(cls, name, attributes[name])
+            for name in vars(cls).keys() - attributes.keys():
+                if any(vars(base).get(name) is vars(cls)[name] for base in cls.__mro__[1:]):
+                    delattr(cls, name)
 
 
 def _one_instruction_a_unit(code: types.CodeType) -> Iterator[dis.Instruction]:

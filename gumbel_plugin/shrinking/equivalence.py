@@ -145,7 +145,7 @@ def _difference_and_scale(
     masked: nn.Module, small: nn.Module, example_inputs: ExampleInputs, samples: int, dtype: torch.dtype, seed: int
 ) -> tuple[float, float]:
     """Return max |masked - small| (NaN if there is one) and max |masked| over all samples."""
-    models = [copy.deepcopy(model).to(dtype).eval() for model in (masked, small)]
+    models = [copy.deepcopy(model).to(dtype) for model in (masked, small)]
     generator = torch.Generator().manual_seed(seed)
     pairs: list[tuple[float, float]] = []
     with observing(*models), _full_precision(), _default_dtype(dtype), _AtLeast(dtype):

@@ -208,6 +208,7 @@ def test_the_model_and_global_state_stay_as_they_are() -> None:
         return (*switches, *sdpa, torch.is_grad_enabled(), torch.get_num_threads(), torch.get_rng_state().tolist())
 
     before = world()
+    assert all(before[:5])
     profile(model, IMAGES, min_run_time=0.01)
     assert world() == before
     assert [module.training for module in model.modules()] == flags

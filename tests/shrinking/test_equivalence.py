@@ -132,6 +132,12 @@ def test_nan_anywhere_and_infinity_where_a_number_was_fail(bad: float) -> None:
     assert verify_equivalence(Returns(spoilt), Returns(spoilt), X).passed is math.isinf(bad)
 
 
+def test_an_infinity_in_both_is_no_scale_that_hides_other_differences() -> None:
+    masked = Returns(lambda x: (x, torch.tensor(-math.inf)))
+    small = Returns(lambda x: (x + 1e-2, torch.tensor(-math.inf)))
+    assert not verify_equivalence(masked, small, X).passed
+
+
 def test_nan_in_one_sample_is_not_forgotten_by_the_next() -> None:
     calls = iter(range(100))
     model = Returns(lambda x: x / 0 * 0 if next(calls) == 0 else x)
@@ -206,6 +212,7 @@ def test_models_and_global_state_stay_as_they_are() -> None:
     masked.train()
     masked[1].eval()
     small.insert(1, nn.Dropout())  # would differ in train mode
+    small.append(Returns(lambda x: x + 0 * torch.rand_like(x)))  # draws from the global generator
     masked(torch.randn(1, 3, 8, 8)).sum().backward()
     states = [copy.deepcopy(model.state_dict()) for model in (masked, small)]
     flags = [[m.training for m in model.modules()] for model in (masked, small)]

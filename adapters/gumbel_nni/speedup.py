@@ -1,0 +1,326 @@
+"""NNI's ModelSpeedup, made exact: what nobody reads any more leaves the network, and nothing else does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_nni import compat
+from gumbel_plugin.errors import ConfigError, GraphError, TargetError, nearest
+from gumbel_plugin.shrinking.inputs import call_model, observing
+
+compat.apply()
+
+from nni.compression.speedup import ModelSpeedup  # noqa: E402
+from nni.compression.speedup.mask_updater import NoChangeMaskUpdater  # noqa: E402
+
+Masks = dict[str, dict[str, Tensor]]
+
+# NNI tells batched tensors from others by whether their size is a multiple of the batch size: a prime that is no
+# common width, head count or window size keeps the two apart.
+_BATCH_SIZE = 11
+# Dimension of the weight that holds what the module computes, for the modules whose channels NNI can remove.
+_OUTPUT_DIMENSION = {nn.Linear: 0, nn.Conv1d: 0, nn.Conv2d: 0, nn.ConvTranspose2d: 1, nn.Embedding: 1}
+
+
+def speedup(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]], example_inputs: Any) -> nn.Module:
+    """Remove the closed channels of a masked model with NNI's ModelSpeedup.
+
+    The masks are multiplied into a deep copy, so that fine-grained zeros stay zero. Whole closed columns (the input
+    channels of a consumer) and whole closed rows (the output channels of a producer, where the bias is closed too) are
+    then handed to NNI, which removes the channels together with all that computes or carries them.
+
+    Columns are exact: a channel that every consumer multiplies by zero does not matter. Rows are exact only if what
+    follows keeps a zero a zero or the consumers' columns are zero in the model already; a batch norm after
+    unmasked rows is not. `verify_equivalence` tells. Layers are never emptied: one channel stays, with zero weights.
+
+    Args:
+        model: The plain model (no wrappers, no gates), float32 or float64. It is left alone.
+        masks: NNI's masks format, ``{module: {"weight": 0/1 tensor, "bias": ...}}``; left alone too.
+        example_inputs: A tensor, a tuple of positional inputs, or a mapping of keyword inputs, batch first.
+
+    Returns:
+        A dense, smaller copy. Train/eval flags, ``requires_grad``, hooks and dtypes are those of the model.
+
+    Raises:
+        TargetError: If a mask's module or parameter does not exist, or its shape does not fit.
+        GraphError: If the model does not run, NNI cannot trace or shrink it, or the result does not run.
+        ConfigError: If the example inputs are none of the above.
+    """
+    small = copy.deepcopy(model)
+    rows, columns = _bake(small, masks)
+    if _all_open(rows) and _all_open(columns):
+        return small
+    _check_runs(small, example_inputs, f"{type(model).__name__} does not run on the example inputs")
+    before = dict(small.named_modules(remove_duplicate=False))
+    trainable = [(parameter, parameter.requires_grad) for parameter in small.parameters()]
+    attributes = set(vars(small))
+    unsupported = _run_nni(small, rows, columns, example_inputs)
+    _keep_modules(small, before)
+    for name in vars(small).keys() - attributes:  # constants that the tracer stored
+        delattr(small, name)
+    for parameter, flag in trainable:
+        parameter.requires_grad_(flag)
+        parameter.grad = None
+    hint = f" (NNI cannot shrink modules of type {', '.join(unsupported)})" if unsupported else ""
+    _check_runs(small, example_inputs, f"NNI's ModelSpeedup left a {type(model).__name__} that does not run{hint}")
+    return small
+
+
+@torch.no_grad()
+def _bake(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> tuple[Masks, Masks]:
+    """Multiply the masks into the model, and return what they close: whole rows, and whole columns."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = {module: name for name, module in model.named_modules()}  # the name that the graph will use
+    rows: Masks = {}
+    columns: Masks = {}
+    for name, targets in masks.items():
+        if name not in modules:
+            raise TargetError(f"mask for module {name!r}, which the model does not have{nearest(name, modules)}")
+        module = modules[name]
+        for target, mask in targets.items():
+            _bake_one(module, f"{name}.{target}", target, mask)
+        mask = targets.get("weight")
+        dimension = _OUTPUT_DIMENSION.get(type(module))
+        if mask is not None and dimension is not None:
+            rows[names[module]], columns[names[module]] = _structure(module, mask, dimension)
+    return rows, columns
+
+
+def _bake_one(module: nn.Module, label: str, target: str, mask: Tensor | None) -> None:
+    parameters = dict(module.named_parameters(recurse=False))
+    if mask is None or (target == "bias" and target not in parameters):
+        return
+    if target not in parameters:
+        raise TargetError(f"mask for {label}, which is no parameter of that module{nearest(target, parameters)}")
+    if mask.shape != parameters[target].shape:
+        raise TargetError(f"{label}: the mask is {tuple(mask.shape)}, the tensor {tuple(parameters[target].shape)}")
+    parameters[target].mul_(mask.to(parameters[target]))
+
+
+def _structure(module: nn.Module, mask: Tensor, dimension: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the masks of closed output channels and of closed input channels of one (baked) module."""
+    weight = module.weight
+    bias = getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    is_open = (mask != 0).to(weight.device)
+    outputs = _open_slices(is_open, dimension)
+    if bias is not None and bias.shape == outputs.shape:
+        outputs |= bias != 0  # it still sends its bias
+    rows = {"weight": _spread(outputs, weight, dimension)}
+    if bias is not None and bias.shape == outputs.shape:
+        rows["bias"] = outputs.to(bias)
+    if isinstance(module, nn.Embedding):  # its other dimension is the vocabulary
+        return rows, {"weight": torch.ones_like(weight)}
+    return rows, {"weight": _spread(_open_slices(is_open, 1 - dimension), weight, 1 - dimension)}
+
+
+def _open_slices(is_open: Tensor, dimension: int) -> Tensor:
+    slices = is_open.transpose(0, dimension).flatten(1).any(1)
+    if not slices.any():
+        slices[0] = True
+    return slices
+
+
+def _spread(slices: Tensor, weight: Tensor, dimension: int) -> Tensor:
+    shape = [1] * weight.dim()
+    shape[dimension] = -1
+    return slices.to(weight).view(shape).expand_as(weight).clone()
+
+
+def _all_open(masks: Masks) -> bool:
+    return all(bool((mask != 0).all()) for targets in masks.values() for mask in targets.values())
+
+
+def _run_nni(small: nn.Module, rows: Masks, columns: Masks, example_inputs: Any) -> list[str]:
+    """Shrink the model in place; return the types of modules with parameters that NNI has no replacement for."""
+    step = "trace"
+    with _quiet(), observing(small), torch.enable_grad(), _default_dtype(small):
+        torch.manual_seed(0)  # observing() puts the caller's generators back
+        try:
+            nni = _ExactSpeedup(small, _positional(small, example_inputs), rows, columns)
+            step = "shrink"
+            nni.speedup_model()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise GraphError(f"NNI's ModelSpeedup cannot {step} {type(small).__name__} ({reason})") from error
+    left = [info.module for info in nni.node_infos.values() if info.module is not None and not info.replaced]
+    return sorted({type(module).__name__ for module in left if any(True for _ in module.parameters())})
+
+
+def _positional(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
+    """Return the arguments in the order of forward: NNI takes the values of a dict in the dict's order."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        bound = inspect.signature(model.forward).bind(**example_inputs)
+        bound.apply_defaults()
+        return bound.args
+    return tuple(example_inputs)
+
+
+class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
+    """ModelSpeedup that closes a channel only for a reason.
+
+    NNI runs the network on random weights and inputs, and closes what is constant over the batch (standard deviation
+    below 1e-6) or has no gradient. Three things make that wrong or fragile, and are changed here:
+
+    - a constant that is not zero matters, and a small weight is not a constant: only exact zeros count;
+    - weights that happen to be zero or constant (a fresh classifier, a layer scale) say nothing: they are randomised;
+    - a gradient of ones vanishes behind a normalisation or softmax: it is random and positive.
+
+    Conflicts between masks are NNI's to resolve for rows; its resolution would rewrite columns from rows.
+    """
+
+    def __init__(self, model: nn.Module, arguments: tuple[Any, ...], rows: Masks, columns: Masks) -> None:
+        logger = logging.Logger("nni.compression.speedup")  # noqa: LOG001 - a private one, that nobody hears
+        logger.addHandler(logging.NullHandler())
+        updaters = [_ItemMaskUpdater()]
+        super().__init__(
+            model, arguments, rows, batch_size=_BATCH_SIZE, customized_mask_updaters=updaters, logger=logger
+        )
+        called = {node.target for node in self.graph_module.graph.nodes if node.op == "call_module"}
+        self.masks: Masks = {name: dict(rows[name]) for name in rows if name in called}
+        self._columns: Masks | None = {name: columns[name] for name in self.masks}
+
+    def fix_mask_conflict(self) -> None:
+        """Resolve the rows, then add the columns; once, because NNI's second call has no effect."""
+        if self._columns is None:
+            return
+        if not _all_open(self.masks):
+            super().fix_mask_conflict()
+        for name, targets in self._columns.items():
+            self.masks[name]["weight"] = self.masks[name]["weight"] * targets["weight"]
+        self._columns = None
+
+    @torch.no_grad()
+    def initialize_propagate(self, args: Sequence[Any]) -> None:
+        """Make every parameter random; ModelSpeedup puts the values back when it has inferred the masks."""
+        for parameter in self.graph_module.parameters():
+            if parameter.is_floating_point() and parameter.numel() > 0:
+                low, high = (float(bound) for bound in parameter.aminmax())
+                parameter.uniform_(*((low, high) if low < high else (0.1, 1.0)))
+        super().initialize_propagate(args)
+
+    def direct_calc_mask(self, output: Any, output_mask: Tensor | None = None, batch_dim: int | None = None) -> Any:
+        """Close what is exactly zero in the whole batch."""
+        if not isinstance(output, Tensor) or not self.tensor_propagate_check(output):
+            return None
+        zero = (output == 0).all(dim=self.batch_dim if batch_dim is None else batch_dim, keepdim=True)
+        if not output.is_floating_point():
+            zero = torch.zeros_like(zero)
+        mask = torch.ones_like(zero, dtype=torch.get_default_dtype()) if output_mask is None else output_mask
+        return mask.masked_fill(zero, 0)
+
+    def indirect_backward(self, output: Any, output_mask: Tensor | None) -> None:
+        """Send a random positive gradient into what is open."""
+        if isinstance(output, Tensor) and output.grad_fn is not None and self.tensor_propagate_check(output):
+            assert output_mask is not None
+            gradient = output_mask.expand_as(output).to(output.dtype) * (torch.rand_like(output) + 0.5)
+            output.backward(gradient, retain_graph=True)  # outputs of one call share their graph
+
+
+class _ItemMaskUpdater(NoChangeMaskUpdater):  # type: ignore[misc]
+    """NoChangeMaskUpdater whose tuple items report their gradient to the tuple (NNI's report it to themselves)."""
+
+    def indirect_getitem(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
+        source, key = node.args
+        infos = model_speedup.node_infos
+        assert isinstance(source, torch.fx.Node)
+        if isinstance(key, torch.fx.Node):
+            key = infos[key].output_origin
+        gradients = infos[source].output_grad
+        items: Any = dict(gradients) if isinstance(gradients, dict) else list(gradients)
+        items[key] = _added(items[key], infos[node].output_grad)
+        infos[source].output_grad = items
+
+
+def _added(old: Any, new: Any) -> Any:
+    if isinstance(old, (tuple, list)):
+        return [_added(*pair) for pair in zip(old, new, strict=True)]
+    if old is None or new is None:
+        return new if old is None else old
+    return old + new
+
+
+def _keep_modules(small: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    """Put the original modules back, with the tensors and sizes of NNI's new ones.
+
+    NNI builds every module anew: in train mode, trainable, without hooks, on the CPU, in the default dtype.
+    """
+    after = dict(small.named_modules(remove_duplicate=False))
+    for name in after.keys() - before.keys():  # added by the tracer
+        if "." not in name:
+            delattr(small, name)
+    for name, old in before.items():
+        new = after.get(name, old)
+        if new is old:
+            continue
+        if type(new) is type(old):
+            _take_over(old, new)
+            small.set_submodule(name, old)
+        else:  # a PReLU without channels became an Identity
+            new.training = old.training
+
+
+@torch.no_grad()
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    for key, value in vars(new).items():
+        if not key.startswith("_") and key != "training":
+            setattr(old, key, value)
+    for name, parameter in old.named_parameters(recurse=False):
+        smaller = getattr(new, name)
+        if smaller.shape != parameter.shape:
+            setattr(old, name, nn.Parameter(smaller.to(parameter), parameter.requires_grad))
+    for name, buffer in old.named_buffers(recurse=False):
+        smaller = getattr(new, name)
+        if smaller.shape != buffer.shape:
+            setattr(old, name, smaller.to(buffer))
+
+
+def _check_runs(model: nn.Module, example_inputs: Any, complaint: str) -> None:
+    try:
+        with observing(model):
+            call_model(model, example_inputs)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise GraphError(f"{complaint}: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Swallow what NNI prints, logs and warns about."""
+    root = logging.getLogger("nni")
+    level = root.level
+    silence = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        warnings.simplefilter("ignore")
+        root.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            root.setLevel(level)
+
+
+@contextmanager
+def _default_dtype(model: nn.Module) -> Iterator[None]:
+    """Make the model's widest dtype the default: NNI builds new tensors in the default one."""
+    before = torch.get_default_dtype()
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    torch.set_default_dtype(reduce(torch.promote_types, dtypes) if dtypes else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
