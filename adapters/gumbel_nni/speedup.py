@@ -184,7 +184,7 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module, arguments: tuple[Any, ...], rows: Masks, columns: Masks) -> None:
-        logger = logging.Logger("nni.compression.speedup")  # noqa: LOG001 - a private one, that nobody hears
+        logger = logging.Logger("nni.compression.speedup")  # a private one, that nobody hears
         logger.addHandler(logging.NullHandler())
         updaters = [_ItemMaskUpdater()]
         super().__init__(
@@ -228,7 +228,8 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
         if isinstance(output, Tensor) and output.grad_fn is not None and self.tensor_propagate_check(output):
             assert output_mask is not None
             gradient = output_mask.expand_as(output).to(output.dtype) * (torch.rand_like(output) + 0.5)
-            output.backward(gradient, retain_graph=True)  # outputs of one call share their graph
+            # the outputs of one call share their graph
+            output.backward(gradient, retain_graph=True)  # type: ignore[no-untyped-call]
 
 
 class _ItemMaskUpdater(NoChangeMaskUpdater):  # type: ignore[misc]
@@ -269,7 +270,8 @@ def _keep_modules(small: nn.Module, before: Mapping[str, nn.Module]) -> None:
             continue
         if type(new) is type(old):
             _take_over(old, new)
-            small.set_submodule(name, old)
+            parent, _, child = name.rpartition(".")
+            setattr(small.get_submodule(parent), child, old)
         else:  # a PReLU without channels became an Identity
             new.training = old.training
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gumbel_plugin.config import OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
 from gumbel_plugin.learning.budget import BudgetController
-from gumbel_plugin.learning.plan import build_plan
+from gumbel_plugin.learning.plan import Plan, build_plan
 from gumbel_plugin.learning.rescale import initialise_weight
 from gumbel_plugin.learning.sites import SiteHooks
 from gumbel_plugin.masks.base import LearntMask, Phase
@@ -90,6 +90,7 @@ class MaskingSession:
         config: PruningSection,
         groups: Sequence[ChannelGroup] = (),
         seed: int = 0,
+        plan: Plan | None = None,
     ) -> None:
         """Plan the session; the model is not touched before `start`.
 
@@ -98,6 +99,7 @@ class MaskingSession:
             config: What is pruned, by which method and how far.
             groups: The model's channel groups, needed where a rule removes whole channels.
             seed: Seeds initial weights and the masks' noise.
+            plan: What is gated, where something else than the config list decides it.
 
         Raises:
             TargetError: If a rule matches nothing or nothing would be gated.
@@ -108,7 +110,7 @@ class MaskingSession:
         self.model = model
         self.config = config
         self.seed = seed
-        self.plan = build_plan(model, config, groups, seed)
+        self.plan = plan or build_plan(model, config, groups, seed)
         self.controller = BudgetController(self.plan.scopes, config.budget)
         self.total_steps: int | None = None
         self.steps = 0

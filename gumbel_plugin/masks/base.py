@@ -42,9 +42,11 @@ class NoiseSource:
     seed: int = 0
     forward: int = 0
 
-    def uniform(self, shape: Sequence[int], stream: int, device: torch.device) -> Tensor:
-        """Draw uniform numbers in (0, 1) for one mask in this forward."""
-        return uniform_noise(tuple(shape), seed=self.seed, counter=self.forward, stream=stream, device=device)
+    def uniform_like(self, logit: Tensor, stream: int) -> Tensor:
+        """Draw uniform numbers in (0, 1) for one mask in this forward, of the shape, dtype and device of its logits."""
+        return uniform_noise(
+            logit.shape, seed=self.seed, counter=self.forward, stream=stream, device=logit.device, dtype=logit.dtype
+        )
 
 
 class MaskOptions(BaseModel):

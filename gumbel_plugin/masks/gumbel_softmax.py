@@ -67,11 +67,14 @@ class GumbelSoftmaxMask(LearntMask):
         self.temperature = self._temperature_schedule(0.0)
 
     def sample(self, weight: Tensor | None) -> Tensor:
-        return gumbel_gates(self.logit, self._noise(), self.temperature)
+        logit = self._logit()
+        return gumbel_gates(logit, self.noise.uniform_like(logit, self.stream), self.temperature)
 
     def mask_weight(self, weight: Tensor) -> Tensor:
         if self.phase is Phase.LEARNING and self.training and self.granularity == ELEMENT:
-            return straight_through_gumbel(weight, self.logit, self._noise(), self.temperature)
+            logit = self._logit()
+            noise = self.noise.uniform_like(logit, self.stream)
+            return straight_through_gumbel(weight, logit, noise, self.temperature)
         return super().mask_weight(weight)
 
     def scores(self, weight: Tensor | None) -> Tensor:
@@ -83,5 +86,6 @@ class GumbelSoftmaxMask(LearntMask):
     def advance(self, progress: float) -> None:
         self.temperature = self._temperature_schedule(progress)
 
-    def _noise(self) -> Tensor:
-        return self.noise.uniform(self.shape, self.stream, self.logit.device)
+    def _logit(self) -> Tensor:
+        # Noise needs float32 at least; a model in half precision has its logits in half precision too.
+        return self.logit if self.logit.dtype == torch.float64 else self.logit.float()
