@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,21 +37,37 @@ class DependencyGroups:
         groups: The model's channel groups.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        graph: Any = None,
+        ignored_layers: Sequence[nn.Module] = (),
+        root_module_types: Sequence[type[nn.Module]] = _ROOTS,
+        parts: Callable[[Any], int] | None = None,
+    ) -> None:
         """Trace the model.
 
         Args:
             model: The plain model, without gates. Its train/eval flags and requires_grad are kept.
             example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+            graph: A `torch_pruning.DependencyGraph` of the model that exists already; built here without it.
+            ignored_layers: Layers that keep all their channels; their groups are left out.
+            root_module_types: Layers whose output channels define a group.
+            parts: Says of one of Torch-Pruning's groups into how many equal parts its channels fall that lose the same
+                members, in addition to what grouped layers demand.
 
         Raises:
             GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
         """
         self.model = model
         self._names = {module: name for name, module in model.named_modules()}
-        self.graph = _build_graph(model, example_inputs)
+        self.graph = graph or _build_graph(model, example_inputs)
+        self._parts = parts
         self._roots: dict[str, tuple[nn.Module, int]] = {}
-        self.groups = [self._describe(group) for group in self.graph.get_all_groups(root_module_types=list(_ROOTS))]
+        found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
+        self.groups = [self._describe(group) for group in found]
 
     def remove(self, name: str, units: Tensor) -> None:
         """Remove units of a group from the model, everywhere they appear.
@@ -60,16 +76,19 @@ class DependencyGroups:
             name: The group's name.
             units: Unit numbers, int64.
         """
-        root, size = self._roots[name]
-        channels = _channels(root)
-        gone = set(units.tolist())
-        positions = [channel for channel in range(channels) if channel % size in gone]
-        group = self.graph.get_pruning_group(root, self.graph.get_pruner_of_module(root).prune_out_channels, positions)
+        group = self.pruning_group(name, units)
         flags = {id(parameter): parameter.requires_grad for parameter in self.model.parameters()}
         trainable = {name: flags[id(parameter)] for name, parameter in self.model.named_parameters()}
         group.prune()
         for parameter_name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable[parameter_name])
+
+    def pruning_group(self, name: str, units: Tensor) -> Any:
+        """Return Torch-Pruning's group that removes these units of a group."""
+        root, size = self._roots[name]
+        gone = set(units.tolist())
+        positions = [channel for channel in range(_channels(root)) if channel % size in gone]
+        return self.graph.get_pruning_group(root, self.graph.get_pruner_of_module(root).prune_out_channels, positions)
 
     def _describe(self, group: Any) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
@@ -101,7 +120,7 @@ class DependencyGroups:
 
     def _coupled(self, group: Any) -> int:
         """Return into how many equal parts the channels fall that must lose the same members (grouped layers)."""
-        parts = 1
+        parts = 1 if self._parts is None else self._parts(group)
         for item in group.items:
             module = item.dep.target.module
             if isinstance(module, tp.ops.TORCH_CONV) and module.groups > 1:
