@@ -6,7 +6,9 @@ Three ways to multiply a weight by a sampled mask are interleaved in one run:
 - reference: `torch.stack([m, 0])`, `F.gumbel_softmax(hard=True, dim=0)[0]`, times the weight;
 - multiply: one plain product of weight and logit, the cheapest layer that has the same inputs, output and gradients.
 
-Run it as ``python benchmarks/sampling.py --threads 2 --output sampling.json``. Times are medians of the repetitions.
+Run it as ``python benchmarks/sampling.py --threads 2 --output sampling.json``. Times are medians of the repetitions
+and ratios those of the medians; *best* is the fastest repetition: where it is far below the median, other programs
+were running. (With more threads than idle cores every parallel loop waits for the slowest thread.)
 Memory is counted in tensors of the weight's size: *kept* is what autograd saves (seen through
 `saved_tensors_hooks`, inputs left out, shared storage counted once) plus the result; *held* and *peak* are what
 the allocator says is in use after the forward and at worst, beyond the inputs.
@@ -37,8 +39,8 @@ from gumbel_plugin.masks.functional import straight_through_gumbel, uniform_nois
 Forward = Callable[[Tensor, Tensor], Tensor]
 
 HEADER = """\
-|    weights | weight  | way       | forward ms | backward ms | total ms | / multiply | faster | kept | held | peak |
-|-----------:|---------|-----------|-----------:|------------:|---------:|-----------:|-------:|-----:|-----:|-----:|"""
+|    weights | weight  | way       |  forward | backward | total ms |  best ms | / mult | faster | kept | held | peak |
+|-----------:|---------|-----------|---------:|---------:|---------:|---------:|-------:|-------:|-----:|-----:|-----:|"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Result:
     forward: float
     backward: float
     total: float
+    best: float
     times_multiply: float
     times_faster_than_reference: float
     kept: float
@@ -76,8 +79,8 @@ class Result:
         """Format the row under `HEADER`."""
         return (
             f"| {self.size:>10,} | {self.weight:7} | {self.way:9} "
-            f"| {self.forward:10.2f} | {self.backward:11.2f} | {self.total:8.2f} "
-            f"| {self.times_multiply:10.1f} | {self.times_faster_than_reference:6.1f} "
+            f"| {self.forward:8.2f} | {self.backward:8.2f} | {self.total:8.2f} | {self.best:8.2f} "
+            f"| {self.times_multiply:6.1f} | {self.times_faster_than_reference:6.1f} "
             f"| {self.kept:4.1f} | {self.held:4.1f} | {self.peak:4.1f} |"
         )
 
@@ -202,6 +205,7 @@ def compare(size: int, frozen: bool, device: torch.device, repeats: int) -> Iter
             forward=statistics.median(step[0] for step in times[name]),
             backward=statistics.median(step[1] for step in times[name]),
             total=total[name],
+            best=min(map(sum, times[name])),
             times_multiply=total[name] / total["multiply"],
             times_faster_than_reference=total["reference"] / total[name],
             kept=kept_tensors(forward, case),

@@ -17,14 +17,19 @@ from gumbel_plugin.shrinking.shrink import shrink  # noqa: E402
 
 if TYPE_CHECKING:
     from gumbel_nni import GumbelPruner
+    from gumbel_torch_pruning import GumbelGroupPruner
 
 __version__ = "0.1.0"
 
 # What lives in an adapter: (its package, the package that must be installed, the extra that installs it).
-_ADAPTERS = {"GumbelPruner": ("gumbel_nni", "nni", "nni")}
+_ADAPTERS = {
+    "GumbelPruner": ("gumbel_nni", "nni", "nni"),
+    "GumbelGroupPruner": ("gumbel_torch_pruning", "torch_pruning", "torch-pruning"),
+}
 
 __all__ = [
     "EquivalenceReport",
+    "GumbelGroupPruner",
     "GumbelPluginError",
     "GumbelPruner",
     "MaskingSession",

@@ -192,7 +192,7 @@ class PruningSection(_Section):
 
     method: str = "gumbel_softmax"
     options: dict[str, Any] = Field(default_factory=dict)
-    config_list: tuple[LayerRule, ...] = Field(min_length=1)
+    config_list: tuple[LayerRule, ...] = ()
     weights: WeightMode = "trained"
     weight_init: Literal["keep", "kaiming_normal", "signed_constant"] = "keep"
     rescale: Literal["none", "learned", "dynamic"] = "none"

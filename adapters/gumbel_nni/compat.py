@@ -13,9 +13,9 @@ import inspect
 import sys
 import types
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,14 +171,16 @@ def pytree_nodes_of_fx() -> bool:
 
 
 def masks_by_path() -> bool:
-    """Let masks that were saved as ``torch.save(pruner.get_masks())`` load again.
+    """Let ModelSpeedup load masks that were saved as ``torch.save(pruner.get_masks())``.
 
-    Cause: torch.load refuses what is not on its list (torch 2.6 and later); a pruner's masks are a
-    ``defaultdict(dict)``. Both constructors are harmless.
+    Cause: torch.load builds only what is on its list (torch 2.6 and later); a pruner's masks are a
+    ``defaultdict(dict)``. Remedy: while ModelSpeedup reads its file, and only then, a defaultdict loads as a dict.
     """
-    if not hasattr(torch.serialization, "add_safe_globals"):
+    from nni.compression.speedup import ModelSpeedup
+
+    if not hasattr(torch.serialization, "safe_globals"):
         return False
-    torch.serialization.add_safe_globals([defaultdict, dict])
+    _replace_once(ModelSpeedup, "__init__", _init_speedup)
     return True
 
 
@@ -304,6 +306,21 @@ def _replace_once(owner: type, name: str, replacement: Callable[..., Any]) -> No
     original = getattr(owner, name)
     if original is not replacement:
         setattr(owner, name, functools.update_wrapper(replacement, original))
+
+
+def _init_speedup(
+    self: Any, model: Any, dummy_input: Any, masks_or_file: Any, map_location: Any = None, *args: Any, **kwargs: Any
+) -> None:
+    if isinstance(masks_or_file, (str, Path)):
+        allowed = [(_plain_dict, "collections.defaultdict"), dict]
+        with torch.serialization.safe_globals(allowed):
+            masks_or_file = torch.load(masks_or_file, map_location)
+    original = _init_speedup.__wrapped__  # type: ignore[attr-defined]
+    original(self, model, dummy_input, masks_or_file, map_location, *args, **kwargs)
+
+
+def _plain_dict(factory: type) -> dict[str, Any]:
+    return {}
 
 
 def _patch_loss(self: Any, patch: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:

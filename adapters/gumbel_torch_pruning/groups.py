@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import GraphError
-from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice
+from gumbel_plugin.errors import EquivalenceError, GraphError
+from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, columns_view, input_channels, output_dimension
+from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_plugin.shrinking.inputs import call_model, observing
 
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
@@ -24,6 +27,10 @@ _MIXING_OPERATIONS = ("softmax", "layernorm", "groupnorm", "rmsnorm", "scaleddot
 
 class DependencyGroups:
     """The channel groups of one model, and the physical removal of their units.
+
+    A group is called exact only after a trial: units were removed from a copy of the model, and its outputs compared.
+    What the graph does not show (a mean over channels, a fixed slice, a reshape) comes out there. A graph with
+    customized pruners cannot be built again for a copy; its groups are judged by the graph alone.
 
     Example::
 
@@ -67,7 +74,8 @@ class DependencyGroups:
         self._parts = parts
         self._roots: dict[str, tuple[nn.Module, int]] = {}
         found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
-        self.groups = [self._describe(group) for group in found]
+        groups = [self._describe(group) for group in found]
+        self.groups = groups if self.graph.CUSTOMIZED_PRUNERS else _tried(model, example_inputs, groups)
 
     def remove(self, name: str, units: Tensor) -> None:
         """Remove units of a group from the model, everywhere they appear.
@@ -105,9 +113,11 @@ class DependencyGroups:
             part = ChannelSlice(self._names[module], torch.tensor(item.idxs), torch.tensor(item.root_idxs) % size)
             if self._reads(item.dep):
                 consumers.append(part)
-            elif isinstance(getattr(module, "weight", None), Tensor):
+            elif isinstance(getattr(module, "weight", None), Tensor) and self._width(module) is not None:
                 producers.append(part)
-        safety, reason = self._judge(group, consumers)
+        safety, reason = self._judge(group)
+        if safety == "exact":
+            safety, reason = self._check_parts(size, producers, consumers)
         return ChannelGroup(name, size, tuple(producers), tuple(consumers), safety, reason)  # type: ignore[arg-type]
 
     def _reads(self, dep: Any) -> bool:
@@ -117,6 +127,11 @@ class DependencyGroups:
             return False
         pruner = self.graph.get_pruner_of_module(module)
         return bool(dep.handler == pruner.prune_in_channels)
+
+    def _width(self, module: nn.Module) -> int | None:
+        """Return how many output channels a module has; None for a PReLU with one slope for all."""
+        width: int | None = self.graph.get_pruner_of_module(module).get_out_channels(module)
+        return width
 
     def _coupled(self, group: Any) -> int:
         """Return into how many equal parts the channels fall that must lose the same members (grouped layers)."""
@@ -130,21 +145,36 @@ class DependencyGroups:
                 parts = max(parts, module.num_groups)
         return parts
 
-    def _judge(self, group: Any, consumers: Sequence[ChannelSlice]) -> tuple[str, str]:
+    def _judge(self, group: Any) -> tuple[str, str]:
         for item in group.items:
             node = item.dep.target
             if node.type == tp.ops.OPTYPE.OUTPUT:
                 return "unsupported", "it reaches the network's output"
-            if isinstance(node.module, nn.MultiheadAttention):
-                return "unsupported", f"{self._names[node.module]} is an attention layer over these channels"
+            if isinstance(node.module, nn.MultiheadAttention | nn.LSTM):
+                return "unsupported", f"{self._names[node.module]} is a {type(node.module).__name__} over these channels"
             if isinstance(node.module, _NORMS_OVER_CHANNELS):
                 kind = type(node.module).__name__
                 return "inexact", f"{kind} {self._names[node.module]} computes statistics over these channels"
             operation = str(getattr(node.module, "_grad_fn", ""))
             if any(word in operation.lower() for word in _MIXING_OPERATIONS):
                 return "inexact", f"{operation} mixes these channels"
+        return "exact", ""
+
+    def _check_parts(
+        self, size: int, producers: Sequence[ChannelSlice], consumers: Sequence[ChannelSlice]
+    ) -> tuple[str, str]:
         if not consumers:
             return "unsupported", "no convolution or linear layer reads it"
+        if size < 2:
+            return "unsupported", "it has one unit, which must stay"
+        modules = dict(self.model.named_modules())
+        for part in (*producers, *consumers):
+            module = modules[part.module]
+            width = input_channels(module) if part in consumers else self._width(module)
+            if width is None or int(part.positions.max()) >= width:
+                return "unsupported", f"Torch-Pruning does not find its channels in {part.module}"
+            if output_dimension(module) is None:
+                return "unsupported", f"{part.module} is a grouped transposed convolution, which cannot be cut"
         return "exact", ""
 
 
@@ -161,31 +191,113 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
     return DependencyGroups(copy.deepcopy(model), example_inputs).groups
 
 
+def _tried(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Return the groups with those marked whose units cannot be removed exactly."""
+    exact = [group for group in groups if group.safety == "exact"]
+    if not exact or not _trial(model, example_inputs, exact):
+        return list(groups)
+    reasons = {group.name: _trial(model, example_inputs, [group]) for group in exact}
+    return [
+        replace(group, safety="inexact", reason=reasons[group.name]) if reasons.get(group.name) else group
+        for group in groups
+    ]
+
+
+def _trial(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]) -> str:
+    """Remove about half of the units of some groups from a copy; return why that is not exact, or nothing."""
+    generator = torch.Generator().manual_seed(0)
+    masked = copy.deepcopy(model)
+    _shake(masked, generator)
+    closed = {group.name: _odd_half(group.size, generator) for group in groups}
+    for group in groups:
+        _close(masked, group, closed[group.name])
+    small = copy.deepcopy(masked)
+    try:
+        graph = _build_graph(small, example_inputs)
+        for group in groups:
+            root = small.get_submodule(group.name)
+            part = next(part for part in group.producers if part.module == group.name)
+            positions = part.positions[torch.isin(part.units, closed[group.name])].tolist()
+            prune = graph.get_pruner_of_module(root).prune_out_channels
+            graph.get_pruning_group(root, prune, positions).prune()
+        report = verify_equivalence(masked, small, example_inputs, samples=1, dtypes=(torch.float64,))
+    except EquivalenceError:
+        return "removing its units changes the shape of the output"
+    except Exception as error:
+        return f"the model does not run without some of its units: {error}"
+    return "" if report.passed else "what lies between computes one channel from others"
+
+
+def _odd_half(size: int, generator: torch.Generator) -> Tensor:
+    """Return about half of the units, at random.
+
+    Their number has no factor in common with the size, so that units which really belong together in pairs or triples
+    (the parts of a `chunk`) are torn apart.
+    """
+    numbers = [number for number in range(1, size) if math.gcd(number, size) == 1]
+    return torch.randperm(size, generator=generator)[: min(numbers, key=lambda number: abs(number - size / 2))]
+
+
+@torch.no_grad()
+def _shake(model: nn.Module, generator: torch.Generator) -> None:
+    """Add noise to every parameter: one that starts at zero or is constant would hide what it multiplies."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() > 0:
+            scale = 0.3 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+
+
+@torch.no_grad()
+def _close(model: nn.Module, group: ChannelGroup, units: Tensor) -> None:
+    """Zero what the consumers read of these units, and make the units themselves loud: nobody else should hear."""
+    for part in (*group.producers, *group.consumers):
+        module = model.get_submodule(part.module)
+        weight, chosen = module.weight, part.positions[torch.isin(part.units, units)]
+        assert isinstance(weight, Tensor)
+        if part in group.consumers:
+            factors = torch.ones(input_channels(module)).index_fill(0, chosen, 0.0)
+            weight.mul_(columns_view(module, factors).to(weight))
+        else:
+            dimension = output_dimension(module)
+            assert dimension is not None
+            factors = torch.ones(weight.shape[dimension]).index_fill(0, chosen, 4.0).to(weight)
+            weight.mul_(factors.reshape([-1 if d == dimension else 1 for d in range(weight.dim())]))
+
+
 def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
     with _traceable(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            with torch.no_grad():
-                call_model(model, example_inputs)
-        except Exception as error:
-            raise GraphError(f"the model's forward fails on the example inputs: {error}") from error
+        check_forward(model, example_inputs)
         try:
             return tp.DependencyGraph().build_dependency(
                 model,
                 example_inputs,
                 forward_fn=_forward,
-                output_transform=_mark_outputs,
+                output_transform=mark_outputs,
                 verbose=False,
             )
         except Exception as error:
             raise GraphError(f"Torch-Pruning cannot build the dependency graph: {error!r}") from error
 
 
+def check_forward(model: nn.Module, example_inputs: Any) -> None:
+    """Run the model once, in eval mode.
+
+    Raises:
+        GraphError: If its forward fails on the example inputs.
+    """
+    try:
+        with observing(model):
+            call_model(model, example_inputs)
+    except Exception as error:
+        raise GraphError(f"the model's forward fails on the example inputs: {error}") from error
+
+
 def _forward(model: nn.Module, example_inputs: Any) -> Any:
     return call_model(model, example_inputs)
 
 
-def _mark_outputs(outputs: Any) -> list[Tensor]:
+def mark_outputs(outputs: Any) -> list[Tensor]:
     """Give every output a node of its own: a final layer alone is not recognised as an output."""
     tensors: list[Tensor] = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return [tensor.clone() for tensor in tensors if tensor.grad_fn is not None]

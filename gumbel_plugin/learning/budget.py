@@ -28,6 +28,7 @@ class Member:
         cost: How many weights one unit stands for.
         max_ratio: At most this fraction of the units goes.
         min_ratio: At least this fraction of the units goes.
+        multiple: How many units stay is a multiple of this (as far as the mask has that many).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Member:
     cost: float = 1.0
     max_ratio: float = 1.0
     min_ratio: float = 0.0
+    multiple: int = 1
 
     @property
     def weight(self) -> Tensor | None:
@@ -51,6 +53,14 @@ class Member:
         """Return the least and the most units that may go; the last one always stays."""
         most = min(portion(self.units, self.max_ratio), self.units - 1)
         return min(portion(self.units, self.min_ratio), most), most
+
+    def round_down(self, kept: Tensor, scores: Tensor) -> None:
+        """Close the lowest-scored of the kept units, in place, until their number is a multiple."""
+        count = int(kept.sum())
+        target = max(count - count % self.multiple, min(self.multiple, count))
+        if target < count:
+            open_units = torch.nonzero(kept).flatten()
+            kept[open_units[torch.argsort(scores[open_units], stable=True)[: count - target]]] = False
 
 
 @dataclass(eq=False)
@@ -105,7 +115,8 @@ class Scope:
             gone += least * member.cost
             candidates.append((score[order[least:most]], order[least:most], number))
         self._remove(candidates, keep, portion_of(self.total, self.ratio) - gone)
-        for member, kept in zip(self.members, keep, strict=True):
+        for member, kept, score in zip(self.members, keep, scores, strict=True):
+            member.round_down(kept, score)
             if int(kept.sum()) == 1 < member.units and self.ratio * member.units > member.units - 1:
                 _logger.warning("%s would lose its last unit; it keeps one", member.name)
         return {m.name: kept.reshape(m.mask.shape) for m, kept in zip(self.members, keep, strict=True)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +14,67 @@ from gumbel_plugin.errors import ConfigError, TargetError, nearest
 from gumbel_plugin.learning.budget import Member, Scope
 from gumbel_plugin.learning.sites import ColumnGates, WeightSite
 from gumbel_plugin.masks import LearntMask, NoiseSource, method_named
-from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, granularity_of
+from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, Granularity, granularity_of
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
 class Plan:
-    """What a session learns on one model.
+    """What a session learns on one model: masks, where they act, and their budgets. The model is not touched.
 
     Attributes:
         masks: The masks, by name: a layer's name, or a group's.
         sites: Where they act, by layer name.
         scopes: The budgets.
         groups: The channel groups that are gated, by mask name.
+        noise: The random numbers that all masks share.
     """
 
-    masks: dict[str, LearntMask] = field(default_factory=dict)
-    sites: dict[str, WeightSite] = field(default_factory=dict)
-    scopes: list[Scope] = field(default_factory=list)
-    groups: dict[str, ChannelGroup] = field(default_factory=dict)
+    def __init__(self, model: nn.Module, config: PruningSection, seed: int) -> None:
+        """Start an empty plan; `seed` seeds the noise that all masks share."""
+        self.masks: dict[str, LearntMask] = {}
+        self.sites: dict[str, WeightSite] = {}
+        self.scopes: list[Scope] = []
+        self.groups: dict[str, ChannelGroup] = {}
+        self._modules = dict(model.named_modules())
+        self._config = config
+        self.noise = NoiseSource(seed)
+
+    def gate_layer(self, name: str, granularity: Granularity) -> Member:
+        """Gate the units of one layer's weight."""
+        site = self.site(name)
+        shape = granularity.gate_shape(site.weight.shape)
+        self.masks[name] = site.mask = self._new_mask(shape, granularity)
+        return Member(name, site.mask, site, float(granularity.unit_size(site.weight.shape)))
+
+    def gate_group(self, group: ChannelGroup) -> Member:
+        """Gate the units of a channel group; `join_consumers` must follow once all groups are gated."""
+        self.masks[group.name] = mask = self._new_mask((group.size,), None)
+        self.groups[group.name] = group
+        weights = [self._modules[part.module].weight for part in group.producers]
+        matrices = sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and weight.dim() > 1)
+        return Member(group.name, mask, None, matrices / group.size if matrices else 1.0)
+
+    def join_consumers(self) -> None:
+        """Let the gated groups act at the layers that read them; several may feed one layer."""
+        feeds: dict[str, list[tuple[LearntMask, ChannelSlice]]] = {}
+        for name, group in self.groups.items():
+            for part in group.consumers:
+                feeds.setdefault(part.module, []).append((self.masks[name], part))
+        for layer, parts in feeds.items():
+            self.site(layer).columns = ColumnGates.join(self._modules[layer], parts)
+
+    def site(self, name: str) -> WeightSite:
+        """Return the site of a layer, a new one if it has none."""
+        if name not in self.sites:
+            module = self._modules[name]
+            scale = nn.Parameter(torch.ones(())) if self._config.rescale == "learned" else None
+            self.sites[name] = WeightSite(name, module, module, scale=scale, rescale=self._config.rescale)
+        return self.sites[name]
+
+    def _new_mask(self, shape: Sequence[int], granularity: Granularity | None) -> LearntMask:
+        method = method_named(self._config.method)
+        return method(shape, self._config.method_options(), self.noise, len(self.masks), granularity)
 
 
 def select_modules(model: nn.Module, rule: LayerRule) -> dict[str, nn.Module]:
@@ -92,56 +132,46 @@ def build_plan(model: nn.Module, config: PruningSection, groups: Sequence[Channe
         TargetError: If a rule matches nothing, or nothing at all would be gated.
         ConfigError: If a granularity does not fit a layer, or rules contradict each other.
     """
-    builder = _Builder(model, config, NoiseSource(seed))
+    if not config.config_list:
+        raise ConfigError("pruning.config_list is empty: it must name the layers to prune")
+    builder = _Builder(model, config, Plan(model, config, seed))
     for rule in config.config_list:
         selected = select_modules(model, rule)
         if rule.structured:
             builder.add_groups(rule, selected, groups)
         else:
-            for name, module in selected.items():
-                builder.add_layer(rule, name, module)
-    builder.finish()
-    return builder.plan
+            for name in selected:
+                builder.add_layer(rule, name)
+    return builder.finish()
 
 
 class _Builder:
-    """Collects masks, sites and scopes rule by rule."""
+    """Fills a plan from an NNI config list, rule by rule."""
 
-    def __init__(self, model: nn.Module, config: PruningSection, noise: NoiseSource) -> None:
-        self.model = model
-        self.modules = dict(model.named_modules())
-        self.config = config
-        self.noise = noise
-        self.plan = Plan()
+    def __init__(self, model: nn.Module, config: PruningSection, plan: Plan) -> None:
+        self.plan = plan
         self._scopes: dict[object, Scope] = {}
         self._ties: dict[object, str] = {}
         self._excluded = excluded_names(model, config.config_list)
 
-    def add_layer(self, rule: LayerRule, name: str, module: nn.Module) -> None:
-        """Gate the units of one layer's weight."""
+    def add_layer(self, rule: LayerRule, name: str) -> None:
+        """Gate the units of one layer's weight, or let it share the gates of the layer that it is tied to."""
         if name in self.plan.masks:
             raise ConfigError(f"{name!r} is selected by two config_list entries; exclude it from one of them")
-        weight = module.weight
         granularity = granularity_of(rule.granularity)
-        shape = granularity.gate_shape(weight.shape)  # type: ignore[union-attr, arg-type]
-        site = self._site(name)
         tie = rule.dependency_group_id
-        if tie is not None and tie in self._ties:
-            mask = self.plan.masks[self._ties[tie]]
-            if mask.shape != shape:
-                raise ConfigError(
-                    f"dependency_group_id {tie!r}: {name!r} has gates of shape {shape}, "
-                    f"{self._ties[tie]!r} of shape {mask.shape}; they cannot share them"
-                )
-            site.mask = mask
+        if tie is None or tie not in self._ties:
+            self._join_scope(rule, self.plan.gate_layer(name, granularity))
+            self._ties.setdefault(tie, name)
             return
-        if tie is not None:
-            self._ties[tie] = name
-        options = self.config.method_options()
-        mask = method_named(self.config.method)(shape, options, self.noise, len(self.plan.masks), granularity)
-        self.plan.masks[name] = site.mask = mask
-        cost = float(granularity.unit_size(weight.shape))  # type: ignore[union-attr, arg-type]
-        self._join_scope(rule, Member(name, mask, site, cost))
+        site, mask = self.plan.site(name), self.plan.masks[self._ties[tie]]
+        shape = granularity.gate_shape(site.weight.shape)
+        if mask.shape != shape:
+            raise ConfigError(
+                f"dependency_group_id {tie!r}: {name!r} has gates of shape {shape}, "
+                f"{self._ties[tie]!r} of shape {mask.shape}; they cannot share them"
+            )
+        site.mask = mask
 
     def add_groups(self, rule: LayerRule, selected: Mapping[str, nn.Module], groups: Sequence[ChannelGroup]) -> None:
         """Gate every exact group that has a selected layer among its producers."""
@@ -155,35 +185,15 @@ class _Builder:
             elif group.safety != "exact":
                 _logger.warning("group %s is not gated: %s", group.name, group.reason)
             else:
-                self._add_group(rule, group)
+                self._join_scope(rule, self.plan.gate_group(group))
 
-    def _add_group(self, rule: LayerRule, group: ChannelGroup) -> None:
-        options = self.config.method_options()
-        mask = method_named(self.config.method)((group.size,), options, self.noise, len(self.plan.masks))
-        self.plan.masks[group.name] = mask
-        self.plan.groups[group.name] = group
-        weights = [self.modules[part.module].weight for part in group.producers]
-        matrices = sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and weight.dim() > 1)
-        self._join_scope(rule, Member(group.name, mask, None, matrices / group.size))
-
-    def finish(self) -> None:
-        """Join the groups that feed the same layer, and order the scopes."""
-        feeds: dict[str, list[tuple[LearntMask, ChannelSlice]]] = {}
-        for name, group in self.plan.groups.items():
-            for part in group.consumers:
-                feeds.setdefault(part.module, []).append((self.plan.masks[name], part))
-        for layer, parts in feeds.items():
-            self._site(layer).columns = ColumnGates.join(self.modules[layer], parts)
+    def finish(self) -> Plan:
+        """Return the plan."""
+        self.plan.join_consumers()
         if not self.plan.masks:
             raise TargetError("nothing would be gated: no selected layer belongs to a group that can be cut exactly")
         self.plan.scopes = list(self._scopes.values())
-
-    def _site(self, name: str) -> WeightSite:
-        if name not in self.plan.sites:
-            module = self.modules[name]
-            scale = nn.Parameter(torch.ones(())) if self.config.rescale == "learned" else None
-            self.plan.sites[name] = WeightSite(name, module, module, scale=scale, rescale=self.config.rescale)
-        return self.plan.sites[name]
+        return self.plan
 
     def _join_scope(self, rule: LayerRule, member: Member) -> None:
         member.max_ratio = 1.0 if rule.max_sparse_ratio is None else rule.max_sparse_ratio

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,17 +258,23 @@ class MaskingSession:
             site.fold()
         return self.masks()
 
-    def masks(self) -> Masks:
-        """Return the masks as NNI reports them: element masks on weights; a channel group's on its producers' rows."""
+    def masks(self, decided: Mapping[str, Tensor] | None = None) -> Masks:
+        """Return the masks as NNI reports them: element masks on weights; a channel group's on its producers' rows.
+
+        Args:
+            decided: Hard gates by mask name; by default those that were fixed.
+        """
+        hard_gates = decided or {name: mask.hard for name, mask in self.plan.masks.items()}
+        names = {id(mask): name for name, mask in self.plan.masks.items()}
         masks: Masks = {}
         for name, site in self.plan.sites.items():
             if site.mask is not None:
-                hard = site.mask.spread(site.mask.hard.float(), site.weight)
+                hard = site.mask.spread(hard_gates[names[id(site.mask)]].float(), site.weight)
                 masks[name] = {"weight": hard.expand_as(site.weight).clone()}
         modules = dict(self.model.named_modules())
         for name, group in self.plan.groups.items():
             for part in group.producers:
-                rows = _rows(modules[part.module], part.positions, self.plan.masks[name].hard[part.units])
+                rows = _rows(modules[part.module], part.positions, hard_gates[name][part.units])
                 for target, mask in rows.items():
                     known = masks.setdefault(part.module, {})
                     known[target] = known[target] * mask if target in known else mask
@@ -297,6 +303,39 @@ class MaskingSession:
             if any(not torch.equal(kept[0] > 0, other > 0) for other in kept[1:]):
                 raise TargetError(f"group {name}: its producers' masks close different units")
             self.plan.masks[name].fix(kept[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
+        return {
+            "masks": {name: mask.state_dict() for name, mask in self.plan.masks.items()},
+            "phases": {name: mask.phase.value for name, mask in self.plan.masks.items()},
+            "scales": [scale.detach().clone() for scale in self.scale_parameters()],
+            "multipliers": self.controller.multipliers.clone(),
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "forward": self.plan.noise.forward,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; the session must be planned alike, on a model of the same shape.
+
+        Raises:
+            TargetError: If the masks are not the same ones.
+        """
+        if set(state["masks"]) != set(self.plan.masks):
+            other = sorted(set(state["masks"]) ^ set(self.plan.masks))
+            raise TargetError(f"the state is of another plan: mask {other[0]!r} is in only one of them")
+        for name, mask in self.plan.masks.items():
+            mask.load_state_dict(state["masks"][name])
+            mask.phase = Phase(state["phases"][name])
+        with torch.no_grad():
+            for scale, value in zip(self.scale_parameters(), state["scales"], strict=True):
+                scale.copy_(value)
+        self.controller.multipliers = state["multipliers"].clone()
+        self.steps, self.total_steps = state["steps"], state["total_steps"]
+        self.plan.noise.forward = state["forward"]
+        for mask in self.plan.masks.values():
+            mask.advance(self.progress)
 
     # State --------------------------------------------------------------------------------------------------------
 
@@ -329,9 +368,7 @@ class MaskingSession:
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         if module.training:
-            for mask in self.plan.masks.values():
-                mask.noise.forward += 1  # one source, shared by all masks
-                break
+            self.plan.noise.forward += 1
 
     def _boundaries(self) -> tuple[int, int]:
         total = self.total_steps or 0

@@ -158,6 +158,19 @@ def input_channels(module: torch.nn.Module) -> int:
     return channels
 
 
+def output_dimension(module: torch.nn.Module) -> int | None:
+    """Return the dimension of a module's weight that runs over its output channels; None if no single one does."""
+    if isinstance(module, torch.nn.Embedding):  # (vocabulary, channels)
+        return 1
+    if not getattr(module, "transposed", False):
+        return 0
+    groups = int(module.groups)  # type: ignore[arg-type]
+    if groups == 1:  # (in, out, ...)
+        return 1
+    # (in, out / groups, ...): the outputs of all groups share dimension 1, unless every channel is a group of its own.
+    return 0 if groups == module.in_channels == module.out_channels else None
+
+
 def columns_view(module: torch.nn.Module, columns: Tensor) -> Tensor:
     """Shape one value per input channel so that it multiplies the module's weight.
 

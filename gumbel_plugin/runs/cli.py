@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -12,49 +13,61 @@ from rich.table import Table
 
 from gumbel_plugin.config import PruningConfig, apply_overrides, read_yaml
 from gumbel_plugin.errors import ConfigError, GumbelPluginError
-from gumbel_plugin.runs.run import Column, RunResult, prepare
-from gumbel_plugin.runs.run import run as run_config
 
-app = typer.Typer(add_completion=True, no_args_is_help=True, help="Learn masks, shrink networks, prove it.",
-    pretty_exceptions_enable=False)
-_out = Console()
-_err = Console(stderr=True)
+if TYPE_CHECKING:  # the commands import these themselves: help is quick, and a missing extra is an error like others
+    from gumbel_plugin.runs.run import Column, RunResult
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.")]
-SetOption = Annotated[list[str], typer.Option("--set", help="Override a key: training.max_epochs=3 (repeatable).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key, e.g. training.max_epochs=3 (repeatable).")
+]
+
+
+@app.callback()
+def main() -> None:
+    """Learn masks, shrink networks, and prove that what is left computes the same."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that a configuration can name a factory that lies in the current folder
 
 
 @app.command()
 def run(
     config: ConfigArgument,
-    settings: SetOption = [],  # noqa: B006 (typer copies it)
-    output: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
-    force: Annotated[bool, typer.Option(help="Overwrite a finished run.")] = False,
-    quiet: Annotated[bool, typer.Option(help="Only the result.")] = False,
+    settings: SetOption = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results; runs/<config> by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
 ) -> None:
     """Train with learnt masks, shrink the network, prove that it is equal, and print what it costs."""
     try:
-        resolved = _load(config, settings)
+        from gumbel_plugin.runs.run import run as run_config
+
         folder = output if output is not None else Path("runs") / config.stem
-        progress = not quiet and sys.stderr.isatty()
-        result = run_config(resolved, folder, force=force, progress=progress, say=_silent if quiet else _say)
-    except GumbelPluginError as error:
+        result = run_config(_load(config, settings), folder, force=force, say=_silent if quiet else _say)
+    except (GumbelPluginError, OSError) as error:
         _fail(error)
-    _out.print(result_table(result))
-    _out.print(f"{result.equivalence}")
-    _out.print(f"training with gates took {result.training_seconds:.0f} s; everything is in {folder}")
+    _print_table(result_table(result))
+    typer.echo(str(result.equivalence))
+    typer.echo(f"training with gates took {result.training_seconds:.0f} s; everything is in {folder}")
 
 
 @app.command()
-def check(config: ConfigArgument, settings: SetOption = []) -> None:  # noqa: B006
-    """Check a configuration: build the network, find its data and what would be gated, train nothing."""
+def check(config: ConfigArgument, settings: SetOption = None) -> None:
+    """Check a configuration: build the network, find its data and what would be gated; train and write nothing."""
     try:
-        prepared = prepare(_load(config, settings))
-    except GumbelPluginError as error:
+        from gumbel_plugin.runs.run import prepare
+
+        plan = prepare(_load(config, settings)).session.plan
+    except (GumbelPluginError, OSError) as error:
         _fail(error)
-    plan = prepared.session.plan
     gates = sum(mask.hard.numel() for mask in plan.masks.values())
-    _out.print(f"{config}: ok, {gates} gates in {len(plan.masks)} masks, {len(plan.scopes)} budgets")
+    typer.echo(f"{config}: ok, {gates:,} gates in {len(plan.masks)} masks, {len(plan.scopes)} budgets")
+    for scope in plan.scopes:
+        units = sum(member.units for member in scope.members)
+        rule = "the gates decide" if scope.ratio is None else f"{100 * scope.ratio:g} % of the weights go"
+        typer.echo(f"  {scope.name}: {units:,} gates, {rule}")
 
 
 def result_table(result: RunResult) -> Table:
@@ -81,26 +94,34 @@ _ROWS: list[tuple[str, Any]] = [
     ("non-zero", lambda column: f"{column.profile.nonzero:,}"),
     ("MACs", lambda column: f"{column.profile.macs:,}"),
     ("latency (batch 1)", _latency),
-    ("file size", lambda column: f"{column.profile.file_bytes / 1024:.1f} KiB"),
+    ("file size", lambda column: f"{column.profile.file_bytes / 1024:,.1f} KiB"),
     ("test score", _score),
 ]
 
 
-def _load(path: Path, settings: list[str]) -> PruningConfig:
+def _print_table(table: Table) -> None:
+    """Print a table as wide as it is: a wrapped or shortened number is worse than a long line."""
+    console = Console()
+    unlimited = console.options.update(width=1000)
+    console.print(table, width=console.measure(table, options=unlimited).maximum, crop=False, no_wrap=True)
+
+
+def _load(path: Path, settings: list[str] | None) -> PruningConfig:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"config {str(path)!r} must be a mapping with a pruning section to be run")
-    return PruningConfig.load(apply_overrides(values, settings))
+    return PruningConfig.load(apply_overrides(values, settings or []))
 
 
 def _say(line: str) -> None:
-    _err.print(line, style="dim")
+    typer.secho(line, err=True, dim=True)
 
 
 def _silent(line: str) -> None:
     pass
 
 
-def _fail(error: GumbelPluginError) -> None:
-    _err.print(f"error: {error}", style="red", markup=False, highlight=False)
+def _fail(error: Exception) -> NoReturn:
+    """Say in one line what is wrong, and exit with 1."""
+    typer.secho(f"error: {' '.join(str(error).split())}", err=True, fg="red")
     raise typer.Exit(1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from gumbel_plugin.config import PruningConfig, TrainingConfig
 from gumbel_plugin.errors import ConfigError, MissingExtraError, NonFiniteLossError
 from gumbel_plugin.learning.session import GATES, MaskingSession, make_optimizer
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.runs.data import load_data, make_loader
+from gumbel_plugin.runs.data import DataBundle, load_data, make_loader
 from gumbel_plugin.shrinking.inputs import observing
 
 try:
@@ -27,6 +27,8 @@ except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
 
 _LOSSES = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
+_EVALUATION_BATCH = 256
+_PASSED_ON = ("accelerator", "devices", "strategy", "precision")
 Loader = DataLoader[Any]
 
 
@@ -34,83 +36,130 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
     """A network and, if it is gated, its session, as Lightning trains them.
 
     Weights, gates and scales have optimizers of their own (the methods publish different ones) on one backward.
+
+    Attributes:
+        steps: Optimiser steps so far; every optimizer's step on one batch together counts as one.
     """
 
-    def __init__(self, model: nn.Module, session: MaskingSession | None, training: TrainingConfig) -> None:
+    def __init__(
+        self, model: nn.Module, session: MaskingSession | None, training: TrainingConfig, total_steps: int
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.session = session
         self.training_config = training
         self.criterion = _LOSSES[training.loss]()
+        self.total_steps = total_steps
+        self.steps = 0
+        self._fixed_epochs = 0
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        weights = [p for n, p in self.model.named_parameters() if p.requires_grad and GATES not in n]
+        weights = self._weights()
         own = self.session.optimizers() if self.session else []
         return ([make_optimizer(weights, self.training_config.optimizer)] if weights else []) + own
 
     def training_step(self, batch: Sequence[Tensor], index: int) -> None:
         inputs, targets = batch
         task_loss = self.criterion(self.model(inputs), targets)
-        loss = task_loss
-        if self.session is not None:
-            loss = self.session.guard(task_loss) + self.session.loss()
-        elif not torch.isfinite(task_loss):
-            raise NonFiniteLossError(f"the loss became {float(task_loss):g} at step {self.global_step}")
-        optimizers = self.optimizers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        loss = self._guarded(task_loss if self.session is None else task_loss + self.session.loss())
+        optimizers = self._optimizers()
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
         if self.training_config.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.training_config.gradient_clip)
+            nn.utils.clip_grad_norm_(self._weights(), self.training_config.gradient_clip)
         for optimizer in optimizers:
             optimizer.step()
         if self.session is not None:
             self.session.step()
-        self.log("loss", task_loss.detach(), prog_bar=True)
+        self.steps += 1
+        if self.steps >= self.total_steps:
+            self.trainer.should_stop = True  # Lightning's own max_steps counts the steps of every optimizer
+        self.log("loss", task_loss.detach(), on_step=False, on_epoch=True, batch_size=len(inputs))
 
     def on_train_epoch_end(self) -> None:
         if self.session is not None:
             status = self.session.status()
-            self.log("sparsity", status.sparsity, prog_bar=True)
+            self.log("sparsity", status.sparsity)
             self.log("soft_sparsity", status.soft_sparsity)
-        self._set_learning_rate()
+        if self._weights():
+            weights_optimizer = self._optimizers()[0]
+            self.log("learning_rate", weights_optimizer.param_groups[0]["lr"])
+            for group in weights_optimizer.param_groups:
+                group["lr"] = self._next_learning_rate()
 
     def validation_step(self, batch: Sequence[Tensor], index: int) -> None:
         inputs, targets = batch
         score = _score(self.model(inputs), targets, self.training_config.loss)
-        self.log("validation_score", score, prog_bar=True, on_epoch=True, batch_size=len(inputs))
+        self.log("validation_score", score, on_epoch=True, batch_size=len(inputs), sync_dist=True)
 
-    def _set_learning_rate(self) -> None:
+    @property
+    def settled(self) -> bool:
+        """Whether a state of now could be the result.
+
+        That is: the masks are fixed, or are to be learnt to the end and have no budget that is still falling. Before,
+        the network is denser than it will be, and scores better than it will.
+        """
+        if self.session is None or self.session.phase is Phase.FIXED:
+            return True
+        config = self.session.config
+        if config.phases.fixed > 0 or self.session.phase is not Phase.LEARNING:
+            return False
+        return not self.session.controller.scopes or self.session.progress >= config.budget.ramp
+
+    def _weights(self) -> list[nn.Parameter]:
+        """Return what of the network itself is trained: no gates, no scales, and nothing if the weights are frozen."""
+        return [p for name, p in self.model.named_parameters() if p.requires_grad and GATES not in name]
+
+    def _optimizers(self) -> list[Any]:
+        optimizers = self.optimizers()
+        return optimizers if isinstance(optimizers, list) else [optimizers]
+
+    def _guarded(self, loss: Tensor) -> Tensor:
+        if self.session is not None:
+            return self.session.guard(loss)
+        if not bool(torch.isfinite(loss.detach())):
+            raise NonFiniteLossError(f"the loss became {float(loss.detach()):g} at step {self.steps}")
+        return loss
+
+    def _next_learning_rate(self) -> float:
+        """Return the rate of the weights for the epoch that follows; called once an epoch."""
         config = self.training_config
-        epoch, total = self.current_epoch + 1, self.trainer.max_epochs or config.max_epochs
-        factor = 0.5 + 0.5 * math.cos(math.pi * min(1.0, epoch / total)) if config.lr_schedule == "cosine" else 1.0
+        progress = min(1.0, (self.current_epoch + 1) / (self.trainer.max_epochs or config.max_epochs))
+        factor = 0.5 + 0.5 * math.cos(math.pi * progress) if config.lr_schedule == "cosine" else 1.0
         if self.session is not None and self.session.phase is Phase.FIXED:
-            self._fixed_epochs = getattr(self, "_fixed_epochs", 0) + 1
-            factor *= config.lr_decay**self._fixed_epochs
-        if any(p.requires_grad for n, p in self.model.named_parameters() if GATES not in n):
-            optimizers = self.optimizers()
-            first = optimizers[0] if isinstance(optimizers, list) else optimizers
-            for group in first.param_groups:
-                group["lr"] = config.optimizer.lr * factor
+            self._fixed_epochs += 1
+        return config.optimizer.lr * factor * config.lr_decay**self._fixed_epochs
 
 
 class _BestState(pl.Callback):  # type: ignore[misc]
-    """Keeps the state with the best validation score, and gives it back at the end."""
+    """Stops after some epochs without a better validation score, and gives the best state back at the end.
 
-    def __init__(self) -> None:
+    Only settled states count (see `MaskedTask.settled`). The masks of all of them are in the same phase, so that a
+    state, which holds logits and hard gates but no phase, says everything. Without any, the last state stays.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
         self.best = -math.inf
+        self.waited = 0
         self.state: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: Any, task: MaskedTask) -> None:
+        if not task.settled:
+            return
         score = float(trainer.callback_metrics["validation_score"])
         if score > self.best:
-            self.best = score
+            self.best, self.waited = score, 0
             self.state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+        else:
+            self.waited += 1
+            trainer.should_stop = trainer.should_stop or self.waited >= self.patience
 
     def on_fit_end(self, trainer: Any, task: MaskedTask) -> None:
-        task.model.load_state_dict(self.state)
+        if self.state:
+            task.model.load_state_dict(self.state)
 
 
 def fit(
@@ -122,78 +171,108 @@ def fit(
     *,
     max_steps: int | None = None,
     hooks: bool = True,
-    output: Path | None = None,
-    progress: bool = False,
+    logger: Any = None,
 ) -> None:
     """Train a model, with a session's gates if there is one.
 
     Args:
-        model: The model; it is trained in place and left in eval mode.
+        model: The model; it is trained in place and left in eval mode, in its own dtype and on the CPU.
         session: A planned session on this model; it is started here.
         training: How to train.
         train: Batches of (inputs, targets).
         validation: Batches to score with hard masks after each epoch.
         max_steps: Train for this many optimiser steps instead of epochs.
         hooks: Passed to `MaskingSession.start`.
-        output: Where the training log goes; none without it.
-        progress: Whether to show a progress bar.
+        logger: A Lightning logger, for instance `gumbel_plugin.runs.epoch_log.EpochLog`.
 
     Raises:
-        NonFiniteLossError: If the loss becomes NaN or infinite.
+        ConfigError: If the training settings contradict each other or this machine; nothing was trained.
+        NonFiniteLossError: If the loss becomes NaN or infinite. A gated model keeps its last remembered state.
     """
-    if training.patience is not None and validation is None:
-        raise ConfigError("training.patience needs validation data: set data.validation_fraction")
-    total = max_steps if max_steps is not None else training.max_epochs * len(train)
-    if session is not None:
-        session.start(total, hooks=hooks)
-    task = MaskedTask(model, session, training)
-    callbacks: list[Any] = []
-    if training.patience is not None:
-        callbacks = [_BestState(), pl.callbacks.EarlyStopping("validation_score", 0.0, training.patience, mode="max")]
-    epochs = training.max_epochs if max_steps is None else math.ceil(max_steps / len(train))
+    check_training(training, validation is not None)
+    if max_steps is not None and max_steps < 1:
+        raise ConfigError(f"max_steps is {max_steps}; it must be at least 1")
     with _quiet_lightning():
-        optimizers = len(task.configure_optimizers())
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            # Lightning counts every optimizer's step.
-            max_steps=-1 if max_steps is None else max_steps * optimizers,
-            accelerator=training.accelerator,
-            devices=training.devices,
-            strategy=training.strategy,
-            precision=training.precision,
-            logger=False if output is None else pl.loggers.CSVLogger(str(output), name="log", version=""),
-            enable_checkpointing=False,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            callbacks=callbacks,
-        )
-        trainer.fit(task, train, validation)
+        trainer = _trainer(training, logger)
+        steps_per_epoch = math.ceil(len(train) / trainer.world_size)
+        total = max_steps if max_steps is not None else training.max_epochs * steps_per_epoch
+        trainer.fit_loop.max_epochs = math.ceil(total / steps_per_epoch)
+        if session is not None:
+            session.start(total, hooks=hooks)
+        dtype = next(model.parameters()).dtype
+        with _interruptible():
+            trainer.fit(MaskedTask(model, session, training, total), train, validation)
+    if training.precision.endswith("-true"):
+        model.to(dtype)  # these precisions convert the model itself
     model.eval()
 
 
-def loaders(config: PruningConfig) -> tuple[Loader, Loader | None, Loader]:
-    """Return the loaders of a configuration's data: train, validation (if a part is set aside), test.
+def check_training(training: TrainingConfig, has_validation: bool) -> None:
+    """Refuse training settings that cannot work, before anything happens.
+
+    Raises:
+        ConfigError: If there is nothing to be patient about, or Lightning cannot train like this on this machine.
+    """
+    if training.patience is not None and not has_validation:
+        raise ConfigError(
+            f"training.patience = {training.patience}: it needs validation data; set data.validation_fraction"
+        )
+    if training.gradient_clip is not None and training.precision in ("16", "16-mixed"):
+        raise ConfigError(
+            f"training.gradient_clip = {training.gradient_clip}: precision {training.precision!r} scales the gradients "
+            "that it would clip; use 'bf16-mixed'"
+        )
+    with _quiet_lightning():
+        _trainer(training, None)
+
+
+def _trainer(training: TrainingConfig, logger: Any) -> Any:
+    try:
+        return pl.Trainer(
+            max_epochs=training.max_epochs,
+            **{key: getattr(training, key) for key in _PASSED_ON},
+            logger=logger or False,
+            callbacks=[] if training.patience is None else [_BestState(training.patience)],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+    except Exception as error:
+        settings = ", ".join(f"{key} {getattr(training, key)!r}" for key in _PASSED_ON)
+        raise ConfigError(f"training: Lightning refuses {settings}: {error}") from error
+
+
+def loaders(config: PruningConfig, bundle: DataBundle | None = None) -> tuple[Loader, Loader | None, Loader]:
+    """Return new loaders of a configuration's data: train, validation (if a part is set aside), test.
+
+    Args:
+        config: The configuration; its seed decides the order of the training batches.
+        bundle: Its data, if it is loaded already.
 
     Raises:
         ConfigError: If the configuration has no data section.
         DataError: If the data is not there.
     """
-    if config.data is None:
-        raise ConfigError("data: required to train from a configuration, but missing")
-    data, bundle = config.data, load_config_data(config)
-    train = make_loader(bundle.train, data.batch_size, shuffle=True, seed=config.seed)
-    test = make_loader(bundle.test, 256, shuffle=False, seed=config.seed)
-    held_out = bundle.validation
-    validation = None if held_out is None else make_loader(held_out, 256, shuffle=False, seed=config.seed)
-    return train, validation, test
+    bundle = bundle or load_config_data(config)
+    batch_size = config.data.batch_size if config.data is not None else _EVALUATION_BATCH
+    train = make_loader(bundle.train, batch_size, shuffle=True, seed=config.seed)
+    test = make_loader(bundle.test, _EVALUATION_BATCH, shuffle=False, seed=config.seed)
+    if bundle.validation is None:
+        return train, None, test
+    return train, make_loader(bundle.validation, _EVALUATION_BATCH, shuffle=False, seed=config.seed), test
 
 
-def load_config_data(config: PruningConfig) -> Any:
-    """Return the data bundle of a configuration."""
+def load_config_data(config: PruningConfig) -> DataBundle:
+    """Return the data of a configuration.
+
+    Raises:
+        ConfigError: If the configuration has no data section.
+        DataError: If the data is not there.
+    """
     data = config.data
     if data is None:
-        raise ConfigError("data: required, but missing")
+        raise ConfigError("data: required to train from a configuration, but missing")
     return load_data(
         data.name,
         root=data.root,
@@ -222,6 +301,19 @@ def _score(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
 
 
 @contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt: Lightning turns it into an exit and leaves the signal ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler or signal.default_int_handler)
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Keep Lightning's greetings and hints out of the output; errors stay."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
@@ -235,3 +327,14 @@ def _quiet_lightning() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+__all__ = [
+    "Loader",
+    "MaskedTask",
+    "check_training",
+    "evaluate",
+    "fit",
+    "load_config_data",
+    "loaders",
+]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, columns_view, input_channels
+from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, columns_view, input_channels, output_dimension
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +34,9 @@ def unread_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tenso
 
 
 @torch.no_grad()
-def find_dead_units(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+def find_dead_units(
+    model: nn.Module, groups: Sequence[ChannelGroup], *, include_inexact: bool = False
+) -> dict[str, Tensor]:
     """Find every unit that can go without changing the output, to the end of the chain.
 
     What a dead unit computes does not matter, so its producers' rows are set to zero; that may leave units before it
@@ -43,12 +45,14 @@ def find_dead_units(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[st
     Args:
         model: The masked model; rows of dead units are zeroed in place, which does not change its output.
         groups: Its channel groups; only exact ones are considered.
+        include_inexact: Consider also groups whose removal changes what a normalisation computes.
 
     Returns:
         Unit numbers by group name, for the groups that lose any.
     """
     modules = dict(model.named_modules())
-    exact = [group for group in groups if group.safety == "exact"]
+    allowed = ("exact", "inexact") if include_inexact else ("exact",)
+    exact = [group for group in groups if group.safety in allowed]
     dead: dict[str, Tensor] = {}
     changed = True
     while changed:
@@ -86,6 +90,7 @@ def _zero_rows(module: nn.Module, part: ChannelSlice, units: Tensor) -> None:
     rows = part.positions[torch.isin(part.units, units)]
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if weight.dim() < 2:  # a normalisation: nothing before it depends on its own parameters
+    dimension = output_dimension(module)
+    if weight.dim() < 2 or dimension is None:  # a normalisation: nothing before it depends on its own parameters
         return
-    weight.index_fill_(1 if getattr(module, "transposed", False) else 0, rows.to(weight.device), 0.0)
+    weight.index_fill_(dimension, rows.to(weight.device), 0.0)

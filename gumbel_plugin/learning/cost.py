@@ -1,0 +1,291 @@
+"""Budgets in what a deployer pays: MACs, parameters or latency, as functions of how many channels stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.learning.budget import Member, Scope
+from gumbel_plugin.masks.targets import ChannelGroup
+from gumbel_plugin.shrinking.inputs import ExampleInputs, batch_size_of, call_model, observing
+
+Gates = Mapping[str, Tensor]
+"""Gates or their probabilities, by mask name."""
+
+
+@dataclass(eq=False)
+class Width:
+    """How many channels a layer has on one side, as a function of the gates.
+
+    Attributes:
+        channels: Channels of the dense layer.
+        feeds: For each mask that gates some of them, how many channels each of its units stands for.
+    """
+
+    channels: int
+    feeds: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, size: int, units: Tensor) -> None:
+        """Note that channels of this side belong to units of a mask."""
+        self.feeds[name] = torch.bincount(units, minlength=size).float()
+
+    def kept(self, gates: Gates) -> Tensor:
+        """Return the (expected) number of channels that stay."""
+        gated = sum(float(counts.sum()) for counts in self.feeds.values())
+        kept = next(iter(gates.values())).new_tensor(self.channels - gated)
+        for name, counts in self.feeds.items():
+            kept = kept + (gates[name] * counts.to(gates[name].device)).sum()
+        return kept
+
+
+LayerFunction = Callable[[Tensor, Tensor], Tensor]
+"""A layer's cost as a function of how many input and output channels stay."""
+
+
+@dataclass(eq=False)
+class LayerCost:
+    """One layer's part of the cost."""
+
+    name: str
+    inputs: Width
+    outputs: Width
+    cost: LayerFunction
+
+    def __call__(self, gates: Gates) -> Tensor:
+        return self.cost(self.inputs.kept(gates), self.outputs.kept(gates))
+
+
+@dataclass(eq=False)
+class CostModel:
+    """The cost of a network as a differentiable function of its gates; exact for 0/1 gates.
+
+    Attributes:
+        unit: What is counted, for messages.
+        layers: The layers whose cost depends on gates.
+        constant: The cost of everything else.
+    """
+
+    unit: str
+    layers: list[LayerCost]
+    constant: float
+
+    def __call__(self, gates: Gates) -> Tensor:
+        """Return the cost under gates (or, in expectation, under independent probabilities)."""
+        total = next(iter(gates.values())).new_tensor(self.constant)
+        for layer in self.layers:
+            total = total + layer(gates)
+        return total
+
+
+@dataclass(eq=False)
+class CostScope(Scope):
+    """A budget over the whole network, in a cost that is a product of what stays before and after each layer."""
+
+    model: CostModel | None = None
+
+    def __post_init__(self) -> None:
+        whole = {member.name: torch.ones(member.mask.shape, dtype=torch.float64) for member in self.members}
+        self._dense = float(self._cost(whole))
+        self._check_floor()
+
+    @property
+    def total(self) -> float:
+        """The dense network's cost."""
+        return self._dense
+
+    def density(self) -> Tensor:
+        """Return the cost as a fraction of the dense one: the value is the hard masks', the gradient the mean's."""
+        soft = self._cost({m.name: m.mask.probability(m.weight) for m in self.members})
+        with torch.no_grad():
+            hard = self._cost({m.name: m.mask.decide(m.weight).float() for m in self.members})
+        return (hard + soft - soft.detach()) / self.total
+
+    @torch.no_grad()
+    def cut(self) -> dict[str, Tensor]:
+        """Return hard gates whose cost is at most the budget, by closing as few of the lowest-scored units as do it."""
+        scores = {m.name: m.mask.scores(m.weight).float().flatten() for m in self.members}
+        order = self._removal_order(scores)
+        low, high = 0, len(order)
+        while low < high:  # the cost falls with every unit: bisect for the fewest that meet the budget
+            middle = (low + high) // 2
+            if self._meets(self._close(order[:middle], scores)):
+                high = middle
+            else:
+                low = middle + 1
+        return self._close(order[:low], scores)
+
+    def _meets(self, gates: Mapping[str, Tensor]) -> bool:
+        cost = float(self._cost({name: gate.double() for name, gate in gates.items()}))
+        return cost <= self.total * (1 - (self.ratio or 0.0)) * (1 + 1e-9)
+
+    def _cost(self, gates: Gates) -> Tensor:
+        if self.model is None:
+            raise ConfigError("a cost budget needs a cost model")
+        return self.model(gates)
+
+    def _removal_order(self, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        """Return (mask, unit) pairs, the lowest score first; units that must stay are left out."""
+        candidates = []
+        for member in self.members:
+            score = scores[member.name]
+            _, most = member.removable()
+            candidates += [(float(score[unit]), member.name, int(unit)) for unit in torch.argsort(score)[:most]]
+        return [(name, unit) for _, name, unit in sorted(candidates)]
+
+    def _close(self, units: Sequence[tuple[str, int]], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        gates = {m.name: torch.ones(m.units, dtype=torch.bool) for m in self.members}
+        for name, unit in units:
+            gates[name][unit] = False
+        for member in self.members:
+            member.round_down(gates[member.name], scores[member.name].cpu())
+        return gates
+
+    def _check_floor(self) -> None:
+        """Refuse a budget below what is left when every group keeps as little as it may."""
+        smallest: dict[str, Tensor] = {}
+        for member in self.members:
+            gates = torch.zeros(member.units, dtype=torch.float64)
+            gates[: max(member.units - member.removable()[1], min(member.multiple, member.units))] = 1.0
+            smallest[member.name] = gates
+        floor = float(self._cost(smallest)) / self.total
+        if self.model is not None and floor > 1 - (self.ratio or 0.0):
+            fixed = self.model.constant / self.total
+            worst = max(self.model.layers, key=lambda layer: float(layer(smallest)))
+            raise ConfigError(
+                f"pruning_ratio {self.ratio} of the {self.model.unit} cannot be met: {floor:.1%} stay when every group "
+                f"keeps its minimum ({fixed:.1%} cannot be gated at all, the largest gated layer left is "
+                f"{worst.name!r}); the largest possible ratio is {1 - floor:.3f}"
+            )
+
+
+def count_cost(
+    model: nn.Module,
+    groups: Mapping[str, ChannelGroup],
+    example_inputs: ExampleInputs,
+    unit: str,
+    total: float,
+) -> CostModel:
+    """Return the MACs or parameters of a network as a function of its gates.
+
+    Args:
+        model: The plain model.
+        groups: The gated groups, by mask name.
+        example_inputs: One batch, to see how often each layer is applied.
+        unit: ``"macs"`` or ``"parameters"``.
+        total: The dense network's whole cost, in that unit.
+    """
+    widths = layer_widths(model, groups)
+    applications = _applications(model, widths, example_inputs) if unit == "macs" else {}
+    layers = []
+    for name, (inputs, outputs) in widths.items():
+        module = model.get_submodule(name)
+        per_position = applications.get(name, 0.0)
+        function = _parameters_of(module) if unit == "parameters" else _macs_of(module, per_position)
+        if function is not None:
+            layers.append(LayerCost(name, inputs, outputs, function))
+    dense = {name: torch.ones(group.size, dtype=torch.float64) for name, group in groups.items()}
+    gated = sum(float(layer(dense)) for layer in layers)
+    return CostModel(unit, layers, total - gated)
+
+
+def layer_widths(model: nn.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, tuple[Width, Width]]:
+    """Return the input and output widths of every layer that some group reads or computes."""
+    widths: dict[str, tuple[Width, Width]] = {}
+
+    def of(name: str) -> tuple[Width, Width]:
+        if name not in widths:
+            module = model.get_submodule(name)
+            inputs, outputs = _channels(module)
+            widths[name] = (Width(inputs), Width(outputs))
+        return widths[name]
+
+    for name, group in groups.items():
+        for part in group.producers:
+            of(part.module)[1].add(name, group.size, part.units)
+        for part in group.consumers:
+            of(part.module)[0].add(name, group.size, part.units)
+    return widths
+
+
+def _channels(module: nn.Module) -> tuple[int, int]:
+    for before, after in (("in_channels", "out_channels"), ("in_features", "out_features")):
+        if hasattr(module, before):
+            return int(getattr(module, before)), int(getattr(module, after))
+    weight = module.weight
+    width = weight.shape[-1] if isinstance(weight, Tensor) else 0
+    return width, width
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a layer sums over its inputs: a convolution or a linear layer."""
+    return hasattr(module, "in_channels") or hasattr(module, "in_features")
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a convolution keeps its channels apart, so that input and output widths are one."""
+    groups = getattr(module, "groups", 1)
+    return bool(groups > 1 and groups == module.out_channels)
+
+
+def _parameters_of(module: nn.Module) -> LayerFunction:
+    """Return weight and bias sizes as a function of the widths; a normalisation has per-channel parameters only."""
+    own = [parameter for parameter in module.parameters(recurse=False)]
+    if not is_matrix(module):
+        per_channel = sum(parameter.numel() / max(1, parameter.shape[-1]) for parameter in own)
+        return lambda inputs, outputs: outputs * per_channel
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    in_width, out_width = _channels(module)
+    bias = 1.0 if getattr(module, "bias", None) is not None else 0.0
+    if is_depthwise(module):
+        per_output = weight.numel() / out_width + bias
+        return lambda inputs, outputs: outputs * per_output
+    per_pair = weight.numel() / (in_width * out_width)
+    return lambda inputs, outputs: inputs * outputs * per_pair + outputs * bias
+
+
+def _macs_of(module: nn.Module, applications: float) -> LayerFunction | None:
+    if not is_matrix(module):
+        return None
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    in_width, out_width = _channels(module)
+    if is_depthwise(module):
+        per_output = applications * weight.numel() / out_width
+        return lambda inputs, outputs: outputs * per_output
+    per_pair = applications * weight.numel() / (in_width * out_width)
+    return lambda inputs, outputs: inputs * outputs * per_pair
+
+
+def _applications(
+    model: nn.Module, widths: Mapping[str, tuple[Width, Width]], example_inputs: ExampleInputs
+) -> dict[str, float]:
+    """Return at how many positions each layer's weight is applied to one sample."""
+    positions: dict[str, float] = {}
+    batch = batch_size_of(example_inputs)
+
+    def record(name: str, channels: int, transposed: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            # A transposed convolution applies its kernel at every input position, the others at every output position.
+            where = args[0].numel() / _channels(module)[0] if transposed else output.numel() / channels
+            positions[name] = positions.get(name, 0.0) + where / batch
+
+        return hook
+
+    handles = []
+    for name, (_, outputs) in widths.items():
+        module = model.get_submodule(name)
+        if is_matrix(module):
+            transposed = bool(getattr(module, "transposed", False))
+            handles.append(module.register_forward_hook(record(name, outputs.channels, transposed)))
+    try:
+        with observing(model):
+            call_model(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return positions

@@ -1,0 +1,96 @@
+"""What each epoch of a training brought: a row of a CSV file, and now and then a line for whoever waits."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gumbel_plugin.errors import MissingExtraError
+
+try:
+    from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+    from lightning.pytorch.utilities import rank_zero_only
+except ImportError as error:
+    raise MissingExtraError("lightning", "lightning") from error
+
+COLUMNS = ("epoch", "loss", "sparsity", "soft_sparsity", "validation_score", "learning_rate", "seconds")
+_LINES = 10
+_SILENCE_SECONDS = 30.0
+
+
+class EpochLog(Logger):  # type: ignore[misc]
+    """A Lightning logger of one row an epoch.
+
+    A line is said about ten times in a training, and after half a minute of silence, so that a log file stays short and
+    a terminal does not look dead.
+
+    Args:
+        epochs: How many epochs the training may have.
+        path: The CSV file, replaced if it exists; None writes none.
+        say: Told a line at a time; None stays silent.
+    """
+
+    def __init__(self, epochs: int, path: Path | None = None, say: Callable[[str], None] | None = None) -> None:
+        super().__init__()
+        self._epochs = epochs
+        self._path = path
+        self._say = say
+        self._row: dict[str, float] = {}
+        self._began = self._spoke = time.monotonic()
+        self._rows = 0
+
+    @property
+    def name(self) -> str:
+        """Lightning asks for it; nothing is named after it."""
+        return "epochs"
+
+    @property
+    def version(self) -> str:
+        """Lightning asks for it; nothing is named after it."""
+        return ""
+
+    @property
+    @rank_zero_experiment  # type: ignore[misc]
+    def experiment(self) -> None:
+        """There is none."""
+
+    @rank_zero_only  # type: ignore[misc]
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: a run's resolved configuration is written elsewhere."""
+
+    @rank_zero_only  # type: ignore[misc]
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Collect an epoch's numbers; Lightning sends those of validation first, those of training end the epoch."""
+        self._row.update(metrics)
+        if "loss" in metrics:
+            self._finish_epoch()
+
+    def _finish_epoch(self) -> None:
+        now = time.monotonic()
+        number = int(self._row["epoch"]) + 1
+        row = {**self._row, "epoch": number, "seconds": round(now - self._began, 3)}
+        self._row = {}
+        if self._path is not None:
+            with self._path.open("a" if self._rows else "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+                if not self._rows:
+                    writer.writeheader()
+                writer.writerow(row)
+        self._rows += 1
+        due = number % math.ceil(self._epochs / _LINES) == 0 or now - self._spoke >= _SILENCE_SECONDS
+        if self._say is not None and (due or number in (1, self._epochs)):
+            self._spoke = now
+            self._say(_line(row, self._epochs))
+
+
+def _line(row: Mapping[str, float], epochs: int) -> str:
+    parts = [f"loss {row['loss']:.4f}"]
+    if "sparsity" in row:
+        parts.append(f"sparsity {row['sparsity']:.4f}")
+    if "validation_score" in row:
+        parts.append(f"validation {row['validation_score']:.2f}")
+    return f"epoch {row['epoch']:.0f}/{epochs}: {', '.join(parts)}, {row['seconds']:.0f} s"

@@ -1,0 +1,131 @@
+"""Small networks that every behaviour is tried on, and shorthands that many tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gumbel_plugin  # noqa: F401  (makes torchvision, and with it nni and torch_pruning, importable)
+from gumbel_plugin.config import PruningSection
+
+
+class Residual(nn.Module):
+    """conv1 and conv3 are tied by the addition, conv2 is free; the head reads the sum after pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(x + self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+class Concat(nn.Module):
+    """One layer reads two groups, and normalises them after the concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 4, 3, padding=1)
+        self.right = nn.Conv2d(3, 6, 1)
+        self.bn = nn.BatchNorm2d(10)
+        self.mix = nn.Conv2d(10, 5, 3, padding=1)
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.bn(torch.cat([self.left(x), self.right(x)], 1)))
+        return self.head(F.relu(self.mix(x)).mean((2, 3)))
+
+
+class SqueezeExcite(nn.Module):
+    """The channels of `stem` are multiplied by gates that a bottleneck computes from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.squeeze, self.excite = nn.Linear(8, 4), nn.Linear(4, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.bn(self.stem(x)))
+        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
+        return self.head((x * scale[:, :, None, None]).mean((2, 3)))
+
+
+class GlobalPool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def _conv_bn_relu() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(),
+        nn.Conv2d(5, 4, 3), GlobalPool(),
+    )  # fmt: skip
+
+
+def _depthwise() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU6(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6(),
+        nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), GlobalPool(), nn.Linear(6, 4),
+    )  # fmt: skip
+
+
+def _sigmoid() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Sigmoid(),
+        nn.Conv2d(6, 5, 3, padding=1), nn.Softplus(), GlobalPool(), nn.Linear(5, 4),
+    )  # fmt: skip
+
+
+def _no_bn() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 12), nn.Tanh(), nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 4))
+
+
+def _grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 6, 1), GlobalPool(), nn.Linear(6, 4),
+    )  # fmt: skip
+
+
+def _transposed() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.ConvTranspose2d(6, 5, 2, stride=2), nn.BatchNorm2d(5), nn.Sigmoid(),
+        nn.Conv2d(5, 4, 3), GlobalPool(),
+    )  # fmt: skip
+
+
+def _flatten_linear() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(96, 10), nn.ReLU(), nn.Linear(10, 4),
+    )  # fmt: skip
+
+
+_IMAGES = (2, 3, 8, 8)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv_bn_relu": (_conv_bn_relu, _IMAGES),
+    "residual": (Residual, _IMAGES),
+    "depthwise": (_depthwise, _IMAGES),
+    "concat": (Concat, _IMAGES),
+    "squeeze_excite": (SqueezeExcite, _IMAGES),
+    "sigmoid": (_sigmoid, _IMAGES),
+    "no_bn": (_no_bn, (3, 7)),
+    "grouped": (_grouped, _IMAGES),
+    "transposed": (_transposed, _IMAGES),
+    "flatten_linear": (_flatten_linear, _IMAGES),
+}

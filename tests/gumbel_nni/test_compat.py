@@ -1,0 +1,302 @@
+"""Each repair is undone first, so that its test shows the breakage, and then shows it repaired."""
+
+from __future__ import annotations
+
+import copy
+import dis
+import inspect
+import pickle
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import gumbel_nni
+import pytest
+import torch
+from gumbel_nni import compat
+from nni.common.concrete_trace_utils import concrete_proxy, concrete_trace, concrete_tracer
+from nni.compression.speedup import ModelSpeedup, mask_updater, model_speedup, utils
+from nni.compression.utils import evaluator
+from torch import Tensor, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.utils import _pytree as pytree
+
+ALL_REPAIRS = (
+    "tensor_methods_in_tracer",
+    "classes_after_tracing",
+    "impure_with_two_arguments",
+    "bytecode_caches_in_proxy",
+    "size_is_a_leaf",
+    "pytree_nodes_of_fx",
+    "masks_by_path",
+    "settable_max_steps",
+    "loss_with_item_count",
+    "default_optimizer_of_trainer",
+)
+
+
+class Branches(nn.Module):
+    """What makes a proxy look at the bytecode of its caller: truth, unpacking, starred arguments, loops."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        if c > 1 and not h == 7:
+            x = x.reshape(n, c * h, w)
+        for i in range(2):
+            x = x + i
+        while x.dim() > 2:
+            x = x.sum(-1)
+        first, *rest = torch.unbind(x, 1)
+        return torch.stack([first, *rest], dim=1) if first.shape[0] > 1 else first
+
+
+class Reshaping(nn.Module):
+    """A network that handles a torch.Size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.size()
+        y = torch.relu(self.first(x.view(size[0], size[1:].numel())))
+        return self.second(y.view(size[0], y.shape[1]))
+
+
+class ScaleByDefault(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, factor: float = 3.0) -> Tensor:
+        return x * factor
+
+    @staticmethod
+    def setup_context(ctx: SimpleNamespace, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: SimpleNamespace, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def test_apply_is_idempotent_and_names_what_is_in_force() -> None:
+    assert compat.apply() == ALL_REPAIRS
+    before = model_speedup.tree_map_zip, concrete_tracer.node_is_impure_wrapper, concrete_tracer.ConcreteTracer.trace
+    assert compat.apply() == ALL_REPAIRS
+    after = model_speedup.tree_map_zip, concrete_tracer.node_is_impure_wrapper, concrete_tracer.ConcreteTracer.trace
+    assert before == after
+    assert gumbel_nni.compat is compat
+
+
+def test_tracer_knows_tensor_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = concrete_tracer.ConcreteTracer.default_autowrap_leaf_function
+    with monkeypatch.context() as undo:
+        undo.setitem(table, torch._C.TensorBase._make_subclass, ([], False, None))
+        with pytest.raises(AttributeError, match="startswith"):
+            concrete_trace(two_layers(), (torch.ones(2, 4),))
+    table[torch._C.TensorBase._make_subclass] = ([], False, None)
+    table[torch.Tensor.add] = ([], False, None)
+    assert compat.tensor_methods_in_tracer()
+    assert torch._C.TensorBase._make_subclass not in table
+    assert table[torch.Tensor.add][0] == [(torch.Tensor, "add")]
+    assert torch.Tensor.split in table  # the Python override, not TensorBase's
+    assert torch._C.TensorBase.split not in table
+    concrete_trace(two_layers(), (torch.ones(2, 4),))
+
+
+def test_tracing_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer = concrete_tracer.ConcreteTracer
+    classes = (torch.Tensor, nn.Module, torch.autograd.Function)
+    before = {cls: dict(vars(cls)) for cls in classes}
+    with monkeypatch.context() as undo, compat._class_attributes_kept(*classes):
+        undo.setattr(tracer, "trace", tracer.trace.__wrapped__)
+        concrete_trace(two_layers(), (torch.ones(2, 4),))
+        assert "apply" not in vars(torch.autograd.Function)
+        with pytest.raises(IndexError):  # the default factor is lost
+            ScaleByDefault.apply(torch.ones(1))
+    concrete_trace(two_layers(), (torch.ones(2, 4),))
+    assert ScaleByDefault.apply(torch.ones(1)).item() == 3.0
+    for cls, attributes in before.items():
+        assert dict(vars(cls)) == attributes
+
+
+def test_new_class_attributes_go_again() -> None:
+    class Parent:
+        def method(self) -> int:
+            return 1
+
+    class Child(Parent):
+        own = 1
+
+    with compat._class_attributes_kept(Child):
+        Child.method = Child.method  # what the fx patcher leaves
+        Child.new = 2
+        del Child.own
+    assert "method" not in vars(Child)
+    assert (Child.own, Child.new) == (1, 2)
+
+
+def test_dead_code_elimination_may_pass_two_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    repaired = concrete_tracer.node_is_impure_wrapper
+    monkeypatch.setattr(concrete_tracer, "node_is_impure_wrapper", repaired.__wrapped__)
+    with pytest.raises(TypeError, match="positional argument"):
+        concrete_trace(two_layers(), (torch.ones(2, 4),))
+    assert compat.impure_with_two_arguments()
+    assert concrete_tracer.node_is_impure_wrapper is not repaired.__wrapped__
+    concrete_trace(two_layers(), (torch.ones(2, 4),))
+
+
+def test_proxies_find_their_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = concrete_proxy.ConcreteProxy
+    x = torch.randn(2, 3, 4, 4)
+    old_names = [name for name in proxy.jump_opnames if name in dis.opmap]
+    monkeypatch.setattr(concrete_proxy, "dis", dis)
+    monkeypatch.setattr(proxy, "jump_opcodes", tuple(dis.opmap[name] for name in old_names))
+    with pytest.raises((TypeError, IndexError)):
+        concrete_trace(Branches(), (x,))
+    assert compat.bytecode_caches_in_proxy()
+    traced = concrete_trace(Branches(), (x,))
+    other = torch.randn(5, 3, 4, 4)
+    torch.testing.assert_close(traced(other), Branches()(other), rtol=0, atol=0)
+
+
+def test_there_is_one_instruction_a_code_unit() -> None:
+    code = Branches.forward.__code__
+    units = list(compat._one_instruction_a_unit(code))
+    for instruction in dis.get_instructions(code):
+        assert units[instruction.offset // 2] == instruction
+    assert len(units) <= len(code.co_code) // 2
+
+
+def test_size_is_one_leaf_in_every_module_of_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = utils.tree_map_zip.__wrapped__
+    with pytest.raises(AssertionError, match="Inconsistent tree nodes length"):
+        original(lambda size, mask: mask, torch.Size([2, 3]), None)
+    assert utils.tree_map_zip(lambda size, mask: (size, mask), torch.Size([2, 3]), None) == (torch.Size([2, 3]), None)
+    masks = {"first": {"weight": torch.ones(8, 6)}}
+    masks["first"]["weight"][::2] = 0
+    with monkeypatch.context() as undo:
+        for module in (utils, mask_updater, model_speedup):
+            undo.setattr(module, "tree_map_zip", original)
+        with pytest.raises(AttributeError, match="numel"):
+            ModelSpeedup(Reshaping(), torch.ones(2, 3, 2), copy.deepcopy(masks)).speedup_model()
+        assert compat.size_is_a_leaf()
+        assert model_speedup.tree_map_zip is mask_updater.tree_map_zip is utils.tree_map_zip
+        small = ModelSpeedup(Reshaping(), torch.ones(2, 3, 2), copy.deepcopy(masks)).speedup_model()
+        assert small.first.weight.shape == (4, 6)
+
+
+def test_size_repair_maps_several_trees() -> None:
+    trees = ({"a": (1, torch.Size([2]))}, {"a": (10, None)})
+    assert utils.tree_map_zip(lambda a, b: (a, b), *trees) == {"a": ((1, 10), (torch.Size([2]), None))}
+    assert utils.tree_map_zip(lambda a: a * 2, [1, 2]) == [2, 4]
+    with pytest.raises(ValueError, match="shorter"):
+        utils.tree_map_zip(lambda a, b: a, [1, 2], [1])
+
+
+def test_fx_collections_keep_their_key_paths() -> None:
+    tree = immutable_list([1, immutable_dict(a=2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        utils._register_pytree_node(immutable_list, utils._ilist_flatten, utils._ilist_unflatten)
+        utils._register_pytree_node(immutable_dict, utils._idict_flatten, utils._idict_unflatten)
+    with pytest.raises(ValueError, match="flatten_with_keys_fn"):
+        pytree.tree_flatten_with_path(tree)
+    assert compat.pytree_nodes_of_fx()
+    paths, spec = pytree.tree_flatten_with_path(tree)
+    assert [pytree.keystr(path) for path, _ in paths] == ["[0]", "[1]['a']"]
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+    assert type(pytree.tree_map(lambda leaf: leaf, tree)) is immutable_list
+
+
+def test_masks_of_a_pruner_load_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    masks["first"]["weight"] = torch.ones(8, 6)
+    masks["first"]["weight"][::2] = 0
+    path = tmp_path / "masks.pth"
+    torch.save(masks, path)
+    with monkeypatch.context() as undo:
+        undo.setattr(ModelSpeedup, "__init__", ModelSpeedup.__init__.__wrapped__)
+        with pytest.raises(pickle.UnpicklingError, match="defaultdict"):
+            ModelSpeedup(two_layers(), torch.ones(2, 4), str(path))
+    for file in (path, str(path)):
+        loaded = ModelSpeedup(two_layers(), torch.ones(2, 4), file, batch_size=4)
+        assert torch.equal(loaded.masks["first"]["weight"], masks["first"]["weight"])
+        assert loaded.batch_size == 4
+    with pytest.raises(pickle.UnpicklingError, match="defaultdict"):
+        torch.load(path)  # nothing was allowed for good
+
+
+def test_lightning_steps_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytorch_lightning.loops import fit_loop
+
+    loop = fit_loop._FitLoop
+    monkeypatch.setattr(loop, "max_steps", property(loop.max_steps.fget))
+    instance = object.__new__(loop)
+    instance.epoch_loop = SimpleNamespace(max_steps=-1)
+    with pytest.raises(AttributeError, match="setter"):
+        instance.max_steps = 3
+    assert compat.settable_max_steps()
+    instance.max_steps = 3
+    assert instance.epoch_loop.max_steps == instance.max_steps == 3
+
+
+class FakeTrainer:
+    """The part of a Trainer that patch_loss touches (a real one needs accelerate)."""
+
+    def compute_loss(
+        self, model: None, inputs: Tensor, return_outputs: bool = False, num_items_in_batch: int | None = None
+    ) -> Tensor | tuple[Tensor, str]:
+        loss = inputs.sum() / (num_items_in_batch or 1)
+        return (loss, "outputs") if return_outputs else loss
+
+
+def test_transformers_loss_takes_the_item_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = evaluator.TransformersEvaluator
+    instance = object.__new__(cls)
+    instance.trainer = FakeTrainer()
+    with monkeypatch.context() as undo:
+        undo.setattr(cls, "patch_loss", cls.patch_loss.__wrapped__)
+        instance.patch_loss(lambda loss, batch: loss + 1)
+        with pytest.raises(TypeError, match="num_items_in_batch"):
+            instance.trainer.compute_loss(None, torch.ones(4), num_items_in_batch=2)
+    instance.trainer = FakeTrainer()
+    instance.patch_loss(lambda loss, batch: loss + 1)
+    assert instance.trainer.compute_loss(None, torch.ones(4), num_items_in_batch=2).item() == 3.0
+    assert instance.trainer.compute_loss(None, torch.ones(4), True) == (torch.tensor(5.0), "outputs")
+
+
+def trainer_without_init(model: nn.Module) -> evaluator.HFTrainer:
+    """Return a real Trainer with the attributes that creating its optimizer needs."""
+    trainer = object.__new__(evaluator.HFTrainer)
+    trainer.args = SimpleNamespace(
+        learning_rate=0.25, adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-8, optim_args=None, optim="sgd"
+    )
+    trainer.args.weight_decay = 0.0
+    trainer.model, trainer.optimizer, trainer.lr_scheduler = model, None, None
+    trainer.optimizer_cls_and_kwargs = None
+    return trainer
+
+
+def test_transformers_default_optimizer_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = evaluator.TransformersEvaluator
+    static = inspect.getattr_static(evaluator.HFTrainer, "get_optimizer_cls_and_kwargs")
+    model = two_layers()
+    instance = object.__new__(cls)
+    instance.traced_trainer, instance._initialization_complete = trainer_without_init(model), False
+    instance._ori_trainer_attr = {"get_optimizer_cls_and_kwargs": evaluator.HFTrainer.get_optimizer_cls_and_kwargs}
+    with monkeypatch.context() as undo:
+        undo.setattr(evaluator.HFTrainer, "get_optimizer_cls_and_kwargs", static)  # NNI forgets to put it back
+        with pytest.raises(TypeError, match="positional argument"):
+            cls._init_optimizer_helpers.__wrapped__(instance, model)
+    instance.traced_trainer = trainer_without_init(model)
+    instance._init_optimizer_helpers(model)
+    assert inspect.getattr_static(evaluator.HFTrainer, "get_optimizer_cls_and_kwargs") is static
+    assert instance.traced_trainer.optimizer is None
+    optimizer = instance._optimizer_helper.call(two_layers(), {name: name for name, _ in model.named_parameters()})
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
