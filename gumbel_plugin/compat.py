@@ -36,11 +36,11 @@ def make_torchvision_importable() -> bool:
         return False
     library = Path(next(iter(spec.submodule_search_locations))) / "_C.so"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError:
-        fragment = torch.library.Library("torchvision", "DEF")
+        fragment = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for schema in _SCHEMAS:
-            fragment.define(schema)
+            fragment.define(schema)  # type: ignore[no-untyped-call]
         _declared.append(fragment)
         return True
     return False

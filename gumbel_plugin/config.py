@@ -245,11 +245,10 @@ class PruningConfig(_Section):
         if isinstance(config, PruningConfig):
             return config
         if isinstance(config, str | Path):
-            config = read_yaml(Path(config))
-        if isinstance(config, Sequence):
-            config = {"pruning": {"config_list": [dict(entry) for entry in config]}}
+            return cls.load(read_yaml(Path(config)))
+        values = {"pruning": {"config_list": list(config)}} if isinstance(config, Sequence) else dict(config)
         try:
-            return cls.model_validate(dict(config))
+            return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(_explain(error, cls)) from error
 

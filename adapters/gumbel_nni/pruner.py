@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from gumbel_torch_pruning.groups import find_groups
 from nni.compression.base.apply_method import pruning_apply_methods
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.config import trans_legacy_config_list
@@ -23,7 +24,6 @@ from gumbel_plugin.learning.session import MaskingSession, Masks, remove_gates
 from gumbel_plugin.learning.sites import WeightSite
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.shrink import Backend, shrink
-from gumbel_torch_pruning.groups import find_groups
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ _SITE = "gumbel_site"
 def gumbel_mul(target: Tensor, target_space: PruningTargetSpace) -> Tensor:
     """NNI apply method: the weight as its site gates it now, times the mask that NNI knows of."""
     site: WeightSite = getattr(target_space._wrapper, _SITE)
-    return site.apply(target) * target_space.mask
+    mask: Tensor = target_space.mask
+    return site.apply(target) * mask
 
 
 pruning_apply_methods[APPLY_METHOD] = gumbel_mul
@@ -217,10 +218,6 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         self.session.fix_masks(given)
         if self.session.phase is Phase.FIXED:
             self._show(self.session.extract())
-
-    def wrap_model(self) -> None:
-        """Wrap the layers again after `unwrap_model`."""
-        super().wrap_model()
 
     def unwrap_model(self) -> None:
         """Give the plain model back, its closed weights at zero if the masks were decided."""

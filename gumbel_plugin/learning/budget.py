@@ -93,14 +93,14 @@ class Scope:
         soft = sum((m.mask.probability(m.weight).sum() * m.cost for m in self.members), start=torch.zeros(()))
         with torch.no_grad():
             hard = sum((m.mask.decide(m.weight).sum() * m.cost for m in self.members), start=torch.zeros(()))
-        return (hard + soft - soft.detach()) / self.total
+        return (hard + (soft - soft.detach())) / self.total
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:
         """Return the hard gates of every member, bool, that meet the ratio exactly (or the threshold, without one).
 
-        Units go in the order of their scores, the lowest first, until what is gone reaches the ratio: exactly where all
-        units cost the same, by less than one unit too much otherwise.
+        Units go in the order of their scores, the lowest first, until what is gone reaches the ratio: ⌊ratio · units⌋ of
+        them where all units cost the same; otherwise the cost may pass the ratio by less than one unit.
         """
         if self.ratio is None:
             return {member.name: self._threshold(member) for member in self.members}
@@ -114,23 +114,36 @@ class Scope:
             keep[number][order[:least]] = False
             gone += least * member.cost
             candidates.append((score[order[least:most]], order[least:most], number))
-        self._remove(candidates, keep, portion_of(self.total, self.ratio) - gone)
+        highest = self._remove(candidates, keep, self._to_remove(self.ratio) - gone)
         for member, kept, score in zip(self.members, keep, scores, strict=True):
             member.round_down(kept, score)
-            if int(kept.sum()) == 1 < member.units and self.ratio * member.units > member.units - 1:
+            spared = self.ratio * member.units > member.units - 1 or float(score[kept].max()) < highest
+            if int(kept.sum()) == 1 < member.units and spared:
                 _logger.warning("%s would lose its last unit; it keeps one", member.name)
         return {m.name: kept.reshape(m.mask.shape) for m, kept in zip(self.members, keep, strict=True)}
 
-    def _remove(self, candidates: Sequence[tuple[Tensor, Tensor, int]], keep: list[Tensor], needed: float) -> None:
-        """Close the lowest-scored candidates until their cost reaches what is needed."""
+    def _to_remove(self, ratio: float) -> float:
+        """Return the cost to remove: whole units where they all cost the same, else whole weights."""
+        costs = {member.cost for member in self.members}
+        if len(costs) == 1:
+            return portion(sum(member.units for member in self.members), ratio) * costs.pop()
+        return portion_of(self.total, ratio)
+
+    def _remove(self, candidates: Sequence[tuple[Tensor, Tensor, int]], keep: list[Tensor], needed: float) -> float:
+        """Close the lowest-scored candidates until their cost reaches what is needed; return the last one's score.
+
+        That is -inf if none had to go, and inf if all of them were not enough.
+        """
         if needed <= 0:
-            return
+            return -math.inf
         costs = torch.cat(
             [torch.full(units.shape, self.members[n].cost, dtype=torch.float64) for _, units, n in candidates]
         )
-        order = torch.argsort(torch.cat([score for score, _, _ in candidates]), stable=True).cpu()
+        scores = torch.cat([score for score, _, _ in candidates]).cpu()
+        order = torch.argsort(scores, stable=True)
         reached = torch.cumsum(costs[order], 0)
-        count = min(int(torch.searchsorted(reached, needed)) + 1, len(order))
+        enough = int(torch.searchsorted(reached, needed * (1 - 1e-12))) + 1  # sums of fractional costs are rounded
+        count = min(enough, len(order))
         chosen = torch.zeros(len(order), dtype=torch.bool)
         chosen[order[:count]] = True
         start = 0
@@ -138,6 +151,7 @@ class Scope:
             part = chosen[start : start + len(units)].to(units.device)
             keep[number][units[part]] = False
             start += len(units)
+        return math.inf if enough > len(order) else float(scores[order[count - 1]])
 
     def _threshold(self, member: Member) -> Tensor:
         if self.threshold is None:
@@ -153,8 +167,8 @@ class Scope:
 class BudgetController:
     """Steers every scope to its ratio with a Lagrange multiplier, along a falling target.
 
-    loss = Σ μ·v + ρ·v², v = log density − log target; μ ← μ + η·v after every step. Both signs of v count, so gates that
-    were closed too far open again.
+    loss = Σ μ·v + ρ·v², v = log density − log target; μ ← μ + η·v after every step. Both signs of v count, so gates
+    that were closed too far open again.
     """
 
     def __init__(self, scopes: Sequence[Scope], config: BudgetConfig) -> None:
@@ -173,7 +187,7 @@ class BudgetController:
         """Return the budget loss, or None where there is no budget."""
         if not self.scopes:
             return None
-        densities = torch.stack([scope.density().clamp_min(0.5 / scope.total) for scope in self.scopes])
+        densities = torch.stack([_at_least(scope.density(), 0.5 / scope.total) for scope in self.scopes])
         targets = torch.tensor(self.targets(progress), device=densities.device)
         violations = torch.log(densities) - torch.log(targets)
         self._violations = violations.detach()
@@ -185,6 +199,11 @@ class BudgetController:
         if self._violations is not None:
             self.multipliers = self.multipliers + self.config.multiplier_rate * self._violations.cpu()
             self._violations = None
+
+
+def _at_least(value: Tensor, floor: float) -> Tensor:
+    """Raise a value to a floor but keep its gradient, so that a mask that closed everything can open again."""
+    return value + (floor - value.detach()).clamp_min(0.0)
 
 
 def portion(count: int, ratio: float) -> int:

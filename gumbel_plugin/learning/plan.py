@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from gumbel_plugin.errors import ConfigError, TargetError, nearest
 from gumbel_plugin.learning.budget import Member, Scope
 from gumbel_plugin.learning.sites import ColumnGates, WeightSite
 from gumbel_plugin.masks import LearntMask, NoiseSource, method_named
-from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, Granularity, granularity_of
+from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, Granularity, granularity_of, output_dimension
 
 _logger = logging.getLogger(__name__)
 
@@ -51,9 +52,17 @@ class Plan:
         """Gate the units of a channel group; `join_consumers` must follow once all groups are gated."""
         self.masks[group.name] = mask = self._new_mask((group.size,), None)
         self.groups[group.name] = group
-        weights = [self._modules[part.module].weight for part in group.producers]
-        matrices = sum(weight.numel() for weight in weights if isinstance(weight, Tensor) and weight.dim() > 1)
-        return Member(group.name, mask, None, matrices / group.size if matrices else 1.0)
+        return Member(group.name, mask, None, self.unit_cost(group))
+
+    def unit_cost(self, group: ChannelGroup) -> float:
+        """Return how many weights of convolutions and linear layers one unit of a group stands for."""
+        weights = 0.0
+        for part in group.producers:
+            module = self._modules[part.module]
+            weight, dimension = module.weight, output_dimension(module)
+            if isinstance(weight, Tensor) and weight.dim() > 1 and dimension is not None:
+                weights += weight.numel() / weight.shape[dimension] * len(part.positions)
+        return weights / group.size if weights else 1.0
 
     def join_consumers(self) -> None:
         """Let the gated groups act at the layers that read them; several may feed one layer."""
@@ -65,12 +74,28 @@ class Plan:
             self.site(layer).columns = ColumnGates.join(self._modules[layer], parts)
 
     def site(self, name: str) -> WeightSite:
-        """Return the site of a layer, a new one if it has none."""
+        """Return the site of a layer, a new one if it has none.
+
+        Raises:
+            TargetError: If the weight is no parameter of this layer alone, so that a mask could not be written into it.
+        """
         if name not in self.sites:
             module = self._modules[name]
+            self._check_own_weight(name, module)
             scale = nn.Parameter(torch.ones(())) if self._config.rescale == "learned" else None
             self.sites[name] = WeightSite(name, module, module, scale=scale, rescale=self._config.rescale)
         return self.sites[name]
+
+    def _check_own_weight(self, name: str, module: nn.Module) -> None:
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise TargetError(
+                f"{name!r}: its weight is computed (parametrized, or normalised), so no mask can be written into it; "
+                "remove the parametrization first, or exclude the layer"
+            )
+        for other, candidate in self._modules.items():
+            if candidate is not module and any(parameter is weight for parameter in candidate._parameters.values()):
+                raise TargetError(f"{name!r} shares its weight with {other!r}, which its mask would change too: exclude it")
 
     def _new_mask(self, shape: Sequence[int], granularity: Granularity | None) -> LearntMask:
         method = method_named(self._config.method)
@@ -107,11 +132,7 @@ def select_modules(model: nn.Module, rule: LayerRule) -> dict[str, nn.Module]:
 
 def excluded_names(model: nn.Module, rules: Iterable[LayerRule]) -> set[str]:
     """Return the modules that some rule excludes by name, pattern or type."""
-    return {
-        name
-        for name, module in model.named_modules()
-        if any(_excluded(name, module, rule) for rule in rules)
-    }
+    return {name for name, module in model.named_modules() if any(_excluded(name, module, rule) for rule in rules)}
 
 
 def needs_groups(config: PruningSection) -> bool:
@@ -135,8 +156,10 @@ def build_plan(model: nn.Module, config: PruningSection, groups: Sequence[Channe
     if not config.config_list:
         raise ConfigError("pruning.config_list is empty: it must name the layers to prune")
     builder = _Builder(model, config, Plan(model, config, seed))
+    names = {module: name for name, module in model.named_modules()}  # one name a module, also where it has two
     for rule in config.config_list:
-        selected = select_modules(model, rule)
+        selected = list(dict.fromkeys(names[module] for module in select_modules(model, rule).values()))
+        builder.claim(selected)
         if rule.structured:
             builder.add_groups(rule, selected, groups)
         else:
@@ -150,42 +173,88 @@ class _Builder:
 
     def __init__(self, model: nn.Module, config: PruningSection, plan: Plan) -> None:
         self.plan = plan
+        self._modules = dict(model.named_modules())
         self._scopes: dict[object, Scope] = {}
-        self._ties: dict[object, str] = {}
-        self._excluded = excluded_names(model, config.config_list)
+        self._ties: dict[int | str, tuple[Member, LayerRule]] = {}
+        self._claimed: set[str] = set()
+        self._gated: set[str] = set()
+        chosen = {module for rule in config.config_list for module in select_modules(model, rule).values()}
+        self._excluded = {n for n in excluded_names(model, config.config_list) if self._modules[n] not in chosen}
+
+    def claim(self, layers: Iterable[str]) -> None:
+        """Note which layers an entry selects; no layer belongs to two."""
+        for name in layers:
+            if name in self._claimed:
+                raise ConfigError(f"{name!r} is selected by two config_list entries; exclude it from one of them")
+            self._claimed.add(name)
 
     def add_layer(self, rule: LayerRule, name: str) -> None:
         """Gate the units of one layer's weight, or let it share the gates of the layer that it is tied to."""
         if name in self.plan.masks:
-            raise ConfigError(f"{name!r} is selected by two config_list entries; exclude it from one of them")
+            raise ConfigError(f"{name!r} is masked by its own entry and as part of a channel group; exclude it from one")
         granularity = granularity_of(rule.granularity)
-        tie = rule.dependency_group_id
-        if tie is None or tie not in self._ties:
+        first = self._tied_to(rule, name)
+        if first is None:
             self._join_scope(rule, self.plan.gate_layer(name, granularity))
-            self._ties.setdefault(tie, name)
             return
-        site, mask = self.plan.site(name), self.plan.masks[self._ties[tie]]
+        site = self.plan.site(name)
         shape = granularity.gate_shape(site.weight.shape)
-        if mask.shape != shape:
+        if (first.mask.shape, first.mask.granularity) != (shape, granularity):
             raise ConfigError(
-                f"dependency_group_id {tie!r}: {name!r} has gates of shape {shape}, "
-                f"{self._ties[tie]!r} of shape {mask.shape}; they cannot share them"
+                f"dependency_group_id {rule.dependency_group_id!r}: {name!r} has gates of shape {shape}, "
+                f"{first.name!r} of shape {first.mask.shape}; they cannot share them"
             )
-        site.mask = mask
+        site.mask = first.mask
+        first.cost += granularity.unit_size(site.weight.shape)
 
-    def add_groups(self, rule: LayerRule, selected: Mapping[str, nn.Module], groups: Sequence[ChannelGroup]) -> None:
+    def add_groups(self, rule: LayerRule, selected: Sequence[str], groups: Sequence[ChannelGroup]) -> None:
         """Gate every exact group that has a selected layer among its producers."""
         for group in groups:
             producers = {part.module for part in group.producers}
-            if not producers & set(selected) or group.name in self.plan.masks:
+            if not producers & set(selected) or group.name in self._gated:
                 continue
-            kept_out = sorted(producers & self._excluded)
+            excluded = {name for name in producers if _excluded(name, self._modules[name], rule)} | self._excluded
+            kept_out = sorted(producers & excluded)
             if kept_out:
                 _logger.info("group %s is not gated: the configuration excludes %s", group.name, ", ".join(kept_out))
             elif group.safety != "exact":
                 _logger.warning("group %s is not gated: %s", group.name, group.reason)
             else:
-                self._join_scope(rule, self.plan.gate_group(group))
+                self._gated.add(group.name)
+                self._add_group(rule, group)
+
+    def _add_group(self, rule: LayerRule, group: ChannelGroup) -> None:
+        if group.name in self.plan.masks:
+            raise ConfigError(
+                f"{group.name!r} is masked by its own entry and as part of a channel group; exclude it from one"
+            )
+        first = self._tied_to(rule, group.name)
+        if first is None:
+            self._join_scope(rule, self.plan.gate_group(group))
+            return
+        known = self.plan.groups.get(first.name)
+        if known is None or known.size != group.size:
+            raise ConfigError(
+                f"dependency_group_id {rule.dependency_group_id!r}: {group.name!r} has gates of shape ({group.size},), "
+                f"{first.name!r} of shape {first.mask.shape}; they cannot share them"
+            )
+        self.plan.groups[first.name] = replace(
+            known, producers=known.producers + group.producers, consumers=known.consumers + group.consumers
+        )
+        first.cost += self.plan.unit_cost(group)
+
+    def _tied_to(self, rule: LayerRule, name: str) -> Member | None:
+        """Return whose gates the rule's dependency_group_id says to share, if somebody has it already."""
+        tie = rule.dependency_group_id
+        if tie is None or tie not in self._ties:
+            return None
+        first, other = self._ties[tie]
+        if _budget(rule) != _budget(other):
+            raise ConfigError(
+                f"dependency_group_id {tie!r}: {name!r} and {first.name!r} share their gates, so their entries must "
+                "agree on sparse_ratio, sparse_threshold, min_sparse_ratio, max_sparse_ratio and global_group_id"
+            )
+        return first
 
     def finish(self) -> Plan:
         """Return the plan."""
@@ -200,14 +269,27 @@ class _Builder:
         member.min_ratio = rule.min_sparse_ratio or 0.0
         shared = rule.global_group_id
         key = member.name if shared is None else ("global", shared)
-        scope = self._scopes.setdefault(key, Scope(str(shared or member.name), [], rule.sparse_ratio))
-        if scope.ratio != rule.sparse_ratio:
-            raise ConfigError(
-                f"global_group_id {shared!r}: its entries give sparse_ratio {scope.ratio} and {rule.sparse_ratio}; "
-                "a shared budget has one"
-            )
-        scope.threshold = rule.sparse_threshold
+        name = member.name if shared is None else f"global_group_id {shared!r}"
+        scope = self._scopes.setdefault(key, Scope(name, [], rule.sparse_ratio, rule.sparse_threshold))
+        for setting, known, new in (
+            ("sparse_ratio", scope.ratio, rule.sparse_ratio),
+            ("sparse_threshold", scope.threshold, rule.sparse_threshold),
+        ):
+            if known != new:
+                raise ConfigError(f"{name}: its entries give {setting} {known} and {new}; a shared budget has one")
         scope.members.append(member)
+        if rule.dependency_group_id is not None:
+            self._ties.setdefault(rule.dependency_group_id, (member, rule))
+
+
+def _budget(rule: LayerRule) -> tuple[object, ...]:
+    return (
+        rule.sparse_ratio,
+        rule.sparse_threshold,
+        rule.min_sparse_ratio,
+        rule.max_sparse_ratio,
+        rule.global_group_id,
+    )
 
 
 def _selected(name: str, module: nn.Module, rule: LayerRule) -> bool:

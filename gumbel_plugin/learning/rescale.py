@@ -16,16 +16,16 @@ def initialise_weight(weight: Tensor, how: WeightInit, generator: torch.Generato
     """Initialise a weight in place before its mask is learnt.
 
     Args:
-        weight: A convolution's or linear layer's weight.
+        weight: A convolution's or linear layer's weight; one of a single dimension (a normalisation's) is left.
         how: ``keep`` leaves it; ``kaiming_normal`` draws N(0, 2 / fan_in); ``signed_constant`` draws the same and keeps
             sign(w)·std(w), one magnitude a layer (Dupont et al. 2022; Zhou et al. 2019).
-        generator: Where the numbers come from.
+        generator: Where the numbers come from; a CPU generator, so that every device starts from the same.
     """
-    if how == "keep":
+    if how == "keep" or weight.dim() < 2:
         return
-    nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu", generator=generator)
-    if how == "signed_constant":
-        weight.copy_(torch.sign(weight) * weight.std())
+    fresh = torch.empty(weight.shape)
+    nn.init.kaiming_normal_(fresh, mode="fan_in", nonlinearity="relu", generator=generator)
+    weight.copy_(torch.sign(fresh) * fresh.std() if how == "signed_constant" else fresh)
 
 
 def dynamic_scale(mask: Tensor, weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from gumbel_plugin.learning.plan import Plan, build_plan
 from gumbel_plugin.learning.rescale import initialise_weight
 from gumbel_plugin.learning.sites import SiteHooks
 from gumbel_plugin.masks.base import LearntMask, Phase
-from gumbel_plugin.masks.targets import ChannelGroup
+from gumbel_plugin.masks.targets import ChannelGroup, output_dimension
 
 _logger = logging.getLogger(__name__)
 
@@ -36,11 +36,16 @@ _SNAPSHOT_EVERY = 50
 
 
 class Gates(nn.Module):
-    """Holds masks and a scale as a submodule of a layer. Dots in names become slashes."""
+    """Holds masks and a scale as a submodule of a layer.
+
+    Dots in names become slashes, and so that a layer may be called ``values`` (as a method of ModuleDict is), such a
+    name gets one at its end.
+    """
 
     def __init__(self, masks: dict[str, LearntMask], scale: nn.Parameter | None) -> None:
         super().__init__()
-        self.masks = nn.ModuleDict({name.replace(".", "/"): mask for name, mask in masks.items()})
+        keys = {name: name.replace(".", "/") + "/" * hasattr(nn.ModuleDict, name) for name in masks}
+        self.masks = nn.ModuleDict({keys[name]: mask for name, mask in masks.items()})
         self.register_parameter("scale", scale)
 
 
@@ -114,6 +119,7 @@ class MaskingSession:
         self.controller = BudgetController(self.plan.scopes, config.budget)
         self.total_steps: int | None = None
         self.steps = 0
+        self._started = False
         self._frozen: list[nn.Parameter] = []
         self._hooks: list[SiteHooks] = []
         self._root: RemovableHandle | None = None
@@ -133,8 +139,11 @@ class MaskingSession:
         Raises:
             LifecycleError: If the session was started before.
         """
+        if self._started:
+            raise LifecycleError("the session was started before; a new MaskingSession learns new masks")
         if _gated_layers(self.model):
-            raise LifecycleError("the session is attached already")
+            raise LifecycleError("the model has a masking session already; detach that one first")
+        self._started = True
         self._initialise_weights()
         if self.config.weights == "frozen":
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
@@ -148,6 +157,7 @@ class MaskingSession:
             for hook in self._hooks:
                 hook.attach()
         self._enter_phase()
+        self._remember()
 
     def detach(self) -> None:
         """Remove hooks and gates from the model; what `extract` wrote into the weights stays."""
@@ -199,16 +209,16 @@ class MaskingSession:
         """
         if bool(torch.isfinite(loss.detach()).all()):
             if self._snapshot is None or self.steps - self._snapshot[0] >= _SNAPSHOT_EVERY:
-                self._snapshot = (self.steps, {name: t.detach().clone() for name, t in self._state().items()})
+                self._remember()
             return loss
-        good = "its initial state" if self._snapshot is None else f"its state at step {self._snapshot[0]}"
+        step, state = self._snapshot or (self.steps, {})
         with torch.no_grad():
-            current = self._state()
-            for name, value in (self._snapshot[1] if self._snapshot else {}).items():
-                current[name].copy_(value)
+            for name, tensor in self._state().items():
+                if name in state:
+                    tensor.copy_(state[name])
         raise NonFiniteLossError(
-            f"the loss became {float(loss.detach()):g} at step {self.steps}; the model keeps {good}. "
-            "A lower learning rate of the weights or the gates is the usual cure"
+            f"the loss became {float(loss.detach().sum()):g} at step {self.steps}; the model keeps its state at step "
+            f"{step}. A lower learning rate of the weights or the gates is the usual cure"
         )
 
     def loss(self) -> Tensor:
@@ -228,6 +238,7 @@ class MaskingSession:
     def step(self) -> None:
         """Advance schedules, multipliers and phases; to be called after every optimiser step."""
         self.steps += 1
+        self.plan.noise.forward += 1  # a new sample, also where the loop calls parts of the model instead of the model
         self.controller.step()
         for mask in self.plan.masks.values():
             mask.advance(self.progress)
@@ -283,26 +294,32 @@ class MaskingSession:
     def fix_masks(self, masks: Masks) -> None:
         """Take over hard masks in NNI's format: element masks of gated layers, rows of the groups' producers.
 
+        All masks are fixed then: gates of which the given masks say nothing stay as they were fixed before, or open.
+
         Raises:
             TargetError: If a mask's shape is wrong, or producers of one group disagree.
         """
+        modules = dict(self.model.named_modules())
+        decided: dict[int, Tensor] = {}
         for name, site in self.plan.sites.items():
             given = masks.get(name, {}).get("weight")
             if site.mask is not None and given is not None:
-                if given.shape != site.weight.shape:
-                    raise TargetError(f"{name}.weight: mask {tuple(given.shape)}, weight {tuple(site.weight.shape)}")
+                _check_shape(name, given, site.weight)
                 granularity = site.mask.granularity
-                site.mask.fix(given if granularity is None else granularity.reduce(given.float()))
+                decided[id(site.mask)] = given if granularity is None else granularity.reduce(given.float())
         for name, group in self.plan.groups.items():
-            rows = [masks[p.module]["weight"] for p in group.producers if "weight" in masks.get(p.module, {})]
-            if not rows:
-                continue
-            parts = [p for p in group.producers if "weight" in masks.get(p.module, {})]
-            kept = [torch.zeros(group.size).index_add(0, p.units, _open_rows(r)[p.positions])
-                    for p, r in zip(parts, rows, strict=True)]
-            if any(not torch.equal(kept[0] > 0, other > 0) for other in kept[1:]):
-                raise TargetError(f"group {name}: its producers' masks close different units")
-            self.plan.masks[name].fix(kept[0])
+            rows = {
+                part.module: _open_rows(part.module, modules[part.module], masks[part.module]["weight"])
+                for part in group.producers
+                if "weight" in masks.get(part.module, {})
+            }
+            if rows:
+                decided[id(self.plan.masks[name])] = _open_units(name, group, rows)
+        for mask in self.plan.masks.values() if decided else ():
+            if id(mask) in decided:
+                mask.fix(decided[id(mask)])
+            elif mask.phase is not Phase.FIXED:
+                mask.fix(torch.ones(mask.shape))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
@@ -367,8 +384,16 @@ class MaskingSession:
         return Status(self.phase.value, 1 - hard / total, 1 - soft / total, self.steps)
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
-        if module.training:
+        if not module.training:
+            return
+        if torch._C._current_graph_task_id() == -1:
             self.plan.noise.forward += 1
+        # Otherwise a backward is running: activation checkpointing recomputes the model, and needs the same sample.
+        for mask in self.plan.masks.values():
+            # Drawn here, not where they are first used: a checkpointed layer must not own what others use too.
+            mask.forget_sample()
+            if mask.granularity is None:
+                mask.gates()
 
     def _boundaries(self) -> tuple[int, int]:
         total = self.total_steps or 0
@@ -403,6 +428,9 @@ class MaskingSession:
     def _weight_of(self, name: str) -> Tensor | None:
         site = self.plan.sites.get(name)
         return site.weight if site is not None and site.mask is self.plan.masks[name] else None
+
+    def _remember(self) -> None:
+        self._snapshot = (self.steps, {name: t.detach().clone() for name, t in self._state().items()})
 
     def _state(self) -> dict[str, Tensor]:
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -444,7 +472,8 @@ def _rows(module: nn.Module, positions: Tensor, hard: Tensor) -> dict[str, Tenso
     """Return row masks of a producer's weight and bias for the channels at these positions."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    dim = 1 if getattr(module, "transposed", False) else 0
+    dim = output_dimension(module)
+    assert dim is not None
     channels = torch.ones(weight.shape[dim], device=weight.device)
     channels[positions] = hard.float()
     shape = [-1 if d == dim else 1 for d in range(weight.dim())]
@@ -454,9 +483,35 @@ def _rows(module: nn.Module, positions: Tensor, hard: Tensor) -> dict[str, Tenso
     return masks
 
 
-def _open_rows(mask: Tensor) -> Tensor:
-    """Return which rows of a weight's mask keep anything, as float."""
-    return mask.flatten(1).any(1).float() if mask.dim() > 1 else (mask != 0).float()
+def _check_shape(name: str, mask: Tensor, weight: Tensor) -> None:
+    if mask.shape != weight.shape:
+        raise TargetError(f"{name}.weight: mask {tuple(mask.shape)}, weight {tuple(weight.shape)}")
+
+
+def _open_rows(name: str, module: nn.Module, mask: Tensor) -> Tensor:
+    """Return which output channels of a producer its weight's mask keeps anything of, bool."""
+    assert isinstance(module.weight, Tensor)
+    _check_shape(name, mask, module.weight)
+    dimension = output_dimension(module)
+    assert dimension is not None
+    return (mask != 0).cpu().transpose(0, dimension).flatten(1).any(1) if mask.dim() > 1 else (mask != 0).cpu()
+
+
+def _open_units(name: str, group: ChannelGroup, rows: dict[str, Tensor]) -> Tensor:
+    """Return which units of a group its producers' rows keep, bool; a producer may compute only some of the units."""
+    is_open = torch.ones(group.size, dtype=torch.bool)
+    known = torch.zeros(group.size, dtype=torch.bool)
+    for part in group.producers:
+        if part.module not in rows:
+            continue
+        own = torch.zeros(group.size, dtype=torch.bool)
+        own[part.units[rows[part.module][part.positions]]] = True
+        here = torch.zeros(group.size, dtype=torch.bool).index_fill(0, part.units, True)
+        if bool((known & here & (own != is_open)).any()):
+            raise TargetError(f"group {name}: its producers' masks close different units")
+        is_open[here] = own[here]
+        known |= here
+    return is_open
 
 
 __all__ = ["GATES", "MaskingSession", "Masks", "Status", "make_optimizer", "plain_copy", "remove_gates"]

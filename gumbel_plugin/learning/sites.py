@@ -162,7 +162,3 @@ class SiteHooks:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         module.__dict__.pop("weight", None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copied model carries the hooks themselves (bound methods); handles belong to the original.
-        return {**self.__dict__, "_handles": []}

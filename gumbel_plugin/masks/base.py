@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from gumbel_plugin.masks.functional import uniform_noise
 from gumbel_plugin.masks.targets import Granularity
 
-
 WeightMode = Literal["frozen", "trained"]
 """Whether the weights stay at their initial values (subnetwork extraction) or are trained with the gates."""
 
@@ -128,6 +127,8 @@ class LearntMask(nn.Module):
             return self.hard.float()
         if not self.training:
             return self.decide(weight).float()
+        if self.granularity is not None:
+            return self.sample(weight)  # one layer uses it once in a forward; drawn again, it is the same
         if self._drawn is None or self._drawn[0] != self.noise.forward:
             self._drawn = (self.noise.forward, self.sample(weight))
         return self._drawn[1]
@@ -136,8 +137,7 @@ class LearntMask(nn.Module):
         """Return the weight times its gates; for masks over one tensor (`granularity` is set)."""
         if self.phase is Phase.OPEN:
             return weight
-        gates = self.sample(weight) if self.phase is Phase.LEARNING and self.training else self.gates(weight)
-        return weight * self.spread(gates, weight).to(weight.dtype)
+        return weight * self.spread(self.gates(weight), weight).to(weight.dtype)
 
     def spread(self, gates: Tensor, weight: Tensor) -> Tensor:
         """Spread gates of this mask so that they multiply the weight."""
@@ -147,6 +147,7 @@ class LearntMask(nn.Module):
         """Decide the gates: from now on they are what is given."""
         self.hard.copy_(hard.reshape(self.shape).to(self.hard.device) != 0)
         self.phase = Phase.FIXED
+        self.forget_sample()
 
     def forget_sample(self) -> None:
         """Drop the sample of the last forward, and the graph that hangs on it."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from pydantic import field_validator
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase, WeightMode
 from gumbel_plugin.masks.functional import gumbel_gates, straight_through_gumbel
@@ -35,6 +36,7 @@ class GumbelSoftmaxOptions(MaskOptions):
             raise ValueError(f"the temperature must stay above 0, got {lowest}")
         return value
 
+    @override
     def for_weights(self, weights: WeightMode) -> GumbelSoftmaxOptions:
         if self.initial_logit is not None:
             return self
@@ -66,10 +68,12 @@ class GumbelSoftmaxMask(LearntMask):
         self._temperature_schedule = given if isinstance(given, Schedule) else constant(given)
         self.temperature = self._temperature_schedule(0.0)
 
+    @override
     def sample(self, weight: Tensor | None) -> Tensor:
         logit = self._logit()
         return gumbel_gates(logit, self.noise.uniform_like(logit, self.stream), self.temperature)
 
+    @override
     def mask_weight(self, weight: Tensor) -> Tensor:
         if self.phase is Phase.LEARNING and self.training and self.granularity == ELEMENT:
             logit = self._logit()
@@ -77,12 +81,15 @@ class GumbelSoftmaxMask(LearntMask):
             return straight_through_gumbel(weight, logit, noise, self.temperature)
         return super().mask_weight(weight)
 
+    @override
     def scores(self, weight: Tensor | None) -> Tensor:
         return self.logit
 
+    @override
     def probability(self, weight: Tensor | None) -> Tensor:
         return torch.sigmoid(self.logit)
 
+    @override
     def advance(self, progress: float) -> None:
         self.temperature = self._temperature_schedule(progress)
 

@@ -103,9 +103,11 @@ def granularity_of(word: str | Sequence[int]) -> Granularity:
             size along the last dimensions, for example ``[4, 4]`` (-1 spans a dimension).
 
     Raises:
-        ConfigError: If the word is unknown.
+        ConfigError: If the word is unknown, or a size is neither positive nor -1.
     """
     if not isinstance(word, str):
+        if not word or any(step == 0 or step < FULL for step in word):
+            raise ConfigError(f"granularity {list(word)}: a block has at least one size, each positive or -1 (all)")
         return Granularity(tuple(word))
     if word not in _NAMED:
         raise ConfigError(f"granularity {word!r} is unknown{nearest(word, _NAMED)} (or a list of block sizes)")
@@ -185,7 +187,7 @@ def columns_view(module: torch.nn.Module, columns: Tensor) -> Tensor:
     tail = (1,) * (weight_dims - 2)
     if getattr(module, "transposed", False):  # weight is (in, out / groups, ...)
         return columns.reshape(-1, 1, *tail)
-    groups = int(getattr(module, "groups", 1))  # type: ignore[arg-type]
+    groups = int(getattr(module, "groups", 1))
     if groups == 1:
         return columns.reshape(1, -1, *tail)
     # Weight rows of group g read inputs g*c .. (g+1)*c - 1 only: repeat each group's columns for each of its rows.

@@ -18,7 +18,7 @@ def read_channels(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     nonzero = weight.detach() != 0
-    groups = int(getattr(module, "groups", 1))  # type: ignore[arg-type]
+    groups = int(getattr(module, "groups", 1))
     if getattr(module, "transposed", False):  # (in, out / groups, ...)
         return nonzero.flatten(1).any(1)
     per_group = nonzero.reshape(groups, -1, *nonzero.shape[1:])  # (groups, out / groups, in / groups, ...)

@@ -26,7 +26,7 @@ def save_masks(path: str | Path, masks: Mapping[str, Mapping[str, Tensor | None]
         **header: More to note, for instance the model's name.
     """
     tensors = {
-        f"{module}.{target}": mask.detach().to("cpu", torch.uint8).contiguous()
+        f"{module}.{target}": (mask.detach() != 0).to("cpu", torch.uint8).contiguous()
         for module, targets in masks.items()
         for target, mask in targets.items()
         if mask is not None
@@ -47,7 +47,7 @@ def load_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
     """
     masks: dict[str, dict[str, Tensor]] = {}
     try:
-        with safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise DataError(f"{path} is no masks file: its header says {json.dumps(header)}")

@@ -60,7 +60,7 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None
         TargetError: If a mask's module or tensor does not exist, or its shape does not fit.
     """
     masked = plain_copy(model)
-    modules = dict(masked.named_modules())
+    modules = dict(masked.named_modules(remove_duplicate=False))
     for name, targets in masks.items():
         if name not in modules:
             raise TargetError(f"mask for module {name!r}, which the model does not have{nearest(name, modules)}")
