@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -106,13 +107,13 @@ class LayerRule(_Section):
     @classmethod
     def _merge_weight_settings(cls, values: Any) -> Any:
         """NNI allows a target's settings in ``target_settings``; ours has one maskable target, the weight."""
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not isinstance(values.get("target_settings"), Mapping):
             return values
-        settings = dict(values.get("target_settings") or {})
+        settings = values["target_settings"]
         unknown = set(settings) - {"weight", "bias"}
         if unknown:
             raise ValueError(f"target_settings {sorted(unknown)} cannot be learnt; masks cover 'weight' (and its bias)")
-        return {**values, **settings.get("weight", {})}
+        return {**values, **(settings.get("weight") or {})}
 
     @field_validator("target_names")
     @classmethod
@@ -120,6 +121,16 @@ class LayerRule(_Section):
         if names is not None and not set(names) <= {"weight", "bias"}:
             raise ValueError(f"target_names {list(names)}: learnt masks cover 'weight' and follow on 'bias'")
         return names
+
+    @field_validator("op_names_re", "exclude_op_names_re")
+    @classmethod
+    def _are_patterns(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
 
     @field_validator("granularity")
     @classmethod
@@ -144,7 +155,7 @@ class LayerRule(_Section):
         """Return the entry in words that NNI's schema accepts."""
         entry = self.model_dump(exclude_defaults=True, exclude={"target_settings", "granularity"})
         lists = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
-        words: dict[str, Any] = {"element": [1], "kernel": [1, 1, -1, -1]}
+        words: dict[str, Any] = {"element": [1], "kernel": [[1, 1], "back", -1]}
         granularity = self.granularity if isinstance(self.granularity, str) else list(self.granularity)
         return {**lists, "granularity": words.get(str(granularity), granularity)}
 
@@ -206,7 +217,16 @@ class PruningSection(_Section):
         try:
             self.method_options()
         except ValidationError as error:
-            raise ValueError(_explain(error, method_named(self.method).Options, prefix="pruning.options.")) from error
+            raise ValueError(_explain(error, method_named(self.method).Options, prefix="options.")) from error
+        return self
+
+    @model_validator(mode="after")
+    def _train_something_in_every_phase(self) -> PruningSection:
+        if self.weights == "frozen" and (self.phases.dense or self.phases.fixed):
+            raise ValueError(
+                f"weights 'frozen' go with phases.dense = phases.fixed = 0 (got {self.phases.dense} and "
+                f"{self.phases.fixed}): without gates to learn there is nothing to train"
+            )
         return self
 
     def method_options(self) -> MaskOptions:
@@ -246,6 +266,11 @@ class PruningConfig(_Section):
             return config
         if isinstance(config, str | Path):
             return cls.load(read_yaml(Path(config)))
+        if not isinstance(config, Mapping | Sequence):
+            raise ConfigError(
+                f"config is a {type(config).__name__}; it must be the path of a YAML file, a dict, an NNI config list or a "
+                "PruningConfig"
+            )
         values = {"pruning": {"config_list": list(config)}} if isinstance(config, Sequence) else dict(config)
         try:
             return cls.model_validate(values)
@@ -288,21 +313,33 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         *parents, last = path.split(".")
         place: Any = result
         for key in parents:
-            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+            place = place[_item(place, key, setting)] if isinstance(place, list) else place.setdefault(key, {})
             if not isinstance(place, dict | list):
                 raise ConfigError(f"--set {setting!r}: {key!r} is a plain value, it has no sub-keys")
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting!r}: {text!r} is no valid YAML: {error}") from error
+        place[_item(place, last, setting) if isinstance(place, list) else last] = value
     return result
+
+
+def _item(place: list[Any], key: str, setting: str) -> int:
+    if not key.isdecimal() or int(key) >= len(place):
+        raise ConfigError(f"--set {setting!r}: {key!r} is no number of an item; the list has {len(place)}, from 0 on")
+    return int(key)
 
 
 def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """Say in one line an error: which key, its value, the rule, and the nearest valid key."""
     lines = []
     for item in error.errors():
-        key = prefix + ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            siblings = _fields_at(model, item["loc"][:-1])
-            lines.append(f"{key}: unknown key{nearest(str(item['loc'][-1]), siblings)}")
+        path = [part for part in item["loc"] if not _is_alternative(part)]
+        key = prefix + ".".join(str(part) for part in path)
+        if item["loc"] and item["loc"][-1] in _SCALARS and isinstance(item["input"], dict | list | tuple):
+            continue  # "a number or a schedule" was given a mapping: what is wrong with the schedule says enough
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            lines.append(f"{key}: unknown key{nearest(str(path[-1]), _fields_at(model, path[:-1]))}")
         elif item["type"] == "missing":
             lines.append(f"{key}: required, but missing")
         else:
@@ -312,15 +349,23 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     return "; ".join(lines)
 
 
+_SCALARS = ("int", "float", "str")
+
+
+def _is_alternative(part: int | str) -> bool:
+    """Whether a part of an error's location is no key, but says which type of ``A | B`` was tried."""
+    return part in _SCALARS or "[" in str(part)
+
+
 def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """Return the valid keys of the section at a path of keys."""
+    fields: Mapping[str, Any] = model.model_fields
     for key in path:
-        field = model.model_fields.get(str(key))
-        if field is None:
-            continue
-        annotation = field.annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if sections:
-            model = sections[0]
-    return list(model.model_fields)
+        field = fields.get(str(key))
+        annotation = getattr(field, "annotation", None)
+        for candidate in (annotation, *getattr(annotation, "__args__", ())):
+            found = getattr(candidate, "model_fields", getattr(candidate, "__pydantic_fields__", None))
+            if found:
+                fields = found
+                break
+    return list(fields)

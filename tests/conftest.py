@@ -1,4 +1,7 @@
-"""Small networks that every behaviour is tried on, and shorthands that many tests need."""
+"""Small networks that every behaviour is tried on, and shorthands that many tests need.
+
+What stands behind a ReLU has a batch norm before it (or is a SiLU), so that in train mode no unit is dead by chance.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gumbel_plugin  # noqa: F401  (makes torchvision, and with it nni and torch_pruning, importable)
-from gumbel_plugin.config import PruningSection
+from gumbel_plugin.config import LayerRule, PruningSection
+from gumbel_plugin.masks.targets import ChannelGroup
+from gumbel_torch_pruning import find_groups
 
 
 class Residual(nn.Module):
@@ -43,7 +48,7 @@ class Concat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.sigmoid(self.bn(torch.cat([self.left(x), self.right(x)], 1)))
-        return self.head(F.relu(self.mix(x)).mean((2, 3)))
+        return self.head(F.silu(self.mix(x)).mean((2, 3)))
 
 
 class SqueezeExcite(nn.Module):
@@ -57,7 +62,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.bn(self.stem(x)))
-        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
+        scale = torch.sigmoid(self.excite(F.silu(self.squeeze(x.mean((2, 3))))))
         return self.head((x * scale[:, :, None, None]).mean((2, 3)))
 
 
@@ -112,7 +117,7 @@ def _transposed() -> nn.Module:
 def _flatten_linear() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(96, 10), nn.ReLU(), nn.Linear(10, 4),
+        nn.Linear(96, 10), nn.SiLU(), nn.Linear(10, 4),
     )  # fmt: skip
 
 
@@ -129,3 +134,75 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed": (_transposed, _IMAGES),
     "flatten_linear": (_flatten_linear, _IMAGES),
 }
+
+
+@dataclass
+class Network:
+    """One network of the table.
+
+    Attributes:
+        name: Its name in `NETWORKS`.
+        model: Fresh, with random parameters and statistics, in train mode.
+        inputs: Example inputs.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Tensor
+
+    def batch(self, size: int) -> Tensor:
+        """Return other random inputs, more of them."""
+        generator = torch.Generator().manual_seed(size)
+        return torch.randn(size, *self.inputs.shape[1:], generator=generator).to(self.inputs.dtype)
+
+    def groups(self) -> dict[str, ChannelGroup]:
+        """Return the channel groups that can be cut, by name."""
+        return {group.name: group for group in find_groups(self.model, self.inputs) if group.safety == "exact"}
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Give every parameter and every batch norm's statistics values that hide nothing: none is 0, 1 or equal."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            nn.init.normal_(bias, std=0.5)
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> Network:
+    build, shape = NETWORKS[name]
+    torch.manual_seed(len(name))
+    model = build()
+    randomise(model)
+    return Network(name, model.to(dtype), torch.randn(shape).to(dtype))
+
+
+@pytest.fixture
+def make_network() -> Callable[..., Network]:
+    """Return the function that makes a network of the table: its name, and optionally a dtype."""
+    return make
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request: pytest.FixtureRequest) -> Network:
+    """Return every network of the table in turn."""
+    return make(request.param)
+
+
+@pytest.fixture
+def section() -> Callable[..., PruningSection]:
+    """Return a function that configures the pruning of all convolutions and linear layers of a model.
+
+    Its keywords that an entry of the config list has go there, the others into the section.
+    """
+
+    def configure(model: nn.Module, **keys: object) -> PruningSection:
+        entry = {key: keys.pop(key) for key in list(keys) if key in LayerRule.model_fields}
+        layers = {type(m).__name__ for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+        return PruningSection(config_list=[{"op_types": sorted(layers), **entry}], **keys)
+
+    return configure

@@ -65,6 +65,24 @@ def tensor_methods_in_tracer() -> bool:
     return True
 
 
+def python_functions_in_tracer() -> bool:
+    """Let concrete_trace run what torch wraps in Python: norm, einsum, split and others of torch.functional.
+
+    Cause (a slip, whatever the versions): while a leaf runs, the tracer's ``torch.norm`` calls the C function of that
+    name, whose arguments differ: ``F.normalize`` in Swin V2 fails with a TypeError. Remedy: file them under the Python
+    function only.
+    """
+    from nni.common.concrete_trace_utils.concrete_tracer import ConcreteTracer
+
+    table = ConcreteTracer.default_autowrap_leaf_function
+    for name in torch.functional.__all__:
+        public = getattr(torch, name)
+        if getattr(torch._C._VariableFunctions, name, public) is not public:
+            table.pop(getattr(torch._C._VariableFunctions, name), None)
+            table[public] = ([(torch, name)], False, public)
+    return True
+
+
 def classes_after_tracing() -> bool:
     """Leave torch's classes as they were when concrete_trace returns.
 
@@ -139,6 +157,20 @@ def size_is_a_leaf() -> bool:
         module = getattr(package, name)
         if not hasattr(module.tree_map_zip, "__wrapped__"):
             module.tree_map_zip = functools.update_wrapper(_tree_map_zip, module.tree_map_zip)
+    return True
+
+
+def values_last_used_by_size() -> bool:
+    """Let speedup forget a value whose last use is ``x.size()`` or ``x.dim()``.
+
+    Cause (a slip, whatever the versions): it deletes ``_output_randomize``; the attribute is ``output_randomize``.
+    """
+    from nni.compression.speedup.container import NodeInfo
+
+    def forget(info: Any) -> None:
+        del info.output_randomize
+
+    NodeInfo._output_randomize = property(fdel=forget)
     return True
 
 
@@ -237,10 +269,12 @@ def default_optimizer_of_trainer() -> bool:
 
 _REPAIRS: tuple[Callable[[], bool], ...] = (
     tensor_methods_in_tracer,
+    python_functions_in_tracer,
     classes_after_tracing,
     impure_with_two_arguments,
     bytecode_caches_in_proxy,
     size_is_a_leaf,
+    values_last_used_by_size,
     pytree_nodes_of_fx,
     masks_by_path,
     settable_max_steps,
@@ -312,7 +346,7 @@ def _init_speedup(
     self: Any, model: Any, dummy_input: Any, masks_or_file: Any, map_location: Any = None, *args: Any, **kwargs: Any
 ) -> None:
     if isinstance(masks_or_file, (str, Path)):
-        allowed = [(_plain_dict, "collections.defaultdict"), dict]
+        allowed: list[Any] = [(_plain_dict, "collections.defaultdict"), dict]
         with torch.serialization.safe_globals(allowed):
             masks_or_file = torch.load(masks_or_file, map_location)
     original = _init_speedup.__wrapped__  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ compat.apply()
 
 from nni.compression.speedup import ModelSpeedup  # noqa: E402
 from nni.compression.speedup.mask_updater import NoChangeMaskUpdater  # noqa: E402
+from nni.compression.speedup.replacement import convert_to_coarse_mask  # noqa: E402
 
 Masks = dict[str, dict[str, Tensor]]
 
@@ -128,8 +129,6 @@ def _structure(module: nn.Module, mask: Tensor, dimension: int) -> tuple[dict[st
 
 def _open_slices(is_open: Tensor, dimension: int) -> Tensor:
     slices = is_open.transpose(0, dimension).flatten(1).any(1)
-    if not slices.any():
-        slices[0] = True
     return slices
 
 
@@ -180,13 +179,14 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
     - weights that happen to be zero or constant (a fresh classifier, a layer scale) say nothing: they are randomised;
     - a gradient of ones vanishes behind a normalisation or softmax: it is random and positive.
 
-    Conflicts between masks are NNI's to resolve for rows; its resolution would rewrite columns from rows.
+    Conflicts between masks are NNI's to resolve for rows; its resolution would rewrite columns from rows. The passes
+    over the graph are NNI's too, but hold the activations of the whole network once and not five times.
     """
 
     def __init__(self, model: nn.Module, arguments: tuple[Any, ...], rows: Masks, columns: Masks) -> None:
         logger = logging.Logger("nni.compression.speedup")  # a private one, that nobody hears
         logger.addHandler(logging.NullHandler())
-        updaters = [_ItemMaskUpdater()]
+        updaters = [_CarryingMaskUpdater()]
         super().__init__(
             model, arguments, rows, batch_size=_BATCH_SIZE, customized_mask_updaters=updaters, logger=logger
         )
@@ -213,15 +213,53 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
                 parameter.uniform_(*((low, high) if low < high else (0.1, 1.0)))
         super().initialize_propagate(args)
 
+    @torch.no_grad()
+    def propagate_originally(self) -> None:
+        """Run the network; without gradients, or every output would hold on to its inputs."""
+        super().propagate_originally()
+
+    def update_direct_sparsity(self) -> None:
+        """Find what is closed from the inputs on; NNI prepares all nodes at once and logs statistics of each."""
+        for node in self.graph_module.graph.nodes:
+            updater = self.node_infos[node].mask_updater
+            updater.direct_update_preprocess(self, node)
+            updater.direct_update_process(self, node)
+            updater.direct_update_postprocess(self, node)
+
+    def update_indirect_sparsity(self) -> None:
+        """Find what nothing reads, from the outputs back; a node that is done needs its values no more."""
+        nodes = list(reversed(self.graph_module.graph.nodes))
+        for node in nodes:
+            self.node_infos[node].mask_updater.indirect_update_preprocess(self, node)
+        for node in nodes:
+            info = self.node_infos[node]
+            info.mask_updater.indirect_update_process(self, node)
+            info.mask_updater.indirect_update_postprocess(self, node)
+            info.output_origin = info.output_grad = None
+
+    def replace_compressed_modules(self) -> None:
+        """Replace, unless two calls of one module would take different channels; NNI would go by the first."""
+        open_channels: dict[str, list[Tensor]] = {}
+        for node, info in self.node_infos.items():
+            if type(info.module) in _OUTPUT_DIMENSION:
+                channel = -1 if isinstance(info.module, (nn.Linear, nn.Embedding)) else 1
+                masks = (self.node_infos[node.args[0]].output_masks, info.output_masks)
+                found = [convert_to_coarse_mask(mask, channel)[1] for mask in masks if isinstance(mask, Tensor)]
+                first = open_channels.setdefault(node.target, found)
+                if not all(map(torch.equal, first, found)):
+                    raise ValueError(f"calls of {node.target!r} would lose different channels")
+        super().replace_compressed_modules()
+
     def direct_calc_mask(self, output: Any, output_mask: Tensor | None = None, batch_dim: int | None = None) -> Any:
         """Close what is exactly zero in the whole batch."""
         if not isinstance(output, Tensor) or not self.tensor_propagate_check(output):
             return None
-        zero = (output == 0).all(dim=self.batch_dim if batch_dim is None else batch_dim, keepdim=True)
+        dimension = self.batch_dim if batch_dim is None else batch_dim
+        zero = (output == 0).all(dim=dimension, keepdim=True)
         if not output.is_floating_point():
             zero = torch.zeros_like(zero)
         mask = torch.ones_like(zero, dtype=torch.get_default_dtype()) if output_mask is None else output_mask
-        return mask.masked_fill(zero, 0)
+        return mask.narrow(dimension, 0, 1).masked_fill(zero, 0)
 
     def indirect_backward(self, output: Any, output_mask: Tensor | None) -> None:
         """Send a random positive gradient into what is open."""
@@ -232,8 +270,16 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
             output.backward(gradient, retain_graph=True)  # type: ignore[no-untyped-call]
 
 
-class _ItemMaskUpdater(NoChangeMaskUpdater):  # type: ignore[misc]
-    """NoChangeMaskUpdater whose tuple items report their gradient to the tuple (NNI's report it to themselves)."""
+class _CarryingMaskUpdater(NoChangeMaskUpdater):  # type: ignore[misc]
+    """NoChangeMaskUpdater with two slips of NNI mended.
+
+    Items of a tuple report their gradient to the tuple, not to themselves; an activation without a gradient (of a
+    table that does not depend on the batch) reports none.
+    """
+
+    def indirect_activation(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
+        if model_speedup.node_infos[node].output_grad is not None:
+            super().indirect_activation(model_speedup, node)
 
     def indirect_getitem(self, model_speedup: ModelSpeedup, node: torch.fx.Node) -> None:
         source, key = node.args

@@ -1,7 +1,7 @@
 """Whole attention heads as channel groups: how each kind of attention layer stores its heads, and loses some.
 
-What a head computes reaches the rest of the network through its columns of the output projection only, so closing them
-makes the head's queries, keys and values irrelevant; the scale of the scores depends on the size of a head, which stays.
+What a head computes reaches the rest of the network only through its columns of the output projection, so closing them
+makes its queries, keys and values irrelevant; the scale of the scores depends on the size of a head, which stays.
 
 A new kind of attention is one subclass of `AttentionKind` and one line in `KINDS`.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class LinearHeads(AttentionKind):
         if key != value or key % size or query % key or units == 0:
             return None
         producers = tuple(
-            _slice(f"{name}.{projection}" if name else projection, width, width // units)
+            _slice(f"{name}.{projection}", width, width // units)
             for projection, width in zip(self.projections, (query, key, value), strict=True)
         )
         return ChannelGroup(name, units, producers, (_slice(path, query, query // units),))
@@ -100,7 +100,7 @@ class LinearHeads(AttentionKind):
 
     def _output_path(self, name: str) -> str:
         above = name.rpartition(".")[0] if self.outside else name
-        return f"{above}.{self.output}" if above else self.output
+        return f"{above}.{self.output}".lstrip(".")
 
 
 class CompactHeads(LinearHeads):
@@ -130,7 +130,7 @@ class TorchHeads(AttentionKind):
     def describe(self, name: str, model: nn.Module) -> ChannelGroup | None:
         """See `AttentionKind.describe`."""
         layer: Any = model.get_submodule(name)
-        output = _slice(f"{name}.out_proj" if name else "out_proj", layer.embed_dim, layer.head_dim)
+        output = _slice(f"{name}.out_proj", layer.embed_dim, layer.head_dim)
         unit = layer.head_dim * (layer.embed_dim + layer.kdim + layer.vdim)
         reason = ""
         if type(layer) is not nn.MultiheadAttention:
@@ -161,8 +161,8 @@ class WindowHeads(AttentionKind):
         layer: Any = model.get_submodule(name)
         width, heads = layer.proj.in_features, layer.num_heads
         packed = torch.arange(3 * width)  # row r of qkv: its part r // width, its head (r % width) // head_dim
-        rows = ChannelSlice(f"{name}.qkv" if name else "qkv", packed, packed % width // (width // heads))
-        return ChannelGroup(name, heads, (rows,), (_slice(f"{name}.proj" if name else "proj", width, width // heads),))
+        rows = ChannelSlice(f"{name}.qkv", packed, packed % width // (width // heads))
+        return ChannelGroup(name, heads, (rows,), (_slice(f"{name}.proj", width, width // heads),))
 
     @torch.no_grad()
     def remove(self, name: str, model: nn.Module, units: Tensor) -> None:
@@ -200,10 +200,13 @@ def kind_of(layer: nn.Module) -> AttentionKind | None:
 
 
 def find_heads(model: nn.Module) -> list[ChannelGroup]:
-    """Return the heads of every attention layer of a known kind, each layer a group that has the layer's name."""
-    found = [(name, kind_of(layer)) for name, layer in model.named_modules()]
+    """Return the heads of every attention layer of a known kind, each layer a group that has the layer's name.
+
+    A model that is itself an attention layer has none: there is nothing to put a smaller layer into.
+    """
+    found = [(name, kind_of(layer)) for name, layer in model.named_modules() if name]
     groups = [kind.describe(name, model) for name, kind in found if kind is not None]
-    return [group for group in groups if group is not None]
+    return [_with_a_choice(group) for group in groups if group is not None]
 
 
 def remove_heads(model: nn.Module, name: str, units: Tensor) -> bool:
@@ -250,25 +253,35 @@ def _as_one_operation(forward: Callable[..., Any]) -> Callable[..., Any]:
             outputs = forward(*args, **kwargs)
         sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         return tree_map(
-            lambda leaf: _AttentionHeads.apply(leaf, *sources)  # type: ignore[no-untyped-call]
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
-            else leaf,
+            lambda leaf: (
+                AttentionLayer.apply(leaf, *sources)  # type: ignore[no-untyped-call]
+                if isinstance(leaf, Tensor) and leaf.is_floating_point()
+                else leaf
+            ),
             outputs,
         )
 
     return opaque
 
 
-class _AttentionHeads(torch.autograd.Function):
-    """Its node, AttentionHeadsBackward, stands for a whole attention layer."""
+class AttentionLayer(torch.autograd.Function):
+    """Its node, AttentionLayerBackward, stands for a whole attention layer."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *sources: Tensor) -> Tensor:
+        """Return the layer's output, which depends on the sources."""
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        """Refuse: a graph is only read."""
         raise NotImplementedError("an attention layer was traced, not run")
+
+
+def _with_a_choice(group: ChannelGroup) -> ChannelGroup:
+    if group.size > 1:
+        return group
+    return replace(group, safety="unsupported", reason="it has one head, which must stay")
 
 
 def _head_size(layer: nn.Module) -> int | None:

@@ -1,7 +1,7 @@
 """Attention layers whose heads need not fill the width of the stream: what torch's and torchvision's own cannot be.
 
 `nn.MultiheadAttention` and torchvision's shifted windows derive the size of a head from the width and the number of
-heads, so a layer that lost a head cannot be one of them. The layers here compute the same with the size of a head given.
+heads, so a layer that lost a head cannot be one of them. The layers here compute the same, the size of a head given.
 """
 
 from __future__ import annotations
@@ -70,27 +70,29 @@ class CompactMultiheadAttention(nn.Module):
     @classmethod
     def of(cls, attention: nn.MultiheadAttention) -> CompactMultiheadAttention:
         """Return a layer with the same heads and weights; the output projection is the same module."""
-        made = cls(
-            attention.embed_dim,
-            attention.num_heads,
-            attention.head_dim,
-            kdim=attention.kdim,
-            vdim=attention.vdim,
-            bias=attention.in_proj_bias is not None,
-            dropout=attention.dropout,
-            batch_first=attention.batch_first,
-        )
+        packed_bias = attention.in_proj_bias
+        with torch.device("meta"):  # fresh weights would draw from the global generator, for nothing
+            made = cls(
+                attention.embed_dim,
+                attention.num_heads,
+                attention.head_dim,
+                kdim=attention.kdim,
+                vdim=attention.vdim,
+                bias=packed_bias is not None,
+                dropout=attention.dropout,
+                batch_first=attention.batch_first,
+            )
         weights: Any = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        trainable = [weight is not None and weight.requires_grad for weight in weights]
         if attention.in_proj_weight is not None:
             weights = attention.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
-        trainable = any(p.requires_grad for n, p in attention.named_parameters(recurse=False) if n.endswith("weight"))
-        for linear, weight, bias in zip((made.q_proj, made.k_proj, made.v_proj), weights, biases, strict=True):
-            linear.weight = nn.Parameter(weight.detach().clone(), trainable)
-            if bias is not None:
-                linear.bias = nn.Parameter(bias.detach().clone(), attention.in_proj_bias.requires_grad)
+            trainable = [attention.in_proj_weight.requires_grad] * 3
+        for number, linear in enumerate((made.q_proj, made.k_proj, made.v_proj)):
+            linear.weight = nn.Parameter(weights[number].detach().clone(), trainable[number])
+            if packed_bias is not None:
+                linear.bias = nn.Parameter(packed_bias.detach().chunk(3)[number].clone(), packed_bias.requires_grad)
         made.out_proj = attention.out_proj
-        made.mask_heads = made.mask_heads.to(attention.out_proj.weight.device)
+        made.mask_heads = torch.arange(made.num_heads, device=attention.out_proj.weight.device)
         return made.train(attention.training)
 
     @property
@@ -162,7 +164,7 @@ def _split_heads(projected: Tensor, heads: int, batch_first: bool) -> Tensor:
         projected = projected.unsqueeze(0)
     elif not batch_first:
         projected = projected.transpose(0, 1)
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return torch.unflatten(projected, -1, (heads, -1)).transpose(1, 2)
 
 
 @torch.fx.wrap
@@ -178,7 +180,7 @@ def _merge_heads(context: Tensor, query: Tensor, batch_first: bool) -> Tensor:
 def _attention_bias(mask: Tensor, q: Tensor, heads: Tensor, total: int) -> Tensor:
     """(L, S) or (N * total, L, S) to something that is added to scores (N, heads, L, S)."""
     bias = _additive(mask, q)
-    return bias if bias.dim() == 2 else bias.unflatten(0, (-1, total))[:, heads]
+    return bias if bias.dim() == 2 else torch.unflatten(bias, 0, (-1, total))[:, heads]
 
 
 @torch.fx.wrap
@@ -250,11 +252,9 @@ class CompactWindowAttention(nn.Module):
             x: Shape (batch, height, width, channels); so is the output.
         """
         windows = _to_windows(x, self.window_size, self.shift_size)
-        q, k, v = _split_packed(self.qkv(windows), self.head_dim)
+        q, k, v = _split_packed(F.linear(windows, self.qkv.weight, self._used_bias()), self.head_dim)
         scale = None
         if self.logit_scale is not None:
-            if self.qkv.bias is not None:  # V2 has a bias for the keys, and never uses it
-                k = k - self.qkv.bias.chunk(3)[1].view(1, self.num_heads, 1, self.head_dim)
             q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()
             k, scale = F.normalize(k, dim=-1), 1.0
         bias = _window_bias(self.relative_bias(), x, self.window_size, self.shift_size)
@@ -263,6 +263,13 @@ class CompactWindowAttention(nn.Module):
         output = self.proj(context.transpose(1, 2).flatten(2))
         output = F.dropout(output, self.dropout, self.training)
         return _from_windows(output, x, self.window_size, self.shift_size)
+
+    def _used_bias(self) -> Tensor | None:
+        """Return the bias of queries, keys and values; V2 has one for the keys and never uses it."""
+        if self.logit_scale is None or self.qkv.bias is None:
+            return self.qkv.bias
+        q, k, v = self.qkv.bias.chunk(3)
+        return torch.cat([q, torch.zeros_like(k), v])
 
     def extra_repr(self) -> str:
         """Say what the children do not show."""
@@ -284,8 +291,9 @@ def _to_windows(x: Tensor, window: list[int], shift: list[int]) -> Tensor:
     (height, width), (down, right) = _geometry(x, window, shift)
     x = F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
     x = torch.roll(x, (-down, -right), dims=(1, 2))
-    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))  # (batch, rows, wh, columns, ww, channels)
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    # (batch, rows, window height, columns, window width, channels)
+    tiles = x.reshape(-1, height // window[0], window[0], width // window[1], window[1], x.shape[-1])
+    return tiles.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 @torch.fx.wrap
@@ -301,7 +309,7 @@ def _from_windows(windows: Tensor, x: Tensor, window: list[int], shift: list[int
 @torch.fx.wrap
 def _split_packed(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(windows, pixels, 3 * heads * d) to three of (windows, heads, pixels, d)."""
-    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
+    q, k, v = torch.unflatten(qkv, -1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 

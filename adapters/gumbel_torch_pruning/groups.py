@@ -18,19 +18,19 @@ from gumbel_plugin.errors import EquivalenceError, GraphError
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, columns_view, input_channels, output_dimension
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_plugin.shrinking.inputs import call_model, observing
+from gumbel_torch_pruning.attention import find_heads, kind_of, opaque_attention, remove_heads
+from gumbel_torch_pruning.exactness import Cut, Judge, Treatment
+from gumbel_torch_pruning.repairs import PRUNERS, repaired_tracing
 
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
-_NORMS_OVER_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
-# Autograd nodes that mix channels: closing a channel at its readers does not undo what it did to the others.
-_MIXING_OPERATIONS = ("softmax", "layernorm", "groupnorm", "rmsnorm", "scaleddot", "bmm", "linalg", "cumsum", "topk")
 
 
 class DependencyGroups:
     """The channel groups of one model, and the physical removal of their units.
 
-    A group is called exact only after a trial: units were removed from a copy of the model, and its outputs compared.
-    What the graph does not show (a mean over channels, a fixed slice, a reshape) comes out there. A graph with
-    customized pruners cannot be built again for a copy; its groups are judged by the graph alone.
+    A group is called exact if a `Judge` finds it so, and after a trial: units were removed from a copy of the model, and
+    its outputs compared. What the model's code takes for granted (a fixed size in a reshape, say) comes out there. A
+    graph with customized pruners cannot be built again for a copy; its groups have no trial.
 
     Example::
 
@@ -73,9 +73,13 @@ class DependencyGroups:
         self.graph = graph or _build_graph(model, example_inputs)
         self._parts = parts
         self._roots: dict[str, tuple[nn.Module, int]] = {}
+        self._judge = Judge(model, example_inputs, self._parameters(), self._treatments(opaque_attention=graph is None))
         found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
         groups = [self._describe(group) for group in found]
-        self.groups = groups if self.graph.CUSTOMIZED_PRUNERS else _tried(model, example_inputs, groups)
+        if graph is None:  # the heads of attention layers, which only `remove` can take out
+            groups += find_heads(model)
+        customized = set(self.graph.CUSTOMIZED_PRUNERS) - set(PRUNERS)
+        self.groups = groups if customized else _tried(model, example_inputs, groups)
 
     def remove(self, name: str, units: Tensor) -> None:
         """Remove units of a group from the model, everywhere they appear.
@@ -84,6 +88,8 @@ class DependencyGroups:
             name: The group's name.
             units: Unit numbers, int64.
         """
+        if remove_heads(self.model, name, units):
+            return
         group = self.pruning_group(name, units)
         flags = {id(parameter): parameter.requires_grad for parameter in self.model.parameters()}
         trainable = {name: flags[id(parameter)] for name, parameter in self.model.named_parameters()}
@@ -106,19 +112,42 @@ class DependencyGroups:
         self._roots[name] = (root, size)
         producers: list[ChannelSlice] = []
         consumers: list[ChannelSlice] = []
+        cuts: list[Cut] = []
         for item in group.items:
             module = item.dep.target.module
-            if module not in self._names:
+            positions, units = torch.tensor(item.idxs), torch.tensor(item.root_idxs) % size
+            if module in self.graph._param_to_name:
+                cuts.append(((self.graph._param_to_name[module], False), positions, units))
+            elif module not in self._names:
                 continue
-            part = ChannelSlice(self._names[module], torch.tensor(item.idxs), torch.tensor(item.root_idxs) % size)
-            if self._reads(item.dep):
-                consumers.append(part)
+            elif self._reads(item.dep):
+                consumers.append(ChannelSlice(self._names[module], positions, units))
             elif isinstance(getattr(module, "weight", None), Tensor) and self._width(module) is not None:
-                producers.append(part)
-        safety, reason = self._judge(group)
+                producers.append(ChannelSlice(self._names[module], positions, units))
+        cuts += [((part.module, False), part.positions, part.units) for part in producers]
+        cuts += [((part.module, True), part.positions, part.units) for part in consumers]
+        safety, reason = self._judge.verdict(cuts)
         if safety == "exact":
             safety, reason = self._check_parts(size, producers, consumers)
         return ChannelGroup(name, size, tuple(producers), tuple(consumers), safety, reason)  # type: ignore[arg-type]
+
+    def _parameters(self) -> dict[nn.Parameter, tuple[str, int]]:
+        """Return the parameters that belong to no layer which Torch-Pruning knows, and where it would cut them."""
+        graph = self.graph
+        used = ((each, dim) for each, dim in graph.unwrapped_parameters if each in graph.module2node)
+        return {parameter: (graph._param_to_name[parameter], dim) for parameter, dim in used}
+
+    def _treatments(self, opaque_attention: bool) -> dict[nn.Module, Treatment]:
+        """Return what is known of layers that are none of torch's own."""
+        treatments: dict[nn.Module, Treatment] = {}
+        for module in self._names:
+            if type(module) in PRUNERS:
+                treatments[module] = "each"
+            elif module in self.graph.CUSTOMIZED_PRUNERS or type(module) in self.graph.CUSTOMIZED_PRUNERS:
+                treatments[module] = "foreign"
+            elif opaque_attention and kind_of(module) is not None:
+                treatments[module] = "opaque"
+        return treatments
 
     def _reads(self, dep: Any) -> bool:
         """Whether a dependency prunes the input channels of a layer that sums over them."""
@@ -144,21 +173,6 @@ class DependencyGroups:
             elif isinstance(module, nn.GroupNorm):
                 parts = max(parts, module.num_groups)
         return parts
-
-    def _judge(self, group: Any) -> tuple[str, str]:
-        for item in group.items:
-            node = item.dep.target
-            if node.type == tp.ops.OPTYPE.OUTPUT:
-                return "unsupported", "it reaches the network's output"
-            if isinstance(node.module, nn.MultiheadAttention | nn.LSTM):
-                return "unsupported", f"{self._names[node.module]} is a {type(node.module).__name__} over these channels"
-            if isinstance(node.module, _NORMS_OVER_CHANNELS):
-                kind = type(node.module).__name__
-                return "inexact", f"{kind} {self._names[node.module]} computes statistics over these channels"
-            operation = str(getattr(node.module, "_grad_fn", ""))
-            if any(word in operation.lower() for word in _MIXING_OPERATIONS):
-                return "inexact", f"{operation} mixes these channels"
-        return "exact", ""
 
     def _check_parts(
         self, size: int, producers: Sequence[ChannelSlice], consumers: Sequence[ChannelSlice]
@@ -194,17 +208,23 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
 def _tried(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
     """Return the groups with those marked whose units cannot be removed exactly."""
     exact = [group for group in groups if group.safety == "exact"]
-    if not exact or not _trial(model, example_inputs, exact):
-        return list(groups)
-    reasons = {group.name: _trial(model, example_inputs, [group]) for group in exact}
-    return [
-        replace(group, safety="inexact", reason=reasons[group.name]) if reasons.get(group.name) else group
-        for group in groups
-    ]
+    faults = {group.name: group for group in _faulty(model, example_inputs, exact)}
+    return [faults.get(group.name, group) for group in groups]
 
 
-def _trial(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]) -> str:
-    """Remove about half of the units of some groups from a copy; return why that is not exact, or nothing."""
+def _faulty(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Return the groups that fail a trial, marked; those that do not are tried together."""
+    safety, reason = _trial(model, example_inputs, groups) if groups else ("exact", "")
+    if safety == "exact":
+        return []
+    if len(groups) == 1:
+        return [replace(groups[0], safety=safety, reason=reason)]  # type: ignore[arg-type]
+    halves = groups[: len(groups) // 2], groups[len(groups) // 2 :]
+    return [group for half in halves for group in _faulty(model, example_inputs, half)]
+
+
+def _trial(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]) -> tuple[str, str]:
+    """Remove about half of the units of some groups from a copy; return how safe that is, and why it is not exact."""
     generator = torch.Generator().manual_seed(0)
     masked = copy.deepcopy(model)
     _shake(masked, generator)
@@ -215,17 +235,19 @@ def _trial(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]
     try:
         graph = _build_graph(small, example_inputs)
         for group in groups:
+            if remove_heads(small, group.name, closed[group.name]):
+                continue
             root = small.get_submodule(group.name)
             part = next(part for part in group.producers if part.module == group.name)
             positions = part.positions[torch.isin(part.units, closed[group.name])].tolist()
             prune = graph.get_pruner_of_module(root).prune_out_channels
             graph.get_pruning_group(root, prune, positions).prune()
         report = verify_equivalence(masked, small, example_inputs, samples=1, dtypes=(torch.float64,))
-    except EquivalenceError:
-        return "removing its units changes the shape of the output"
+    except EquivalenceError as error:
+        return "unsupported", f"without some of its units the outputs have another form: {error}"
     except Exception as error:
-        return f"the model does not run without some of its units: {error}"
-    return "" if report.passed else "what lies between computes one channel from others"
+        return "unsupported", f"the model does not run without some of its units: {error}"
+    return ("exact", "") if report.passed else ("inexact", "something mixes these channels before they are read")
 
 
 def _odd_half(size: int, generator: torch.Generator) -> Tensor:
@@ -265,7 +287,7 @@ def _close(model: nn.Module, group: ChannelGroup, units: Tensor) -> None:
 
 
 def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
-    with _traceable(model), warnings.catch_warnings():
+    with _traceable(model), opaque_attention(model), repaired_tracing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_forward(model, example_inputs)
         try:
@@ -274,6 +296,7 @@ def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
                 example_inputs,
                 forward_fn=_forward,
                 output_transform=mark_outputs,
+                customized_pruners={kind: pruner() for kind, pruner in PRUNERS.items()},
                 verbose=False,
             )
         except Exception as error:

@@ -30,21 +30,20 @@ class GateImportance(tp.importance.Importance):  # type: ignore[misc]
 
     @torch.no_grad()
     def __call__(self, group: Any, **_: Any) -> Tensor | None:
-        """Return one score per channel of the group's root, or None (leave it alone) if its channels are not gated."""
-        names = {module: name for name, module in self.session.model.named_modules()}
-        own = {
-            (part.module, kind): (name, part)
-            for name, gated in self.session.plan.groups.items()
-            for kind, parts in (("out", gated.producers), ("in", gated.consumers))
-            for part in parts
-        }
-        root = group[0].dep
-        kind = "out" if group._DG.is_out_channel_pruning_fn(root.handler) else "in"
-        found = own.get((names.get(root.target.module, ""), kind))
-        if found is None:
-            return None
-        name, part = found
-        probability = self.session.plan.masks[name].probability(None)
-        scores = torch.ones(int(part.positions.max()) + 1, device=probability.device)
-        scores[part.positions] = probability[part.units].to(scores.dtype)
-        return scores[torch.as_tensor(group[0].idxs)]
+        """Return one score per channel of the group's root, or None (leave it alone) if its channels are not gated.
+
+        Channels that have no gate, among others that do, get 1.
+        """
+        graph, dep = group._DG, group[0].dep
+        layer = graph._module2name.get(dep.target.module)  # by name: the pruner may have a copy of the session's model
+        reads = not graph.is_out_channel_pruning_fn(dep.handler)
+        scores: Tensor | None = None
+        for name, gated in self.session.plan.groups.items():
+            for part in gated.consumers if reads else gated.producers:
+                if part.module == layer:
+                    if scores is None:
+                        count = graph.get_in_channels if reads else graph.get_out_channels
+                        scores = torch.ones(count(dep.target.module))
+                    probability = self.session.plan.masks[name].probability(None)
+                    scores[part.positions] = probability[part.units.to(probability.device)].to(scores)
+        return None if scores is None else scores[torch.as_tensor(group[0].idxs)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from gumbel_plugin.errors import LifecycleError
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -17,40 +22,63 @@ class Change:
     Attributes:
         old: The parameter that the optimizer knows.
         new: The parameter that the model has now.
-        kept: Where each element of the new one stood in the flattened old one, int64.
+        kept: Where each element of the new one stood in the flattened old one, int64; None if that is not known.
     """
 
     old: nn.Parameter
     new: nn.Parameter
-    kept: Tensor
+    kept: Tensor | None
 
 
 @dataclass(eq=False)
 class ParameterChanges:
-    """How parameters were replaced by smaller ones, by name."""
+    """How parameters were replaced by smaller ones, and which are gone.
+
+    Attributes:
+        changes: What was replaced.
+        gone: What has no successor.
+    """
 
     changes: list[Change] = field(default_factory=list)
+    gone: list[nn.Parameter] = field(default_factory=list)
+
+    def add(self, old: nn.Parameter, new: nn.Parameter, kept: Tensor | None) -> None:
+        """Note one replacement."""
+        self.changes.append(Change(old, new, kept))
+
+    def drop(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note parameters that are gone."""
+        self.gone.extend(parameters)
 
     def apply_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer go on with the new parameters; momentum and the like are cut like the weights.
 
         Args:
-            optimizer: Any torch optimizer whose per-parameter state has the parameter's shape (or is a scalar).
+            optimizer: Any torch optimizer that keeps its state per parameter, each tensor of it of the parameter's
+                shape, of that shape with some dimensions reduced to 1 (Adafactor), or a scalar.
+
+        Raises:
+            LifecycleError: If something changed, but the optimizer has none of the parameters from before or after.
         """
         by_old = {id(change.old): change for change in self.changes}
+        gone = {id(parameter) for parameter in self.gone}
+        known = {*by_old, *gone, *(id(change.new) for change in self.changes)}
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if known and not known & held:
+            raise LifecycleError(
+                "this optimizer has no parameter that the last step changed: it was built for another model, or "
+                "update_optimizer was not called after an earlier step"
+            )
         for group in optimizer.param_groups:
-            for place, parameter in enumerate(group["params"]):
+            parameters = [parameter for parameter in group["params"] if id(parameter) not in gone]
+            for parameter in self.gone:
+                optimizer.state.pop(parameter, None)
+            for place, parameter in enumerate(parameters):
                 change = by_old.get(id(parameter))
-                if change is None:
-                    continue
-                group["params"][place] = change.new
-                state = optimizer.state.pop(parameter, None)
-                if state is not None:
-                    optimizer.state[change.new] = {key: _cut(value, change) for key, value in state.items()}
-
-    def add(self, old: nn.Parameter, new: nn.Parameter, kept: Tensor) -> None:
-        """Note one replacement."""
-        self.changes.append(Change(old, new, kept))
+                if change is not None:
+                    parameters[place] = change.new
+                    _move_state(optimizer, change)
+            group["params"][:] = parameters
 
 
 @contextmanager
@@ -58,31 +86,30 @@ def tracked(model: nn.Module) -> Iterator[ParameterChanges]:
     """Track which elements survive while Torch-Pruning replaces a model's parameters.
 
     Torch-Pruning cuts a parameter's ``.grad`` together with the parameter. While this context is open every gradient
-    holds, bit for bit, the elements' positions instead; afterwards the real gradients are back, cut alike.
+    holds, bit for bit, the elements' positions instead; afterwards the real gradients are back, cut alike, and so are
+    ``requires_grad`` and the train/eval flags. In half precision there is room for 65,536 positions; of larger
+    parameters the gradient is dropped and the optimizer's state starts anew.
     """
     before: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     gradients = {name: parameter.grad for name, parameter in before.items()}
     flags = {name: parameter.requires_grad for name, parameter in before.items()}
+    training = {module: module.training for module in model.modules()}
     for parameter in before.values():
         parameter.grad = _positions(parameter)
     result = ParameterChanges()
     try:
         yield result
     finally:
-        for name, parameter in model.named_parameters():
-            old = before.get(name)
-            if old is None:
-                continue
-            marks, gradient = parameter.grad, gradients[name]
-            parameter.grad = gradient if parameter is old else None
-            parameter.requires_grad_(flags[name])
-            if parameter is not old and marks is not None:
-                kept = _read(marks)
-                result.add(old, parameter, kept)
-                if gradient is not None:
-                    parameter.grad = gradient.flatten()[kept].reshape(parameter.shape)
         for name, old in before.items():
             old.grad = gradients[name]
+        for name, new in model.named_parameters():
+            if name in before and new is not before[name]:
+                kept = None if new.grad is None else _read(new.grad)
+                new.grad = None if kept is None else _cut(gradients[name], before[name], new, kept)
+                new.requires_grad_(flags[name])
+                result.add(before[name], new, kept)
+        for module, mode in training.items():
+            module.training = mode
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -90,18 +117,42 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _positions(parameter: Tensor) -> Tensor | None:
     """Return the elements' positions as integers whose bits are stored in the parameter's own dtype."""
-    integers = _INTEGERS[parameter.element_size()]
-    if parameter.numel() > torch.iinfo(integers).max:
+    integers = _INTEGERS.get(parameter.element_size())
+    if integers is None or parameter.numel() > 2 ** (8 * parameter.element_size()):
         return None
-    positions = torch.arange(parameter.numel(), dtype=integers, device=parameter.device)
+    # In 16 bits the positions from 32,768 on wrap around to negative numbers; `_read` turns them back.
+    positions = torch.arange(parameter.numel(), device=parameter.device).to(integers)
     return positions.view(parameter.dtype).reshape(parameter.shape)
 
 
 def _read(marks: Tensor) -> Tensor:
-    return marks.contiguous().view(_INTEGERS[marks.element_size()]).flatten().long()
+    bits = 8 * marks.element_size()
+    positions = marks.contiguous().view(_INTEGERS[marks.element_size()]).flatten().long()
+    return positions % 2**bits if bits < 64 else positions
 
 
-def _cut(value: object, change: Change) -> object:
-    if isinstance(value, Tensor) and value.shape == change.old.shape:
-        return value.flatten()[change.kept.to(value.device)].reshape(change.new.shape)
-    return value
+def _move_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
+    state = optimizer.state.pop(change.old, None)
+    if not state:
+        return
+    if change.kept is None:
+        _logger.warning("the optimizer's state of a parameter of shape %s starts anew", tuple(change.new.shape))
+        return
+    kept = change.kept
+    optimizer.state[change.new] = {
+        key: _cut(value, change.old, change.new, kept) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
+
+
+def _cut(value: Tensor | None, old: Tensor, new: Tensor, kept: Tensor) -> Tensor | None:
+    """Cut a tensor that belongs to a parameter like the parameter; dimensions of size 1 stand for all positions."""
+    if value is None or value.dim() != old.dim():
+        return value
+    if any(size not in (1, full) for size, full in zip(value.shape, old.shape, strict=True)):
+        return value
+    whole = value.expand(old.shape).flatten()[kept.to(value.device)].reshape(new.shape)
+    for dim, (size, full) in enumerate(zip(value.shape, old.shape, strict=True)):
+        if size == 1 < full:
+            whole = whole.narrow(dim, 0, 1)
+    return whole.clone()

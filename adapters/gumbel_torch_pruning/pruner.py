@@ -12,20 +12,23 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningSection
-from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest
-from gumbel_plugin.insight.profile import count_macs, count_parameters
+from gumbel_plugin.errors import LifecycleError, TargetError, nearest
 from gumbel_plugin.learning.latency import LatencyTable, measure_table
-from gumbel_plugin.learning.session import MaskingSession, Masks
+from gumbel_plugin.learning.session import GATES, MaskingSession, Masks
+from gumbel_plugin.masks.base import LearntMask, Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.dead_units import find_dead_units
-from gumbel_plugin.shrinking.inputs import observing
+from gumbel_plugin.shrinking.inputs import call_model
+from gumbel_torch_pruning.arguments import check_arguments, check_layers, check_model, forward_of, own_copies
 from gumbel_torch_pruning.groups import DependencyGroups, check_forward, mark_outputs
+from gumbel_torch_pruning.heads import Heads, find_named_heads, note_heads
 from gumbel_torch_pruning.importance import GateImportance
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
-from gumbel_torch_pruning.scopes import Budget, Target, plan_groups
+from gumbel_torch_pruning.record import Record
+from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank
+from gumbel_torch_pruning.tracing import calling, named_shapes, shared_parts, traceable, untouched_on_error
 
 _logger = logging.getLogger(__name__)
-_TARGETS = ("channels", "macs", "parameters", "latency")
 
 
 class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
@@ -33,6 +36,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     Example::
 
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         pruner = GumbelGroupPruner(model, example_inputs, pruning_ratio=0.5, ignored_layers=[model.fc])
         optimizer.add_param_group({"params": pruner.gate_parameters(), "lr": 0.05, "weight_decay": 0.0})
         for batch in loader:
@@ -41,7 +45,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         pruner.update_optimizer(optimizer)    # momentum follows the shrunk parameters, should training go on
 
     One gate per unit of a group acts at every layer that reads the group's channels, so that closing and removing are
-    the same thing. All arguments of `BasePruner` mean what they mean there; ``importance`` is not needed.
+    the same thing. All arguments of `BasePruner` mean what they mean there, except that ``importance`` is not needed
+    and that counts are met as they are written: ⌊n·ratio⌋ of n channels go, where Torch-Pruning removes
+    n − int(n·(1 − ratio)), one more wherever n·ratio is not whole. With another target than channels the groups share
+    the one budget.
 
     Attributes:
         session: The masking session; its verbs are called by the methods here.
@@ -63,13 +70,14 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Build the graph and attach the gates; the model can be trained at once.
 
         Args:
-            model: The model; its train/eval flags are kept.
+            model: The model; its train/eval flags are kept, and if this raises it is as it was.
             example_inputs: A tensor, a tuple of positional inputs, or a dict.
             importance: Ignored by this pruner; by default `GateImportance`.
             target: What ``pruning_ratio`` is a fraction of: ``channels`` (per group, or of all with
                 ``global_pruning``), or the network's ``macs``, ``parameters`` or ``latency``.
             pruning: Method, rescale and budget settings; the config list is not used here.
-            total_steps: How many optimiser steps will follow, so that the budget can tighten gradually.
+            total_steps: How many optimiser steps will be made before each `step`, so that the budget can tighten
+                gradually; None holds the gates to the final target at once.
             inexact: Also gate groups whose removal changes what a normalisation computes.
             latency_table: A measured table for the target ``latency``; measured here without it.
             **arguments: All other arguments of `BasePruner`: ``pruning_ratio``, ``ignored_layers``, ...
@@ -77,40 +85,36 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         Raises:
             ConfigError: If an argument breaks a rule or the target cannot be met.
             GraphError: If the model rejects the example inputs or has nothing to differentiate.
+            TargetError: If a layer that an argument names is not in the graph, or nothing can be gated.
             LifecycleError: If the model has gates already.
         """
-        _check_arguments(target, arguments)
-        check_forward(model, example_inputs)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise GraphError("every parameter of the model is frozen, so Torch-Pruning cannot trace it; unfreeze some")
-        transform = arguments.pop("output_transform", None)
-        # Torch-Pruning keeps these dicts and writes into its own mutable defaults: hand it fresh ones.
-        for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
-            arguments[name] = dict(arguments.get(name) or {})
+        check_arguments(target, arguments)
+        check_model(model)
         self.example_inputs = example_inputs
         self._settings = pruning or PruningSection()
         self._target, self._inexact, self._table = target, inexact, latency_table
         self._total_steps = total_steps
-        with observing(model), torch.enable_grad():
-            super().__init__(
-                model,
-                example_inputs,
-                importance or tp.importance.RandomImportance(),
-                output_transform=lambda out: mark_outputs(transform(out) if transform else out),
-                **arguments,
-            )
-        self._dependency = self._read_graph()
-        self._original = {group.name: group.size for group in self._dependency.groups}
-        self._dense_cost = {
-            "macs": lambda: float(count_macs(model, example_inputs)),
-            "parameters": lambda: float(count_parameters(model)),
-        }.get(target, lambda: 0.0)()
-        self._decided: Masks = {}
+        self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
+        self._record = Record()
         self._changes = ParameterChanges()
-        self.session = self._new_session(1)
-        self.session.start(total_steps)
-        if importance is None:
-            self.importance = GateImportance(self.session)
+        self._dense_cost = 0.0
+        self._own_importance = importance is None
+        with untouched_on_error(model):
+            with calling(model, self._forward, example_inputs):
+                check_forward(model, example_inputs)
+                with traceable(model):
+                    super().__init__(
+                        model,
+                        example_inputs,
+                        importance or tp.importance.RandomImportance(),
+                        forward_fn=call_model,
+                        output_transform=mark_outputs,
+                        **own_copies(arguments),
+                    )
+            check_layers(self, arguments)
+            self._read_graph()
+            self._original = {group.name: group.size for group in self._groups}
+            self._attach()
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -126,8 +130,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def regularize(self, model: nn.Module, loss: Tensor | None = None, **_: Any) -> Tensor:
         """Add the gradient of what the gates add to the loss; to be called after ``loss.backward()``, every step.
 
+        After the last `step` there are no gates left and this does nothing.
+
         Args:
-            model: The model (it has to be the pruner's).
+            model: The pruner's model, or what wraps it.
             loss: The task's loss, checked to be finite.
 
         Returns:
@@ -136,8 +142,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         Raises:
             NonFiniteLossError: If the loss is NaN or infinite; the model gets its last remembered state back.
         """
-        if model is not self.model:
+        if all(module is not self.model for module in model.modules()):
             raise LifecycleError("regularize got another model than the pruner was built for")
+        if not self._attached:
+            return torch.zeros(())
         if loss is not None:
             self.session.guard(loss.detach())
         penalty = self.session.loss()
@@ -151,15 +159,18 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Decide the gates and remove what they close; afterwards the model is smaller and computes the same.
 
+        Until the last of the ``iterative_steps`` new gates are attached to what is left; they go on where the old ones
+        were, so call `update_optimizer`.
+
         Args:
             interactive: Yield Torch-Pruning's groups instead of pruning them; call ``group.prune()`` on each.
 
         Raises:
             LifecycleError: If all ``iterative_steps`` are done, or the model's layers were changed meanwhile.
         """
-        if self.current_step >= self.iterative_steps:
+        if not self._attached:
             raise LifecycleError(
-                f"step() was called {self.current_step} times already, iterative_steps is {self.iterative_steps}"
+                f"no gates are left to decide: {self.current_step} of {self.iterative_steps} iterative_steps are done"
             )
         self._check_unchanged()
         self.current_step += 1
@@ -171,146 +182,212 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return None
 
     def _prune(self) -> Iterator[Any]:
-        logits = {name: mask for name, mask in self.session.plan.masks.items()}
+        plan = self.session.plan
         masks = self.session.extract()
-        if not self._decided:
-            self._decided = masks
-        self.session.detach()
-        dead = find_dead_units(self.model, list(self.session.plan.groups.values()), include_inexact=self._inexact)
-        training = {module: module.training for module in self.model.modules()}
+        self._detach()
+        dead = find_dead_units(self.model, list(plan.groups.values()), include_inexact=self._inexact)
+        if not self._record.masks:
+            self._record.start(self.model, plan.groups, masks)
+        self._record.remove(dead)
         with tracked(self.model) as self._changes:
             for name, units in dead.items():
-                yield self._dependency.pruning_group(name, units)
-        for module, mode in training.items():
-            module.training = mode
-        self._dependency = self._read_graph()
+                heads = self._heads.get(name)
+                yield heads.removal(self.DG, units) if heads else self._dependency.pruning_group(name, units)
+        for heads in self._heads.values():
+            self._count_heads(heads)
+        self._read_graph()
         if self.current_step < self.iterative_steps:
-            self.session = self._new_session(self.current_step + 1)
-            for name, mask in self.session.plan.masks.items():
-                self._carry_gates(logits[name], mask)
-            self.session.start(self._total_steps)
+            self._attach()
+        next_masks = self.session.plan.masks if self._attached else {}
+        for name, mask in plan.masks.items():
+            self._carry_gates(mask, next_masks.get(name), dead.get(name))
+        self._changes.drop(parameter for site in plan.sites.values() if (parameter := site.scale) is not None)
 
     def update_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer go on after `step`: smaller parameters take the old ones' places, their state is cut alike.
 
         Args:
             optimizer: The optimizer of the model's weights (and, if they are in it, of the gates).
+
+        Raises:
+            LifecycleError: If the optimizer knows nothing of the model as it was before the step.
         """
         self._changes.apply_to(optimizer)
+
+    def reset(self) -> None:
+        """Start over: ``iterative_steps`` count from zero again, and new gates are attached to what is left."""
+        super().reset()
+        self._detach()
+        self._attach()
 
     # Results ------------------------------------------------------------------------------------------------------
 
     def groups(self) -> list[ChannelGroup]:
         """Return every dependency group with its safety: exact, inexact or unsupported, and why."""
-        return list(self._dependency.groups)
+        return list(self._groups)
 
     def masks(self) -> Masks:
-        """Return the masks in NNI's format: the decided ones after `step`, else what the gates say now."""
-        if self._decided:
-            return self._decided
+        """Return the masks in NNI's format, on the original network's shapes.
+
+        They say what was removed so far; before the first `step`, what the gates would close now.
+        """
+        if self._record.masks or not self._attached:
+            return self._record.masks
+        if self.session.phase is Phase.FIXED:
+            return self.session.masks()
         hard = {m.name: m.mask.decide(m.weight) for scope in self.session.plan.scopes for m in scope.members}
         return self.session.masks(hard)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later: gates, schedules and what was pruned so far."""
-        return {"session": self.session.state_dict(), "step": self.current_step, "history": self.pruning_history()}
+        return {
+            "step": self.current_step,
+            "history": [list(entry) for entry in self.pruning_history()],
+            "record": self._record.state_dict(),
+            "session": self.session.state_dict() if self._attached else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`, with a pruner that was built on the original, unpruned network.
+        """Go on from `state_dict`, with a pruner that was built alike on the original, unpruned network.
+
+        What was removed is removed again; load the model's own state dict afterwards, and give `gate_parameters` to
+        the optimizer afterwards, because they are new ones.
 
         Raises:
             LifecycleError: If this pruner pruned something already.
+            TargetError: If the state is of another network.
         """
-        if self.current_step or self.pruning_history():
-            raise LifecycleError("load_state_dict needs a pruner on the unpruned network; this one pruned already")
-        if state["history"]:
-            self.session.detach()
-            self.load_pruning_history(copy.deepcopy(state["history"]))
-            self._dependency = self._read_graph()
-            self.current_step = state["step"]
-            if self.current_step < self.iterative_steps:
-                self.session = self._new_session(self.current_step + 1)
-                self.session.start(self._total_steps)
-        if self.current_step < self.iterative_steps:
+        missing = {"step", "history", "record", "session"} - set(state)
+        if missing:
+            raise TargetError(f"this is no state of a GumbelGroupPruner: it lacks {sorted(missing)}")
+        if state["history"] or not state["session"]:
+            self.load_pruning_history(state["history"])
+        self.current_step = state["step"]
+        self._record.load_state_dict(state["record"])
+        if state["session"]:
+            if not self._attached:
+                self._attach()
             self.session.load_state_dict(state["session"])
+
+    def load_pruning_history(self, pruning_history: Sequence[Any]) -> None:
+        """Remove what another pruner removed, from a pruner on the original network; the model is a plain one then.
+
+        Raises:
+            LifecycleError: If this pruner pruned something already.
+            TargetError: If the history is of another network; nothing was removed.
+        """
+        if self.pruning_history():
+            raise LifecycleError("this pruner pruned something already; replay a history on the unpruned network")
+        modules = dict(self.model.named_modules())
+        for name, *_ in pruning_history:
+            if modules.get(name) not in self.DG.module2node:
+                raise TargetError(f"pruning history: layer {name!r} is not in the graph{nearest(str(name), modules)}")
+        self._detach()
+        with tracked(self.model) as self._changes:
+            super().load_pruning_history(copy.deepcopy(list(pruning_history)))
+        for heads in self._heads.values():
+            self._count_heads(heads)
+        self._read_graph()
+        self.current_step = self.iterative_steps
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GumbelGroupPruner:
+        memo.update(shared_parts(self.DG))
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return duplicate
 
     # Planning -----------------------------------------------------------------------------------------------------
 
-    def _read_graph(self) -> DependencyGroups:
-        return DependencyGroups(
-            self.model,
-            self.example_inputs,
-            graph=self.DG,
-            ignored_layers=self.ignored_layers,
-            root_module_types=self.root_module_types,
-            parts=self._get_channel_groups,
-        )
+    def _read_graph(self) -> None:
+        """Find the groups of the network as it is now."""
+        with calling(self.model, self._forward, self.example_inputs):
+            self._dependency = DependencyGroups(
+                self.model,
+                self.example_inputs,
+                graph=self.DG,
+                ignored_layers=self.ignored_layers,
+                root_module_types=self.root_module_types,
+                parts=self._get_channel_groups,
+            )
+            heads = find_named_heads(self, self.example_inputs) if self.prune_num_heads else {}
+        self._heads = heads
+        self._groups = [heads[g.name].group if g.name in heads else g for g in self._dependency.groups]
 
-    def _new_session(self, step: int) -> MaskingSession:
+    def _attach(self) -> None:
+        """Attach the gates of the next step."""
+        step = self.current_step + 1
+        settings = self._settings
+        if step > 1:  # weights that were learnt are not initialised again
+            settings = settings.model_copy(update={"weight_init": "keep"})
+        groups = self._gated_groups()
+        with calling(self.model, self._forward, self.example_inputs):
+            if self._target == "latency" and self._table is None:
+                self._table = measure_table(self.model, self.example_inputs)
+            plan = plan_groups(self.model, settings, groups, self._budget(step, groups), self.example_inputs)
+        self._dense_cost = self._dense_cost or plan.scopes[0].total
+        self.session = MaskingSession(self.model, settings, plan=plan)
+        self.session.start(self._total_steps)
+        self._attached = True
+        if self._own_importance:
+            self.importance = GateImportance(self.session)
+        self._known = named_shapes(self.model, skip=GATES)
+
+    def _detach(self) -> None:
+        self.session.detach()
+        self._attached = False
+
+    def _gated_groups(self) -> list[ChannelGroup]:
+        """Return the groups of which something may go: exact ones, unless their ratio is 0."""
         allowed = ("exact", "inexact") if self._inexact else ("exact",)
-        groups = [group for group in self._dependency.groups if group.safety in allowed]
+        groups = [group for group in self._groups if group.safety in allowed]
+        if self._target == "channels":
+            ratios = rank(self, groups, self._heads, -1).ratios
+            groups = [group for group in groups if ratios[group.name] > 0]
         if not groups:
             raise TargetError("no dependency group of this model can be gated; groups() says why")
-        budget = Budget(
+        return groups
+
+    def _budget(self, step: int, groups: Sequence[ChannelGroup]) -> Budget:
+        return Budget(
             target=self._target,
             ratio=self.per_step_pruning_ratio[step],
-            shared=self.global_pruning,
-            isomorphic=self.isomorphic,
             limit=self.max_pruning_ratio,
             round_to=self.round_to or 1,
-            layers=self._layer_ratios(step, groups),
+            ranking=rank(self, groups, self._heads, step),
             original=self._original,
             dense_cost=self._dense_cost,
-            table=self._latency_table(groups) if self._target == "latency" else None,
+            table=self._table,
         )
-        plan = plan_groups(self.model, self._settings, groups, budget, self.example_inputs)
-        return MaskingSession(self.model, self._settings, plan=plan)
 
-    def _latency_table(self, groups: Sequence[ChannelGroup]) -> LatencyTable:
-        if self._table is None:
-            self._table = measure_table(self.model, {group.name: group for group in groups}, self.example_inputs)
-        return self._table
-
-    def _layer_ratios(self, step: int, groups: Sequence[ChannelGroup]) -> dict[str, tuple[str, float]]:
-        """Return the groups that ``pruning_ratio_dict`` speaks of: the scope's name and the ratio at this step."""
-        modules = dict(self.model.named_modules())
-        names = {module: name for name, module in modules.items()}
-        ratios: dict[str, tuple[str, float]] = {}
-        graph = {part.module for group in self._dependency.groups for part in group.producers}
-        for layer, schedule in self.pruning_ratio_dict.items():
-            if names.get(layer) not in graph:
-                raise TargetError(f"pruning_ratio_dict: {names.get(layer, layer)!r} is in no dependency group"
-                                  f"{nearest(str(names.get(layer)), graph)}")
-            for group in groups:
-                if names[layer] in {part.module for part in group.producers} and group.name not in ratios:
-                    ratios[group.name] = (self._layer_to_scope[layer][0], float(schedule[step]))
-        return ratios
-
-    def _carry_gates(self, old: nn.Module, new: nn.Module) -> None:
-        """Let the gates of the units that stayed go on where they were, in the optimizer too."""
-        kept = torch.nonzero(old.hard).flatten()  # type: ignore[call-overload]
+    def _carry_gates(self, old: LearntMask, new: LearntMask | None, gone: Tensor | None) -> None:
+        """Let the gates of the units that stayed go on where they were, in the optimizer too; the others leave it."""
+        left = torch.ones(old.shape, dtype=torch.bool)
+        left[[] if gone is None else gone] = False
+        kept = torch.nonzero(left).flatten()
+        if new is None or new.shape != kept.shape:
+            self._changes.drop(old.parameters())
+            return
         for (_, before), (_, after) in zip(old.named_parameters(), new.named_parameters(), strict=True):
             with torch.no_grad():
-                after.copy_(before[kept])
+                after.copy_(before[kept.to(before.device)])
             self._changes.add(before, after, kept)
 
+    def _count_heads(self, heads: Heads) -> None:
+        """Note how many heads are left, where Torch-Pruning does and in the model's attention layers."""
+        before = self.num_heads[heads.layers[0]]
+        for layer in heads.layers:
+            self.num_heads[layer] = self.out_channel_groups[layer] = heads.left()
+        note_heads(self.model, self.DG, heads, before)
+
+    # Checks -------------------------------------------------------------------------------------------------------
+
     def _check_unchanged(self) -> None:
-        for name, group in self.session.plan.groups.items():
-            for part in group.consumers:
-                known = self.session.plan.sites[part.module].module
-                if dict(self.model.named_modules()).get(part.module) is not known:
-                    raise LifecycleError(
-                        f"the model's layer {part.module!r} was replaced after the gates of {name!r} were attached; "
-                        "build a new pruner on the changed model"
-                    )
-
-
-def _check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
-    if target not in _TARGETS:
-        raise ConfigError(f"target {target!r} is unknown{nearest(target, _TARGETS)}")
-    ratios = [("pruning_ratio", arguments.get("pruning_ratio", 0.5))]
-    for key, ratio in (arguments.get("pruning_ratio_dict") or {}).items():
-        ratios.append((f"pruning_ratio_dict[{type(key).__name__}]", ratio))
-    for name, ratio in ratios:
-        if not 0 <= ratio < 1:
-            raise ConfigError(f"{name} = {ratio}: must be in [0, 1)")
+        now = named_shapes(self.model, skip=GATES)
+        for name in {**self._known, **now}:
+            (module, shapes), (known, known_shapes) = now.get(name, (None, ())), self._known.get(name, (None, ()))
+            if module is not known or shapes != known_shapes:
+                raise LifecycleError(
+                    f"the model's layer {name!r} was added, removed, replaced or reshaped after the gates were "
+                    "attached; build a new pruner on the changed model"
+                )

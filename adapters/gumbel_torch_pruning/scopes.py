@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch_pruning as tp
 from torch import nn
 
 from gumbel_plugin.config import PruningSection
+from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.insight.profile import count_macs, count_parameters
 from gumbel_plugin.learning.budget import Member, Scope
 from gumbel_plugin.learning.cost import CostScope, count_cost
@@ -20,32 +24,87 @@ Target = Literal["channels", "macs", "parameters", "latency"]
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """Which groups are ranked together, and how much of each goes; by group name.
+
+    Attributes:
+        scopes: What a group calls the scope that it shares; a group that is not in it is ranked alone.
+        ratios: The fraction of each group, or of its scope, to remove.
+    """
+
+    scopes: Mapping[str, str]
+    ratios: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Budget:
     """What `GumbelGroupPruner` was asked for, at the present iterative step.
 
     Attributes:
         target: What the ratio is a fraction of.
         ratio: The fraction to remove from the original network.
-        shared: The groups share one budget (``global_pruning``).
-        isomorphic: Groups of the same pattern share one budget.
         limit: No group loses more than this fraction of its original units (``max_pruning_ratio``).
         round_to: What the number of kept channels is a multiple of.
-        layers: By group name, a ratio of its own and the name of the scope that shares it.
+        ranking: How the groups are ranked, for the target channels.
         original: By group name, how many units it had at first.
+        dense_cost: The original network's cost, for a target other than channels; 0 if this is the original.
         table: Measured latencies, for the target latency.
-        dense_cost: The original network's cost, for a target other than channels.
     """
 
     target: Target
     ratio: float
-    shared: bool
-    isomorphic: bool
     limit: float
     round_to: int
-    layers: Mapping[str, tuple[str, float]]
+    ranking: Ranking
     original: Mapping[str, int]
     dense_cost: float = 0.0
     table: LatencyTable | None = None
+
+
+def rank(pruner: tp.pruner.BasePruner, groups: Sequence[ChannelGroup], heads: Container[str], step: int) -> Ranking:
+    """Read from a pruner's arguments which groups it ranks together, and at which ratio.
+
+    Args:
+        pruner: The pruner, of Torch-Pruning.
+        groups: The groups.
+        heads: Names of those whose units are attention heads.
+        step: The iterative step; -1 is the last one.
+    """
+    scopes: dict[str, str] = {}
+    ratios: dict[str, float] = {}
+    modules = dict(pruner.model.named_modules())
+    patterns = _patterns(pruner) if pruner.isomorphic else {}
+    for group in groups:
+        layers = [modules[part.module] for part in group.producers]
+        own = next((layer for layer in layers if layer in pruner._layer_to_scope), None)
+        name, ratio = None, pruner.per_step_pruning_ratio[step]
+        if group.name in heads:
+            given = pruner.head_pruning_ratio_dict
+            ratio = next((given[layer] for layer in layers if layer in given), pruner.per_step_head_pruning_ratio)[step]
+            name = "attention heads" if pruner.global_pruning else None
+        elif own is not None:
+            name, ratio = pruner._layer_to_scope[own][0], pruner.pruning_ratio_dict[own][step]
+        elif pruner.isomorphic:
+            name = patterns[group.name]
+        elif pruner.global_pruning:
+            name = "all groups"
+        ratios[group.name] = float(ratio)
+        if name is not None:
+            scopes[group.name] = name
+    return Ranking(scopes, ratios)
+
+
+def _patterns(pruner: tp.pruner.BasePruner) -> dict[str, str]:
+    """Return what each group connects: groups of one pattern are comparable (Fang et al., arXiv 2407.04616)."""
+    patterns = {}
+    for group in pruner.DG.get_all_groups(pruner.ignored_layers, pruner.root_module_types):
+        kinds = [
+            f"{type(dep.source.module).__name__}-{type(dep.target.module).__name__}"
+            f"-{'out' if pruner.DG.is_out_channel_pruning_fn(dep.handler) else 'in'}"
+            for dep, _ in group
+        ]
+        patterns[pruner.DG._module2name[group[0].dep.target.module]] = "isomorphic " + " ".join(kinds)
+    return patterns
 
 
 def plan_groups(
@@ -58,66 +117,73 @@ def plan_groups(
     """Plan a session that gates these groups under this budget.
 
     Raises:
-        ConfigError: If the budget is below what must stay.
+        ConfigError: If the budget is below what must stay; it names what that is.
+        TargetError: If the latency table is of another network.
     """
     plan = Plan(model, pruning, seed=0)
-    scopes: dict[str, Scope] = {}
     members = []
     for group in groups:
         member = plan.gate_group(group)
         members.append(member)
-        original = budget.original[group.name]
+        original = budget.original.get(group.name, group.size)
         # Torch-Pruning's limit and ratios speak of the original widths, also in later iterative steps.
         member.max_ratio = max(0.0, 1 - (1 - budget.limit) * original / group.size)
-        member.multiple = max(1, round(budget.round_to * group.size / _channels_of(group)))
-        if budget.target == "channels":
-            _join_channel_scope(scopes, member, group, budget)
+        member.multiple = budget.round_to // math.gcd(budget.round_to, _channels_of_a_unit(group))
     plan.join_consumers()
     if budget.target == "channels":
-        plan.scopes = list(scopes.values())
+        plan.scopes = _channel_scopes(members, budget)
     else:
         plan.scopes = [_cost_scope(model, plan, members, budget, example_inputs)]
     return plan
 
 
-def _join_channel_scope(scopes: dict[str, Scope], member: Member, group: ChannelGroup, budget: Budget) -> None:
-    """Put a group in the scope that Torch-Pruning would rank it in; there every unit counts the same."""
-    member.cost = 1.0
-    if group.name in budget.layers:
-        name, ratio = budget.layers[group.name]
-    else:
-        name, ratio = group.name, budget.ratio
-        if budget.isomorphic:
-            name = _pattern(group)
-        elif budget.shared:
-            name = "all groups"
-    scope = scopes.setdefault(name, Scope(name, [], ratio))
-    scope.members.append(member)
-    original = sum(budget.original[m.name] for m in scope.members)
-    scope.ratio = max(0.0, 1 - original * (1 - ratio) / sum(m.units for m in scope.members))
+def _channel_scopes(members: Sequence[Member], budget: Budget) -> list[Scope]:
+    """Return the scopes that Torch-Pruning would rank in; there every unit counts the same."""
+    scopes: dict[str, Scope] = {}
+    for member in members:
+        member.cost = 1.0
+        ratio = min(budget.ranking.ratios[member.name], budget.limit)  # as Torch-Pruning caps it
+        scope = scopes.setdefault(budget.ranking.scopes.get(member.name, member.name), Scope(member.name, [], ratio))
+        scope.members.append(member)
+    for name, scope in scopes.items():
+        scope.name = name
+        original = sum(budget.original.get(m.name, m.units) for m in scope.members)
+        present = sum(m.units for m in scope.members)
+        needed = present - original * (1 - (scope.ratio or 0.0))
+        _check_scope(scope, needed, original)
+        scope.ratio = max(0.0, needed / present)
+    return list(scopes.values())
 
 
-def _cost_scope(
-    model: nn.Module, plan: Plan, members: list[Member], budget: Budget, example_inputs: Any
-) -> CostScope:
+def _check_scope(scope: Scope, needed: float, original: int) -> None:
+    """Refuse a budget that the groups cannot meet although each keeps as little as it may."""
+    possible = sum(min(member.units * member.max_ratio, member.units - 1) for member in scope.members)
+    if len(scope.members) > 1 and math.floor(needed + 1e-6) > possible:
+        worst = max(scope.members, key=lambda member: max(1, member.units * (1 - member.max_ratio)))
+        stay = sum(member.units for member in scope.members) - possible
+        raise ConfigError(
+            f"pruning_ratio {scope.ratio:g} of the {original} channels of {scope.name!r} cannot be met: {stay:g} stay, "
+            f"because each of its {len(scope.members)} groups keeps one channel and what max_pruning_ratio leaves it "
+            f"(most in {worst.name!r}); the largest possible ratio is {1 - stay / original:.3f}"
+        )
+
+
+def _cost_scope(model: nn.Module, plan: Plan, members: list[Member], budget: Budget, example_inputs: Any) -> CostScope:
     if budget.table is not None:
         cost_model = latency_cost(model, plan.groups, budget.table)
     else:
         count = count_macs(model, example_inputs) if budget.target == "macs" else count_parameters(model)
         cost_model = count_cost(model, plan.groups, example_inputs, budget.target, count)
-    scope = CostScope(f"the network's {budget.target}", members, budget.ratio, model=cost_model)
-    if budget.dense_cost > scope.total:  # an earlier step removed something already
-        scope.ratio = max(0.0, 1 - budget.dense_cost * (1 - budget.ratio) / scope.total)
-    return scope
+    present = float(cost_model({member.name: torch.ones(member.units, dtype=torch.float64) for member in members}))
+    dense = budget.dense_cost or present  # an earlier step removed something already
+    ratio = max(0.0, 1 - dense * (1 - budget.ratio) / present)
+    return CostScope(f"the network's {budget.target}", members, ratio, model=cost_model)
 
 
-def _channels_of(group: ChannelGroup) -> int:
-    return max(len(part.positions) for part in (*group.producers, *group.consumers))
+def _channels_of_a_unit(group: ChannelGroup) -> int:
+    """Return how many output channels of the layer that defines a group leave with one unit."""
+    own = [part for part in group.producers if part.module == group.name]
+    return max(1, len(own[0].positions) // group.size) if own else 1
 
 
-def _pattern(group: ChannelGroup) -> str:
-    """Name a group by what it connects: groups of the same pattern are comparable (Fang et al., arXiv 2407.04616)."""
-    return f"{len(group.producers)} producers, {len(group.consumers)} consumers, {_channels_of(group) / group.size:g}"
-
-
-__all__ = ["Budget", "Target", "plan_groups"]
+__all__ = ["Budget", "Ranking", "Target", "plan_groups", "rank"]

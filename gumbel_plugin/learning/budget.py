@@ -51,16 +51,21 @@ class Member:
 
     def removable(self) -> tuple[int, int]:
         """Return the least and the most units that may go; the last one always stays."""
-        most = min(portion(self.units, self.max_ratio), self.units - 1)
+        most = self.units - self._fewest()
         return min(portion(self.units, self.min_ratio), most), most
 
     def round_down(self, kept: Tensor, scores: Tensor) -> None:
         """Close the lowest-scored of the kept units, in place, until their number is a multiple."""
         count = int(kept.sum())
-        target = max(count - count % self.multiple, min(self.multiple, count))
+        target = max(count - count % self.multiple, self._fewest())
         if target < count:
             open_units = torch.nonzero(kept).flatten()
             kept[open_units[torch.argsort(scores[open_units], stable=True)[: count - target]]] = False
+
+    def _fewest(self) -> int:
+        """Return how many units stay at least: a multiple, as far as the mask has that many."""
+        least = max(1, self.units - portion(self.units, self.max_ratio))
+        return min(self.units, math.ceil(least / self.multiple) * self.multiple)
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.learning.budget import Member, Scope
+from gumbel_plugin.learning.budget import Scope
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.inputs import ExampleInputs, batch_size_of, call_model, observing
 
@@ -24,23 +24,32 @@ class Width:
     Attributes:
         channels: Channels of the dense layer.
         feeds: For each mask that gates some of them, how many channels each of its units stands for.
+        fixed: How many channels no mask gates.
     """
 
     channels: int
     feeds: dict[str, Tensor] = field(default_factory=dict)
+    fixed: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fixed = float(self.channels)
 
     def add(self, name: str, size: int, units: Tensor) -> None:
         """Note that channels of this side belong to units of a mask."""
-        self.feeds[name] = torch.bincount(units, minlength=size).float()
+        counts = torch.bincount(units, minlength=size).float()
+        self.feeds[name] = self.feeds[name] + counts if name in self.feeds else counts
+        self.fixed -= len(units)
 
     def kept(self, gates: Gates) -> Tensor:
         """Return the (expected) number of channels that stay."""
-        gated = sum(float(counts.sum()) for counts in self.feeds.values())
-        kept = next(iter(gates.values())).new_tensor(self.channels - gated)
+        kept = next(iter(gates.values())).new_tensor(self.fixed)
         for name, counts in self.feeds.items():
             kept = kept + (gates[name] * counts.to(gates[name].device)).sum()
         return kept
 
+
+_REOPEN = 64
+"""How many units at the edge of a cut are tried again."""
 
 LayerFunction = Callable[[Tensor, Tensor], Tensor]
 """A layer's cost as a function of how many input and output channels stay."""
@@ -56,6 +65,7 @@ class LayerCost:
     cost: LayerFunction
 
     def __call__(self, gates: Gates) -> Tensor:
+        """Return the cost under gates or their probabilities."""
         return self.cost(self.inputs.kept(gates), self.outputs.kept(gates))
 
 
@@ -106,17 +116,25 @@ class CostScope(Scope):
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:
-        """Return hard gates whose cost is at most the budget, by closing as few of the lowest-scored units as do it."""
-        scores = {m.name: m.mask.scores(m.weight).float().flatten() for m in self.members}
+        """Return hard gates whose cost is at most the budget, and short of it by less than the units at the edge.
+
+        As few of the lowest-scored units as meet the budget are closed; then those of them that still fit open again,
+        the highest-scored first: a costly unit at the edge would leave a gap that cheaper ones can fill.
+        """
+        scores = {m.name: m.mask.scores(m.weight).float().flatten().cpu() for m in self.members}
         order = self._removal_order(scores)
         low, high = 0, len(order)
         while low < high:  # the cost falls with every unit: bisect for the fewest that meet the budget
             middle = (low + high) // 2
-            if self._meets(self._close(order[:middle], scores)):
+            if self._meets(self._rounded(self._without(order[:middle]), scores)):
                 high = middle
             else:
                 low = middle + 1
-        return self._close(order[:low], scores)
+        gates = self._without(order[:low])
+        for name, unit in reversed(order[max(0, low - _REOPEN) : low]):
+            gates[name][unit] = True
+            gates[name][unit] = self._meets(self._rounded(gates, scores))
+        return {m.name: self._rounded(gates, scores)[m.name].to(m.mask.hard.device) for m in self.members}
 
     def _meets(self, gates: Mapping[str, Tensor]) -> bool:
         cost = float(self._cost({name: gate.double() for name, gate in gates.items()}))
@@ -132,32 +150,43 @@ class CostScope(Scope):
         candidates = []
         for member in self.members:
             score = scores[member.name]
-            _, most = member.removable()
-            candidates += [(float(score[unit]), member.name, int(unit)) for unit in torch.argsort(score)[:most]]
+            units = torch.argsort(score, stable=True)[: member.removable()[1]]
+            names = [member.name] * len(units)
+            candidates += list(zip(score[units].tolist(), names, units.tolist(), strict=True))
         return [(name, unit) for _, name, unit in sorted(candidates)]
 
-    def _close(self, units: Sequence[tuple[str, int]], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        gates = {m.name: torch.ones(m.units, dtype=torch.bool) for m in self.members}
+    def _without(self, units: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
+        """Return gates that are open but for these units."""
+        closed: dict[str, list[int]] = {member.name: [] for member in self.members}
         for name, unit in units:
-            gates[name][unit] = False
+            closed[name].append(unit)
+        gates = {}
         for member in self.members:
-            member.round_down(gates[member.name], scores[member.name].cpu())
+            gates[member.name] = torch.ones(member.units, dtype=torch.bool)
+            gates[member.name][closed[member.name]] = False
         return gates
+
+    def _rounded(self, gates: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gates with as many more closed as `Member.multiple` wants."""
+        rounded = {name: gate.clone() for name, gate in gates.items()}
+        for member in self.members:
+            member.round_down(rounded[member.name], scores[member.name])
+        return rounded
 
     def _check_floor(self) -> None:
         """Refuse a budget below what is left when every group keeps as little as it may."""
         smallest: dict[str, Tensor] = {}
         for member in self.members:
             gates = torch.zeros(member.units, dtype=torch.float64)
-            gates[: max(member.units - member.removable()[1], min(member.multiple, member.units))] = 1.0
+            gates[: member.units - member.removable()[1]] = 1.0
             smallest[member.name] = gates
         floor = float(self._cost(smallest)) / self.total
         if self.model is not None and floor > 1 - (self.ratio or 0.0):
             fixed = self.model.constant / self.total
             worst = max(self.model.layers, key=lambda layer: float(layer(smallest)))
             raise ConfigError(
-                f"pruning_ratio {self.ratio} of the {self.model.unit} cannot be met: {floor:.1%} stay when every group "
-                f"keeps its minimum ({fixed:.1%} cannot be gated at all, the largest gated layer left is "
+                f"pruning_ratio {self.ratio:g} of the {self.model.unit} cannot be met: {floor:.1%} stay when every "
+                f"group keeps its minimum ({fixed:.1%} cannot be gated at all, the largest gated layer left is "
                 f"{worst.name!r}); the largest possible ratio is {1 - floor:.3f}"
             )
 
@@ -187,9 +216,19 @@ def count_cost(
         function = _parameters_of(module) if unit == "parameters" else _macs_of(module, per_position)
         if function is not None:
             layers.append(LayerCost(name, inputs, outputs, function))
+    if unit == "parameters":
+        layers += [_unlisted(group) for group in groups.values() if group.unlisted_weights]
     dense = {name: torch.ones(group.size, dtype=torch.float64) for name, group in groups.items()}
     gated = sum(float(layer(dense)) for layer in layers)
     return CostModel(unit, layers, total - gated)
+
+
+def _unlisted(group: ChannelGroup) -> LayerCost:
+    """Return the cost of the weights of a group's units that belong to none of its producers."""
+    width = Width(group.size)
+    width.add(group.name, group.size, torch.arange(group.size))
+    weights = float(group.unlisted_weights)
+    return LayerCost(group.name, width, width, lambda units, _: units * weights)
 
 
 def layer_widths(model: nn.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, tuple[Width, Width]]:
@@ -199,7 +238,7 @@ def layer_widths(model: nn.Module, groups: Mapping[str, ChannelGroup]) -> dict[s
     def of(name: str) -> tuple[Width, Width]:
         if name not in widths:
             module = model.get_submodule(name)
-            inputs, outputs = _channels(module)
+            inputs, outputs = layer_channels(module)
             widths[name] = (Width(inputs), Width(outputs))
         return widths[name]
 
@@ -211,7 +250,8 @@ def layer_widths(model: nn.Module, groups: Mapping[str, ChannelGroup]) -> dict[s
     return widths
 
 
-def _channels(module: nn.Module) -> tuple[int, int]:
+def layer_channels(module: nn.Module) -> tuple[int, int]:
+    """Return how many input and output channels a layer has; of a normalisation both are the same."""
     for before, after in (("in_channels", "out_channels"), ("in_features", "out_features")):
         if hasattr(module, before):
             return int(getattr(module, before)), int(getattr(module, after))
@@ -233,13 +273,13 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def _parameters_of(module: nn.Module) -> LayerFunction:
     """Return weight and bias sizes as a function of the widths; a normalisation has per-channel parameters only."""
-    own = [parameter for parameter in module.parameters(recurse=False)]
+    own = list(module.parameters(recurse=False))
     if not is_matrix(module):
         per_channel = sum(parameter.numel() / max(1, parameter.shape[-1]) for parameter in own)
         return lambda inputs, outputs: outputs * per_channel
     weight = module.weight
     assert isinstance(weight, Tensor)
-    in_width, out_width = _channels(module)
+    in_width, out_width = layer_channels(module)
     bias = 1.0 if getattr(module, "bias", None) is not None else 0.0
     if is_depthwise(module):
         per_output = weight.numel() / out_width + bias
@@ -253,7 +293,7 @@ def _macs_of(module: nn.Module, applications: float) -> LayerFunction | None:
         return None
     weight = module.weight
     assert isinstance(weight, Tensor)
-    in_width, out_width = _channels(module)
+    in_width, out_width = layer_channels(module)
     if is_depthwise(module):
         per_output = applications * weight.numel() / out_width
         return lambda inputs, outputs: outputs * per_output
@@ -271,7 +311,7 @@ def _applications(
     def record(name: str, channels: int, transposed: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             # A transposed convolution applies its kernel at every input position, the others at every output position.
-            where = args[0].numel() / _channels(module)[0] if transposed else output.numel() / channels
+            where = args[0].numel() / layer_channels(module)[0] if transposed else output.numel() / channels
             positions[name] = positions.get(name, 0.0) + where / batch
 
         return hook

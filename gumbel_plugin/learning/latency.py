@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark.utils.timer import timer  # waits for an accelerator before it reads the clock
 
-from gumbel_plugin.errors import DataError, TargetError
-from gumbel_plugin.insight.profile import measure_latency
-from gumbel_plugin.learning.cost import CostModel, LayerCost, LayerFunction, is_depthwise, is_matrix, layer_widths
+from gumbel_plugin.errors import ConfigError, DataError, TargetError, nearest
+from gumbel_plugin.learning.cost import (
+    CostModel,
+    LayerCost,
+    LayerFunction,
+    is_depthwise,
+    is_matrix,
+    layer_channels,
+    layer_widths,
+)
 from gumbel_plugin.masks.targets import ChannelGroup
-from gumbel_plugin.shrinking.inputs import ExampleInputs, call_model, observing
+from gumbel_plugin.shrinking.inputs import ExampleInputs, call_model, inputs_on_device_of, observing
 
 _FORMAT = "gumbel-plugin-latency-1"
-_FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
+_FRACTIONS = (0.125, 0.25, 0.5, 1.0)
+_RUNS = 6
+"""How many forwards are timed; the first one warms up."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,26 @@ class LayerGrid:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     milliseconds: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        for points in (self.inputs, self.outputs):
+            if not points or points[0] < 1 or any(low >= high for low, high in itertools.pairwise(points)):
+                raise ValueError(f"numbers of channels must be positive and ascend, got {points}")
+        if [len(row) for row in self.milliseconds] != [len(self.outputs)] * len(self.inputs):
+            raise ValueError("milliseconds must have a row per number of inputs, a column per number of outputs")
+        if not all(math.isfinite(time) and time >= 0 for row in self.milliseconds for time in row):
+            raise ValueError("milliseconds must be finite and not negative")
+
+    def scaled_to(self, milliseconds: float) -> LayerGrid:
+        """Return a grid of the same form that has this time at the full widths."""
+        factor = milliseconds / self.milliseconds[-1][-1] if self.milliseconds[-1][-1] > 0 else 1.0
+        times = tuple(tuple(factor * time for time in row) for row in self.milliseconds)
+        return LayerGrid(self.inputs, self.outputs, times)
+
+    def plus(self, other: LayerGrid) -> LayerGrid:
+        """Return the time of two calls of one layer."""
+        times = torch.tensor(self.milliseconds) + torch.tensor(other.milliseconds)
+        return LayerGrid(self.inputs, self.outputs, tuple(tuple(row) for row in times.tolist()))
 
 
 @dataclass(frozen=True)
@@ -68,124 +101,185 @@ class LatencyTable:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']!r}, not {_FORMAT!r}")
             layers = {
                 name: LayerGrid(tuple(g["inputs"]), tuple(g["outputs"]), tuple(map(tuple, g["milliseconds"])))
                 for name, g in content["layers"].items()
             }
             return cls(content["device"], layers, float(content["rest"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"latency table {str(path)!r} cannot be read: {error!r}") from error
 
 
-def measure_table(
-    model: nn.Module,
-    groups: Mapping[str, ChannelGroup],
-    example_inputs: ExampleInputs,
-    min_run_time: float = 0.02,
-) -> LatencyTable:
-    """Measure every layer that a group reads or computes, at five widths on each side.
+def measure_table(model: nn.Module, example_inputs: ExampleInputs, *, min_run_time: float = 0.002) -> LatencyTable:
+    """Measure every convolution and linear layer that a forward calls, at four widths on each side.
+
+    Whole layers are timed in their places, where other layers' data have driven theirs out of the caches; how the time
+    falls with the widths is measured on copies, once for all layers of one geometry. Times are the best of a few: other
+    work on the machine only adds to them. The table depends on the network, the inputs' shapes and the device, not on
+    what will be gated.
 
     Args:
-        model: The plain model, on the device that counts.
-        groups: The groups that would be gated.
+        model: The plain model, on the device that counts; it is left as it is.
         example_inputs: One batch of the size that counts.
-        min_run_time: Seconds spent on each of a layer's (at most 25) widths.
+        min_run_time: Seconds spent on each of a geometry's (at most 16) widths, at least.
+
+    Raises:
+        ConfigError: If `min_run_time` is not positive.
     """
-    widths = {name: pair for name, pair in layer_widths(model, groups).items() if is_matrix(model.get_submodule(name))}
-    shapes = _input_shapes(model, list(widths), example_inputs)
-    layers = {}
-    for name in widths:
-        if name in shapes:
-            layers[name] = _measure_layer(model.get_submodule(name), shapes[name], min_run_time)
-    whole = measure_latency(model, example_inputs, batch_sizes=(_batch(shapes),), min_run_time=10 * min_run_time)
-    parts = sum(grid.milliseconds[-1][-1] for grid in layers.values())
-    rest = max(0.0, next(iter(whole.values())).median_ms - parts)
-    parameter = next(model.parameters())
-    where = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else f"{platform.processor()} CPU"
-    return LatencyTable(f"{where}, {torch.get_num_threads()} threads", layers, rest)
+    if min_run_time <= 0:
+        raise ConfigError(f"min_run_time is {min_run_time}; it must be positive (seconds)")
+    modules = dict(model.named_modules())
+    calls, whole = _time_calls(model, example_inputs)
+    known: dict[object, LayerGrid] = {}
+    layers: dict[str, LayerGrid] = {}
+    for call in calls:
+        key = (_geometry(modules[call.layer]), call.shape)
+        if key not in known:
+            known[key] = _measure_layer(modules[call.layer], call.shape, min_run_time)
+        grid = known[key].scaled_to(call.milliseconds)
+        layers[call.layer] = layers[call.layer].plus(grid) if call.layer in layers else grid
+    rest = max(0.0, whole - sum(call.milliseconds for call in calls))
+    return LatencyTable(_device_of(model), layers, rest)
 
 
 def latency_cost(model: nn.Module, groups: Mapping[str, ChannelGroup], table: LatencyTable) -> CostModel:
     """Return the predicted latency, in milliseconds, as a function of the gates.
 
     Raises:
-        TargetError: If the table was measured on another network.
+        TargetError: If the table was measured on another network: a layer is missing on either side, or wider here.
     """
+    modules = dict(model.named_modules())
     widths = layer_widths(model, groups)
-    missing = sorted(name for name in table.layers if name not in widths)
+    gated = [name for name in widths if is_matrix(modules[name])]
+    missing = [name for name in gated if name not in table.layers]
     if missing:
-        raise TargetError(f"the latency table has layer {missing[0]!r}, which this network does not gate")
-    layers = [
-        LayerCost(name, inputs, outputs, _interpolate(table.layers[name]))
-        for name, (inputs, outputs) in widths.items()
-        if name in table.layers
-    ]
-    return CostModel("latency", layers, table.rest)
+        raise TargetError(f"the latency table lacks layer {missing[0]!r}: was it measured on another network?")
+    layers, fixed = [], table.rest
+    for name, grid in table.layers.items():
+        if name not in modules or not is_matrix(modules[name]):
+            raise TargetError(f"the latency table has layer {name!r}, which this network lacks{nearest(name, gated)}")
+        before, after = layer_channels(modules[name])
+        if before > grid.inputs[-1] or after > grid.outputs[-1]:
+            raise TargetError(
+                f"the latency table has layer {name!r} with up to {grid.inputs[-1]} and {grid.outputs[-1]} channels, "
+                f"this network has it with {before} and {after}: was it measured on another network?"
+            )
+        if name in widths:
+            layers.append(LayerCost(name, *widths[name], _interpolate(grid)))
+        else:
+            fixed += float(_interpolate(grid)(torch.tensor(float(before)), torch.tensor(float(after))))
+    return CostModel("latency", layers, fixed)
 
 
-def _input_shapes(model: nn.Module, names: list[str], example_inputs: ExampleInputs) -> dict[str, torch.Size]:
-    shapes: dict[str, torch.Size] = {}
+@dataclass
+class _Call:
+    """One call of a layer in a forward: the layer's name, its input's shape, and the best time."""
 
-    def hook_for(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            shapes[name] = args[0].shape
+    layer: str
+    shape: torch.Size
+    milliseconds: float = math.inf
 
-        return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+def _time_calls(model: nn.Module, example_inputs: ExampleInputs) -> tuple[list[_Call], float]:
+    """Time each call of a convolution or linear layer, and the whole forward, in milliseconds."""
+    runs: list[list[_Call]] = []
+    started: list[float] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        started.append(timer())
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        milliseconds = 1e3 * (timer() - started.pop())
+        if args and isinstance(args[0], Tensor):
+            runs[-1].append(_Call(names[module], args[0].shape, milliseconds))
+
+    names = {module: name for name, module in model.named_modules() if is_matrix(module)}
+    handles = [module.register_forward_pre_hook(before) for module in names]
+    handles += [module.register_forward_hook(after) for module in names]
+    inputs, whole = inputs_on_device_of(model, example_inputs), math.inf
     try:
         with observing(model):
-            call_model(model, example_inputs)
+            for _ in range(_RUNS):
+                runs.append([])
+                start = timer()
+                call_model(model, inputs)
+                whole = min(whole, 1e3 * (timer() - start))
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    return [_Call(c[0].layer, c[0].shape, min(call.milliseconds for call in c)) for c in zip(*runs, strict=True)], whole
 
 
-def _batch(shapes: Mapping[str, torch.Size]) -> int:
-    return next(iter(shapes.values()))[0] if shapes else 1
+def _geometry(module: nn.Module) -> object:
+    """Return what a layer's time depends on besides its input's shape."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    words = ("stride", "padding", "dilation", "groups", "transposed", "output_padding", "padding_mode")
+    options = tuple(getattr(module, word, None) for word in words)
+    has_bias = getattr(module, "bias", None) is not None
+    return type(module), weight.shape, weight.dtype, weight.device, has_bias, options
 
 
 def _measure_layer(module: nn.Module, shape: torch.Size, min_run_time: float) -> LayerGrid:
     """Time copies of a layer with fewer channels. Times are made monotone: noise must not reward a wider layer."""
-    wide_in, wide_out = _width(module, "in"), _width(module, "out")
-    step = int(getattr(module, "groups", 1))  # type: ignore[arg-type]
-    if is_depthwise(module):
-        inputs, step = (wide_in,), 1
-    else:
-        inputs = _points(wide_in, step)
-    outputs = _points(wide_out, step)
+    wide_in, wide_out = layer_channels(module)
+    groups = int(getattr(module, "groups", 1))
+    depthwise = is_depthwise(module)
+    outputs = _points(wide_out, 1 if depthwise else groups)
+    inputs = (wide_in,) if depthwise else _points(wide_in, groups)
     times = torch.empty(len(inputs), len(outputs))
-    channel_dim = -1 if isinstance(module, nn.Linear) else 1
-    weight = next(module.parameters())
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    channel_dimension = -1 if weight.dim() == 2 else 1 - weight.dim()  # the channels are before the spatial dimensions
     for row, in_channels in enumerate(inputs):
         for column, out_channels in enumerate(outputs):
-            narrow_in = out_channels if is_depthwise(module) else in_channels
             size = list(shape)
-            size[channel_dim] = narrow_in
-            layer = _narrow(module, narrow_in, out_channels)
-            found = measure_latency(
-                layer, torch.randn(size).to(weight), batch_sizes=(size[0],), min_run_time=min_run_time
-            )
-            times[row, column] = next(iter(found.values())).median_ms
+            size[channel_dimension] = out_channels if depthwise else in_channels
+            layer = _narrow(module, size[channel_dimension], out_channels).eval()
+            batch = torch.randn(size, device=weight.device, dtype=weight.dtype)
+            with torch.no_grad():
+                times[row, column] = _milliseconds(partial(layer, batch), min_run_time)
     times = times.cummax(0).values.cummax(1).values
     return LayerGrid(inputs, outputs, tuple(tuple(row) for row in times.tolist()))
+
+
+def _milliseconds(call: Callable[[], Any], min_run_time: float) -> float:
+    """Return the best time of a call, in milliseconds: blocks of calls of about a third of the time each."""
+    call()  # warms up: memory, kernels chosen by shape
+    start = timer()
+    call()
+    once = max(timer() - start, 1e-7)
+    number = max(1, round(min_run_time / 3 / once))
+    best = once if number == 1 else math.inf
+    for _ in range(3):
+        start = timer()
+        for _ in range(number):
+            call()
+        best = min(best, (timer() - start) / number)
+    return 1e3 * best
+
+
+def _device_of(model: nn.Module) -> str:
+    """Return where a model was measured, in words."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    where = platform.processor() or platform.machine()
+    return f"{where} {device.type.upper()}, {torch.get_num_threads()} threads"
 
 
 def _points(width: int, step: int) -> tuple[int, ...]:
     return tuple(sorted({max(step, round(width * part / step) * step) for part in _FRACTIONS}))
 
 
-def _width(module: nn.Module, side: str) -> int:
-    return int(getattr(module, f"{side}_channels", None) or getattr(module, f"{side}_features"))
-
-
 def _narrow(module: nn.Module, in_channels: int, out_channels: int) -> nn.Module:
     """Return a copy of a layer with the first channels only."""
-    layer = copy.deepcopy(module)
+    layer: Any = copy.deepcopy(module)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    groups = int(getattr(module, "groups", 1))  # type: ignore[arg-type]
+    groups = int(getattr(module, "groups", 1))
     kind = "features" if isinstance(module, nn.Linear) else "channels"
     if is_depthwise(module):
         layer.groups, rows, columns = out_channels, out_channels, 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gumbel_plugin.config import LayerRule, PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError, nearest
 from gumbel_plugin.learning.budget import Member, Scope
-from gumbel_plugin.learning.sites import ColumnGates, WeightSite
+from gumbel_plugin.learning.sites import ColumnGates, WeightSite, reader_of
 from gumbel_plugin.masks import LearntMask, NoiseSource, method_named
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, Granularity, granularity_of, output_dimension
 
@@ -62,7 +62,7 @@ class Plan:
             weight, dimension = module.weight, output_dimension(module)
             if isinstance(weight, Tensor) and weight.dim() > 1 and dimension is not None:
                 weights += weight.numel() / weight.shape[dimension] * len(part.positions)
-        return weights / group.size if weights else 1.0
+        return weights / group.size + group.unlisted_weights or 1.0
 
     def join_consumers(self) -> None:
         """Let the gated groups act at the layers that read them; several may feed one layer."""
@@ -83,7 +83,9 @@ class Plan:
             module = self._modules[name]
             self._check_own_weight(name, module)
             scale = nn.Parameter(torch.ones(())) if self._config.rescale == "learned" else None
-            self.sites[name] = WeightSite(name, module, module, scale=scale, rescale=self._config.rescale)
+            site = WeightSite(name, module, module, scale=scale, rescale=self._config.rescale)
+            site.reader = reader_of(self._modules, name)
+            self.sites[name] = site
         return self.sites[name]
 
     def _check_own_weight(self, name: str, module: nn.Module) -> None:
@@ -102,8 +104,13 @@ class Plan:
         return method(shape, self._config.method_options(), self.noise, len(self.masks), granularity)
 
 
-def select_modules(model: nn.Module, rule: LayerRule) -> dict[str, nn.Module]:
+def select_modules(model: nn.Module, rule: LayerRule, groups: Sequence[ChannelGroup] = ()) -> dict[str, nn.Module]:
     """Return the modules that a rule names, by name, in the model's order (NNI's rules of selection).
+
+    Args:
+        model: The model.
+        rule: The rule.
+        groups: Channel groups; a structured rule may name what they are called after, such as an attention layer.
 
     Raises:
         TargetError: If a name, pattern or type of the rule matches nothing; NNI ignores it silently.
@@ -124,8 +131,9 @@ def select_modules(model: nn.Module, rule: LayerRule) -> dict[str, nn.Module]:
     chosen = {name: module for name, module in modules.items() if _selected(name, module, rule)}
     if not chosen:
         raise TargetError(f"config_list entry {rule.as_nni()} selects no module: its keys exclude each other")
+    whole = {group.name for group in groups} if rule.structured else set()
     for name, module in chosen.items():
-        if not isinstance(getattr(module, "weight", None), Tensor):
+        if name not in whole and not isinstance(getattr(module, "weight", None), Tensor):
             raise TargetError(f"{name!r} is a {type(module).__name__}, which has no weight to mask")
     return chosen
 
@@ -155,10 +163,10 @@ def build_plan(model: nn.Module, config: PruningSection, groups: Sequence[Channe
     """
     if not config.config_list:
         raise ConfigError("pruning.config_list is empty: it must name the layers to prune")
-    builder = _Builder(model, config, Plan(model, config, seed))
+    builder = _Builder(model, config, Plan(model, config, seed), groups)
     names = {module: name for name, module in model.named_modules()}  # one name a module, also where it has two
     for rule in config.config_list:
-        selected = list(dict.fromkeys(names[module] for module in select_modules(model, rule).values()))
+        selected = list(dict.fromkeys(names[module] for module in select_modules(model, rule, groups).values()))
         builder.claim(selected)
         if rule.structured:
             builder.add_groups(rule, selected, groups)
@@ -171,14 +179,14 @@ def build_plan(model: nn.Module, config: PruningSection, groups: Sequence[Channe
 class _Builder:
     """Fills a plan from an NNI config list, rule by rule."""
 
-    def __init__(self, model: nn.Module, config: PruningSection, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, config: PruningSection, plan: Plan, groups: Sequence[ChannelGroup]) -> None:
         self.plan = plan
         self._modules = dict(model.named_modules())
         self._scopes: dict[object, Scope] = {}
         self._ties: dict[int | str, tuple[Member, LayerRule]] = {}
         self._claimed: set[str] = set()
         self._gated: set[str] = set()
-        chosen = {module for rule in config.config_list for module in select_modules(model, rule).values()}
+        chosen = {module for rule in config.config_list for module in select_modules(model, rule, groups).values()}
         self._excluded = {n for n in excluded_names(model, config.config_list) if self._modules[n] not in chosen}
 
     def claim(self, layers: Iterable[str]) -> None:
@@ -208,13 +216,13 @@ class _Builder:
         first.cost += granularity.unit_size(site.weight.shape)
 
     def add_groups(self, rule: LayerRule, selected: Sequence[str], groups: Sequence[ChannelGroup]) -> None:
-        """Gate every exact group that has a selected layer among its producers."""
+        """Gate every exact group that has a selected layer among its producers, or is called after one."""
         for group in groups:
-            producers = {part.module for part in group.producers}
-            if not producers & set(selected) or group.name in self._gated:
+            members = {part.module for part in group.producers} | ({group.name} & self._modules.keys())
+            if not members & set(selected) or group.name in self._gated:
                 continue
-            excluded = {name for name in producers if _excluded(name, self._modules[name], rule)} | self._excluded
-            kept_out = sorted(producers & excluded)
+            excluded = {name for name in members if _excluded(name, self._modules[name], rule)} | self._excluded
+            kept_out = sorted(members & excluded)
             if kept_out:
                 _logger.info("group %s is not gated: the configuration excludes %s", group.name, ", ".join(kept_out))
             elif group.safety != "exact":

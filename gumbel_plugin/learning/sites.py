@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,28 @@ from torch.utils.hooks import RemovableHandle
 from gumbel_plugin.learning.rescale import Rescale, dynamic_scale
 from gumbel_plugin.masks.base import LearntMask, Phase
 from gumbel_plugin.masks.targets import ChannelSlice, columns_view, input_channels
+
+# Layers whose weights the parent's forward reads instead of calling them, by the parent's class; torch's fused kernels
+# and their fallbacks both get the weight from the layer's attribute.
+_READ_BY_PARENT = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),  # in eval mode
+    "ShiftedWindowAttention": ("qkv", "proj"),  # torchvision's
+    "CompactWindowAttention": ("qkv",),
+}
+
+
+def reader_of(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """Return the module whose forward reads a layer's weight: the layer itself, or a parent that never calls it.
+
+    Args:
+        modules: All modules of the model by name, the model itself as ``""``.
+        name: The layer's name.
+    """
+    parent, _, child = name.rpartition(".")
+    kinds = {kind.__name__ for kind in type(modules[parent]).__mro__}
+    read = any(kind in kinds and child in children for kind, children in _READ_BY_PARENT.items())
+    return modules[parent] if read else modules[name]
 
 
 @dataclass(eq=False)
@@ -60,6 +82,7 @@ class WeightSite:
         scale: The learnt scalar of smart rescale, if any.
         rescale: Which rescale applies.
         folded: Whether mask and scale are in the parameter already, so that the scale must not act again.
+        reader: Whose forward reads the weight (see `reader_of`), by default the layer's own.
     """
 
     name: str
@@ -70,6 +93,7 @@ class WeightSite:
     scale: nn.Parameter | None = None
     rescale: Rescale = "none"
     folded: bool = False
+    reader: nn.Module | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -137,10 +161,11 @@ class SiteHooks:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Start acting in the layer's forward."""
+        """Start acting in the forward that reads the weight."""
+        reader = self.site.module if self.site.reader is None else self.site.reader
         self._handles = [
-            self.site.module.register_forward_pre_hook(self._before),
-            self.site.module.register_forward_hook(self._after, always_call=True),
+            reader.register_forward_pre_hook(self._before),
+            reader.register_forward_hook(self._after, always_call=True),
         ]
 
     def detach(self) -> None:
@@ -154,11 +179,15 @@ class SiteHooks:
         weight = site.weight
         only_columns = site.mask is None and site.rescale == "none" and site.columns is not None
         # Masking the input is the same function; it is cheaper where the input is the smaller tensor of the two.
-        if only_columns and args and isinstance(args[0], Tensor) and args[0].numel() < weight.numel():
+        if only_columns and module is site.module and args and _smaller(args[0], weight):
             return None if site.phases == {Phase.OPEN} else (site.apply_to_input(args[0]), *args[1:])
         # An instance attribute hides the parameter of the same name for the length of this forward.
-        module.__dict__["weight"] = site.apply(weight)
+        site.module.__dict__["weight"] = site.apply(weight)
         return None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        module.__dict__.pop("weight", None)
+        self.site.module.__dict__.pop("weight", None)
+
+
+def _smaller(inputs: Any, weight: Tensor) -> bool:
+    return isinstance(inputs, Tensor) and not inputs.is_nested and inputs.numel() < weight.numel()

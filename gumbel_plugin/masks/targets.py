@@ -142,6 +142,7 @@ class ChannelGroup:
             computes statistics over the channels, ``unsupported`` if the group cannot be cut (for instance because it
             reaches the network's output).
         reason: Why the group is not exact, empty if it is.
+        unlisted_weights: Weights of one unit that no producer has, as in an attention layer's packed projections.
     """
 
     name: str
@@ -150,6 +151,7 @@ class ChannelGroup:
     consumers: tuple[ChannelSlice, ...]
     safety: Literal["exact", "inexact", "unsupported"] = "exact"
     reason: str = ""
+    unlisted_weights: int = 0
 
 
 def input_channels(module: torch.nn.Module) -> int:

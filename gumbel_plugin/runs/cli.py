@@ -101,9 +101,8 @@ _ROWS: list[tuple[str, Any]] = [
 
 def _print_table(table: Table) -> None:
     """Print a table as wide as it is: a wrapped or shortened number is worse than a long line."""
-    console = Console()
-    unlimited = console.options.update(width=1000)
-    console.print(table, width=console.measure(table, options=unlimited).maximum, crop=False, no_wrap=True)
+    needed = Console(width=1000).measure(table).maximum
+    Console(width=max(needed, Console().width)).print(table)
 
 
 def _load(path: Path, settings: list[str] | None) -> PruningConfig:

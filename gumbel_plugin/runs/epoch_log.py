@@ -12,7 +12,7 @@ from typing import Any
 from gumbel_plugin.errors import MissingExtraError
 
 try:
-    from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+    from lightning.pytorch.loggers.logger import Logger
     from lightning.pytorch.utilities import rank_zero_only
 except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
@@ -53,20 +53,13 @@ class EpochLog(Logger):  # type: ignore[misc]
         """Lightning asks for it; nothing is named after it."""
         return ""
 
-    @property
-    @rank_zero_experiment  # type: ignore[misc]
-    def experiment(self) -> None:
-        """There is none."""
-
-    @rank_zero_only  # type: ignore[misc]
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: a run's resolved configuration is written elsewhere."""
 
-    @rank_zero_only  # type: ignore[misc]
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Collect an epoch's numbers; Lightning sends those of validation first, those of training end the epoch."""
         self._row.update(metrics)
-        if "loss" in metrics:
+        if "loss" in metrics and rank_zero_only.rank == 0:
             self._finish_epoch()
 
     def _finish_epoch(self) -> None:

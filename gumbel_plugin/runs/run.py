@@ -134,7 +134,7 @@ def run(
 ) -> RunResult:
     """Train with learnt masks, shrink, prove and measure.
 
-    The result depends on the configuration and its seed only: whether the dense baseline is trained too changes nothing.
+    The result depends on the configuration and its seed only; training the dense baseline too does not change it.
 
     Args:
         config: The whole run.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,11 +54,13 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
         self._fixed_epochs = 0
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizer of the weights (first, if they are trained), then the session's."""
         weights = self._weights()
         own = self.session.optimizers() if self.session else []
         return ([make_optimizer(weights, self.training_config.optimizer)] if weights else []) + own
 
     def training_step(self, batch: Sequence[Tensor], index: int) -> None:
+        """Step every optimizer once, and the session's schedules after them."""
         inputs, targets = batch
         task_loss = self.criterion(self.model(inputs), targets)
         loss = self._guarded(task_loss if self.session is None else task_loss + self.session.loss())
@@ -79,6 +80,7 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
         self.log("loss", task_loss.detach(), on_step=False, on_epoch=True, batch_size=len(inputs))
 
     def on_train_epoch_end(self) -> None:
+        """Log where the masks stand, and set the learning rate of the next epoch."""
         if self.session is not None:
             status = self.session.status()
             self.log("sparsity", status.sparsity)
@@ -90,6 +92,7 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
                 group["lr"] = self._next_learning_rate()
 
     def validation_step(self, batch: Sequence[Tensor], index: int) -> None:
+        """Score a batch with hard masks (the model is in eval mode)."""
         inputs, targets = batch
         score = _score(self.model(inputs), targets, self.training_config.loss)
         self.log("validation_score", score, on_epoch=True, batch_size=len(inputs), sync_dist=True)
@@ -147,6 +150,7 @@ class _BestState(pl.Callback):  # type: ignore[misc]
         self.state: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: Any, task: MaskedTask) -> None:
+        """Remember the state if it is the best one; stop if none was for too long."""
         if not task.settled:
             return
         score = float(trainer.callback_metrics["validation_score"])
@@ -158,6 +162,7 @@ class _BestState(pl.Callback):  # type: ignore[misc]
             trainer.should_stop = trainer.should_stop or self.waited >= self.patience
 
     def on_fit_end(self, trainer: Any, task: MaskedTask) -> None:
+        """Give the best state back."""
         if self.state:
             task.model.load_state_dict(self.state)
 
@@ -302,14 +307,12 @@ def _score(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt: Lightning turns it into an exit and leaves the signal ignored."""
-    handler = signal.getsignal(signal.SIGINT)
+    """Let Ctrl-C stay a KeyboardInterrupt: Lightning turns it into an exit."""
     try:
         yield
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        signal.signal(signal.SIGINT, handler or signal.default_int_handler)
         raise KeyboardInterrupt from None
 
 

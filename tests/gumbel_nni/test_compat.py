@@ -12,22 +12,28 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gumbel_nni
+import nni
 import pytest
+import pytorch_lightning as pl
 import torch
 from gumbel_nni import compat
 from nni.common.concrete_trace_utils import concrete_proxy, concrete_trace, concrete_tracer
-from nni.compression.speedup import ModelSpeedup, mask_updater, model_speedup, utils
+from nni.compression.speedup import ModelSpeedup, container, mask_updater, model_speedup, utils
 from nni.compression.utils import evaluator
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, TensorDataset
 
 ALL_REPAIRS = (
     "tensor_methods_in_tracer",
+    "python_functions_in_tracer",
     "classes_after_tracing",
     "impure_with_two_arguments",
     "bytecode_caches_in_proxy",
     "size_is_a_leaf",
+    "values_last_used_by_size",
     "pytree_nodes_of_fx",
     "masks_by_path",
     "settable_max_steps",
@@ -41,7 +47,7 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        if c > 1 and not h == 7:
+        if c > 1 and not torch.is_tensor(h):
             x = x.reshape(n, c * h, w)
         for i in range(2):
             x = x + i
@@ -243,6 +249,72 @@ def test_lightning_steps_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None
     assert compat.settable_max_steps()
     instance.max_steps = 3
     assert instance.epoch_loop.max_steps == instance.max_steps == 3
+
+
+def test_lightning_evaluator_trains_a_number_of_steps() -> None:
+    class Regression(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.steps = nn.Linear(4, 2), 0
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            self.steps += 1
+            return self.layer(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return nni.trace(torch.optim.SGD)(self.parameters(), lr=0.1)
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+            return DataLoader(TensorDataset(torch.ones(32, 4)), batch_size=2)
+
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    model, patched = Regression(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = nni.trace(pl.Trainer)(max_epochs=1, accelerator="cpu", **dict.fromkeys(quiet, False))
+        lightning = evaluator.LightningEvaluator(trainer, nni.trace(Data)())
+        lightning._init_optimizer_helpers(model)
+        lightning.bind_model(model)
+        lightning.patch_loss(lambda loss, batch: patched.append(batch) or loss)
+        lightning.train(max_steps=3)
+        lightning.unbind_model()
+    assert model.steps == len(patched) == 3
+
+
+def test_python_functions_run_inside_leaves() -> None:
+    class Normalised(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ij,kj->ik", F.normalize(x), x).norm(p=2.0, dim=1)
+
+    table = concrete_tracer.ConcreteTracer.default_autowrap_leaf_function
+    x = torch.randn(3, 4)
+    table[torch._C._VariableFunctions.norm] = ([], False, torch.norm)
+    with pytest.raises(TypeError, match="norm"):
+        concrete_trace(Normalised(), (x,))
+    assert compat.python_functions_in_tracer()
+    traced = concrete_trace(Normalised(), (x,))
+    torch.testing.assert_close(traced(2 * x), Normalised()(2 * x), rtol=0, atol=0)
+
+
+def test_a_value_may_be_used_last_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y.relu() / y.size(0)
+
+    def shrunk() -> nn.Module:
+        return ModelSpeedup(Sized(), torch.ones(2, 4), {"layer": {"weight": torch.ones(6, 4)}}).speedup_model()
+
+    with monkeypatch.context() as undo:
+        undo.delattr(container.NodeInfo, "_output_randomize")
+        with pytest.raises(AttributeError, match="_output_randomize"):
+            shrunk()
+    assert shrunk().layer.out_features == 6
 
 
 class FakeTrainer:

@@ -1,0 +1,101 @@
+"""Torch-Pruning's arguments, checked and in the form that it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest
+from gumbel_plugin.learning.session import GATES
+from gumbel_plugin.shrinking.inputs import call_model
+from gumbel_torch_pruning.tracing import Forward
+
+_TARGETS = ("channels", "macs", "parameters", "latency")
+_RATIOS = ("pruning_ratio", "ch_sparsity", "head_pruning_ratio")
+_RATIO_DICTS = ("pruning_ratio_dict", "ch_sparsity_dict", "head_pruning_ratio_dict")
+
+
+def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
+    """Check what can be checked without the model.
+
+    Raises:
+        ConfigError: If an argument is out of range or contradicts another one.
+    """
+    if target not in _TARGETS:
+        raise ConfigError(f"target {target!r} is unknown{nearest(target, _TARGETS)}")
+    ratios = {name: arguments.get(name) for name in _RATIOS}
+    for name in _RATIO_DICTS:
+        given = arguments.get(name) or {}
+        if given and target != "channels":
+            raise ConfigError(f"{name} speaks of channels; with target={target!r} the groups share one budget")
+        ratios.update({f"{name}[{_kinds(key)}]": ratio for key, ratio in given.items()})
+    for name, ratio in ratios.items():
+        if ratio is not None and not 0 <= ratio < 1:
+            raise ConfigError(f"{name} = {ratio}: must be in [0, 1)")
+    limit = arguments.get("max_pruning_ratio", 1.0)
+    if not 0 < limit <= 1:
+        raise ConfigError(f"max_pruning_ratio = {limit}: must be in (0, 1]")
+    for name in ("iterative_steps", "round_to"):
+        count = arguments.get(name)
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ConfigError(f"{name} = {count}: must be a whole number of at least 1")
+
+
+def check_model(model: nn.Module) -> None:
+    """Check that a model can be gated at all.
+
+    Raises:
+        LifecycleError: If it has gates already.
+        GraphError: If all of it is frozen.
+    """
+    if any(isinstance(getattr(module, GATES, None), nn.Module) for module in model.modules()):
+        raise LifecycleError("the model has gates already; call step() on the pruner that attached them first")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise GraphError("every parameter of the model is frozen, so there is nothing to learn from; unfreeze some")
+
+
+def check_layers(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> None:
+    """Check that every layer that has a ratio of its own is in the graph; Torch-Pruning would ignore it.
+
+    Raises:
+        TargetError: If one is not.
+    """
+    names = {module: name for name, module in pruner.model.named_modules()}
+    nodes = pruner.DG.module2node
+    for argument in _RATIO_DICTS:
+        for key in arguments.get(argument) or {}:
+            for module in key if isinstance(key, tuple) else (key,):
+                if module not in names or all(part not in nodes for part in module.modules()):
+                    name = names.get(module, f"{type(module).__name__} of another model")
+                    valid = [names[node] for node in nodes if node in names]
+                    raise TargetError(f"{argument}: {name!r} is not in the dependency graph{nearest(name, valid)}")
+
+
+def own_copies(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with containers that Torch-Pruning may write into; its own defaults leak between pruners."""
+    own = dict(arguments)
+    for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
+        own[name] = dict(own.get(name) or {})
+    unwrapped = own.get("unwrapped_parameters")
+    if unwrapped is not None:  # documented as a dict, read as a list of pairs
+        own["unwrapped_parameters"] = list(unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped)
+    return own
+
+
+def forward_of(forward_fn: Forward | None, output_transform: Callable[[Any], Any] | None) -> Forward | None:
+    """Return one function that does what both of Torch-Pruning's arguments do, None if neither is given."""
+    if forward_fn is None and output_transform is None:
+        return None
+
+    def forward(model: nn.Module, example_inputs: Any) -> Any:
+        outputs = (forward_fn or call_model)(model, example_inputs)
+        return output_transform(outputs) if output_transform else outputs
+
+    return forward
+
+
+def _kinds(key: Any) -> str:
+    return ", ".join(type(module).__name__ for module in (key if isinstance(key, tuple) else (key,)))

@@ -1,0 +1,110 @@
+"""Which channel groups are exact: every layer's channels are dyed, and the dyes are followed through one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.shrinking.inputs import call_model, observing
+from gumbel_torch_pruning.exactness.dyes import Safety
+from gumbel_torch_pruning.exactness.layers import Layers, Side, Treatment
+
+Cut = tuple[Side, Tensor, Tensor]
+"""What a group would remove on one side of a layer: channel numbers, and the group's unit that each belongs to."""
+
+
+class Judge:
+    """Knows where every channel of a model goes.
+
+    Torch-Pruning's graph says which channels a group removes. This says, independently, which channels meet, who reads
+    them, and what else happens to them. A group is exact if both agree and nothing else happens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        parameters: Mapping[nn.Parameter, tuple[str, int]],
+        treatments: Mapping[nn.Module, Treatment],
+    ) -> None:
+        """Run the model once in eval mode; it is left as it was.
+
+        Args:
+            model: The plain model.
+            example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+            parameters: Parameters that belong to no known layer: their names, and the dimension in which they are cut.
+            treatments: What is known of layers that are none of torch's own.
+        """
+        layers = Layers(treatments)
+        for parameter, (name, dim) in parameters.items():
+            layers.dye_parameter(parameter, name, dim)
+        with _plain_attention(), layers.watched(model), observing(model), layers.flow:
+            output = call_model(model, example_inputs)
+        layers.remark(output, "unsupported", "it reaches the network's output")
+        dyes = layers.flow.dyes
+        self._sides = {side: dyes.colours(channels) for side, channels in layers.sides.items()}
+        self._places, self._verdicts = dyes.verdicts()
+        everything = torch.cat([torch.zeros(0, dtype=torch.int64), *self._sides.values()])
+        self._uses = torch.bincount(everything, minlength=len(self._places))
+
+    def verdict(self, cuts: Sequence[Cut]) -> tuple[Safety, str]:
+        """Judge a group by all that it would remove.
+
+        Args:
+            cuts: Every side of every layer and parameter that loses channels.
+
+        Returns:
+            The group's safety, and why it is not exact.
+        """
+        unit_of = torch.full_like(self._places, -1)
+        mistaken = next((side[0] for side, positions, units in cuts if not self._follow(side, positions, units, unit_of)), "")
+        removed = unit_of >= 0
+        places = torch.unique(self._places[removed]).tolist()
+        safety, reason = max((self._verdicts[place] for place in places), key=_severity, default=self._verdicts[0])
+        if safety != "unsupported" and not mistaken:
+            mistaken = self._forgotten(cuts, removed)
+        if safety != "unsupported" and mistaken:
+            return "unsupported", f"Torch-Pruning cuts {mistaken} in another way than the forward uses it"
+        return safety, reason
+
+    def _follow(self, side: Side, positions: Tensor, units: Tensor, unit_of: Tensor) -> bool:
+        """Give the colours of some channels their units; return whether that is possible."""
+        channels = self._sides.get(side)
+        if channels is None or not bool((positions < len(channels)).all()):
+            return False
+        colours = channels[positions]
+        known = unit_of[colours]
+        unit_of[colours] = units
+        contradicted = ((known >= 0) & (known != units)) | (unit_of[colours] != units) | (colours == 0)
+        return not bool(contradicted.any())
+
+    def _forgotten(self, cuts: Sequence[Cut], removed: Tensor) -> str:
+        """Return what has channels of these colours but does not lose them, if anything has."""
+        if int(self._uses[removed].sum()) == sum(len(positions) for _, positions, _ in cuts):
+            return ""
+        listed = {side: len(positions) for side, positions, _ in cuts}
+        sides = (side for side, colours in self._sides.items() if int(removed[colours].sum()) != listed.get(side, 0))
+        return next(sides, ("it", False))[0]
+
+
+def _severity(verdict: tuple[Safety, str]) -> int:
+    return ("exact", "inexact", "unsupported").index(verdict[0])
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Switch the fused attention layers off, which would hide their parts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+__all__ = ["Cut", "Judge", "Treatment"]

@@ -1,0 +1,90 @@
+"""What Torch-Pruning 1.6.1 gets wrong while it builds a dependency graph, repaired from outside; one function each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch_pruning as tp
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+_Nodes = dict[Any, Any]
+
+
+def plain_views(nodes: _Nodes) -> None:
+    """Let a view that is no flattening leave channel numbers alone.
+
+    Torch-Pruning takes every view between unequal channel counts for a flattening and multiplies or divides channel
+    numbers by the ratio of counts that it guesses. For the windows of MaxViT the numbers grow on every round through
+    the graph, without end; for ShuffleNetV2's channel shuffle a count is guessed larger than it is, and the ratio is 0.
+    """
+    for node in nodes.values():
+        before, after = _shapes(node.grad_fn)
+        if node.type == tp.ops.OPTYPE.RESHAPE and before and not (_flattens(before, after) or _flattens(after, before)):
+            node.type = tp.ops.OPTYPE.ELEMENTWISE  # its numbers pass unchanged
+
+
+REPAIRS: list[Callable[[_Nodes], None]] = [plain_views]
+"""Each takes the nodes of a traced graph, by module, and changes what is wrong with them."""
+
+
+class FrozenBatchNormPruner(tp.BasePruningFunc):  # type: ignore[misc]
+    """Cuts torchvision's batch norm for detection backbones.
+
+    Its weight, bias and statistics are buffers. Torch-Pruning knows no buffers but those of `nn.BatchNorm2d`, and would
+    leave them as they are.
+    """
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Remove channels, in place."""
+        gone = set(idxs)
+        kept = [channel for channel in range(self.get_out_channels(layer)) if channel not in gone]
+        for name, buffer in list(layer.named_buffers(recurse=False)):
+            setattr(layer, name, buffer[kept])
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        """Return how many channels there are."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return len(weight)
+
+    get_in_channels = get_out_channels
+
+
+PRUNERS: dict[type[nn.Module], Callable[[], tp.BasePruningFunc]] = {FrozenBatchNorm2d: FrozenBatchNormPruner}
+"""What cuts the layers that Torch-Pruning does not know; each treats every channel (dimension 1) by itself."""
+
+
+@contextmanager
+def repaired_tracing() -> Iterator[None]:
+    """Apply all repairs to every graph that Torch-Pruning builds meanwhile."""
+    original = tp.DependencyGraph._build_dependency
+
+    def build(graph: Any, nodes: _Nodes) -> None:
+        original(graph, nodes)
+        for repair in REPAIRS:
+            repair(nodes)
+
+    tp.DependencyGraph._build_dependency = build
+    try:
+        yield
+    finally:
+        tp.DependencyGraph._build_dependency = original
+
+
+def _shapes(grad_fn: Any) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the shapes before and after a view, as autograd remembers them; empty where it does not."""
+    before = getattr(grad_fn, "_saved_self_sym_sizes", ())
+    metadata = getattr(grad_fn, "_input_metadata", ())
+    return (tuple(before), tuple(metadata[0].shape)) if before and metadata else ((), ())
+
+
+def _flattens(before: Sequence[int], after: Sequence[int]) -> bool:
+    """Whether all dimensions from the channels on become one: (N, C, H, W) to (N, C·H·W)."""
+    return len(after) == 2 < len(before) and before[0] == after[0] and prod(before[1:]) == after[1]

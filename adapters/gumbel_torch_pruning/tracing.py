@@ -1,0 +1,118 @@
+"""What surrounds Torch-Pruning's tracing of a user's model: how it is called, and that it is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.shrinking.inputs import observing
+
+Forward = Callable[[nn.Module, Any], Any]
+"""What Torch-Pruning takes as ``forward_fn``: gets the model and the example inputs, returns the outputs."""
+
+
+class _Through:
+    """A model's forward while example inputs go through a function of the user's.
+
+    It is set on the model itself, so that copies of the model, and all that calls them, go the same way.
+    """
+
+    def __init__(self, model: nn.Module, function: Forward, example_inputs: Any) -> None:
+        self._model = model
+        self._function = function
+        self._kind = type(example_inputs)
+        self._inside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:  # the function's own call of the model
+            return type(self._model).forward(self._model, *args, **kwargs)
+        inputs = args[0] if issubclass(self._kind, Tensor) else kwargs or self._kind(args)
+        self._inside = True
+        try:
+            return self._function(self._model, inputs)
+        finally:
+            self._inside = False
+
+
+@contextmanager
+def calling(model: nn.Module, function: Forward | None, example_inputs: Any) -> Iterator[None]:
+    """Let whoever calls the model, or a copy of it, on example inputs call this function instead.
+
+    Args:
+        model: The model.
+        function: What calls it; None leaves everything as it is.
+        example_inputs: Their type tells how to put the arguments of a call together again.
+    """
+    if function is None:
+        yield
+        return
+    before = model.__dict__.get("forward")
+    model.forward = _Through(model, function, example_inputs)
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Let autograd see every parameter, in eval mode; frozen layers would be missing in the graph otherwise."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with observing(model), torch.enable_grad():
+        try:
+            for parameter in flags:
+                parameter.requires_grad_(parameter.is_floating_point())
+            yield
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def untouched_on_error(model: nn.Module) -> Iterator[None]:
+    """Take back hooks, submodules and flags that an error leaves on a model, such as those of a tracing that failed."""
+    modules = list(model.modules())
+    tables = [
+        table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks, module._modules)
+    ]
+    contents: list[dict[Any, Any]] = [dict(table) for table in tables]
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except BaseException:
+        for table, content in zip(tables, contents, strict=True):
+            table.clear()
+            table.update(content)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        raise
+
+
+def shared_parts(graph: Any) -> dict[int, Any]:
+    """Return what copies of a dependency graph share with it, as the memo of a deep copy.
+
+    Autograd's nodes and modules cannot be copied, and the graph's pruning functions are compared by identity.
+    """
+    parts = [graph.ops, *graph.REGISTERED_PRUNERS.values(), *graph.CUSTOMIZED_PRUNERS.values()]
+    parts += [node.grad_fn for node in graph.module2node.values()]
+    return {id(part): part for part in parts}
+
+
+def named_shapes(model: nn.Module, skip: str) -> Mapping[str, tuple[nn.Module, tuple[torch.Size, ...]]]:
+    """Return every module of a model with the shapes of its own parameters, by name.
+
+    Args:
+        model: The model.
+        skip: Modules with this word in their name are left out.
+    """
+    return {
+        name: (module, tuple(parameter.shape for parameter in module.parameters(recurse=False)))
+        for name, module in model.named_modules()
+        if skip not in name
+    }

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from nni.compression.base.compressor import register_scalers
+from nni.compression.base.config import default_config_schema
+from nni.compression.base.wrapper import register_wrappers
+from torch import nn
+
+from gumbel_plugin.config import LayerRule, OptimizerConfig, PruningConfig, PruningSection, apply_overrides, read_yaml
+from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.masks.schedules import Schedule
+from gumbel_plugin.masks.targets import granularity_of
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ENTRY = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
+FULL: dict[str, Any] = {
+    "model": {"name": "lenet5", "num_classes": 10, "in_channels": 1, "options": {"width": 2}},
+    "data": {"name": "digits", "root": "data", "batch_size": 32, "validation_fraction": 0.1},
+    "training": {"max_epochs": 3, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}, "gradient_clip": 1.0},
+    "pruning": {
+        "method": "gumbel_softmax",
+        "options": {"temperature": {"start": 2.0, "end": 0.5, "shape": "cosine"}, "initial_logit": 1.0},
+        "config_list": [
+            {**ENTRY, "global_group_id": "all", "max_sparse_ratio": 0.9, "exclude_op_names": ["conv1"]},
+            {"op_names_re": ["fc.*"], "granularity": [4, 4], "dependency_group_id": 3, "sparse_threshold": 0.25},
+        ],
+        "weights": "trained",
+        "rescale": "learned",
+        "budget": {"ramp": 0.5, "strength": 2.0},
+        "phases": {"dense": 0.25, "fixed": 0.25},
+    },
+    "example_shape": [2, 1, 28, 28],
+    "seed": 7,
+}
+
+
+def pruning(**keys: Any) -> PruningSection:
+    return PruningConfig.load({"pruning": {"config_list": [ENTRY], **keys}}).pruning
+
+
+def rule(**keys: Any) -> LayerRule:
+    return pruning(config_list=[{"op_types": ["Conv2d"], **keys}]).config_list[0]
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_a_dict_a_config_list_and_a_config_say_the_same(tmp_path: Path) -> None:
+    as_dict = PruningConfig.load({"pruning": {"config_list": [ENTRY]}})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"pruning": {"config_list": [ENTRY]}}))
+    as_list_in_file = tmp_path / "list.yaml"
+    as_list_in_file.write_text(yaml.safe_dump([ENTRY]))
+    assert PruningConfig.load([ENTRY]) == as_dict
+    assert PruningConfig.load(path) == as_dict
+    assert PruningConfig.load(str(path)) == as_dict
+    assert PruningConfig.load(as_list_in_file) == as_dict
+    assert PruningConfig.load(as_dict) is as_dict
+
+
+def test_reading_leaves_the_callers_values_alone() -> None:
+    values = copy.deepcopy(FULL)
+    PruningConfig.load(values)
+    assert values == FULL
+
+
+@pytest.mark.parametrize("values", [FULL, {"pruning": {"config_list": [ENTRY]}}], ids=["full", "least"])
+def test_a_resolved_config_reads_back_as_itself(values: dict[str, Any], tmp_path: Path) -> None:
+    config = PruningConfig.load(values)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(config.to_yaml())
+    assert PruningConfig.load(path) == config
+    assert PruningConfig.load(path).to_yaml() == config.to_yaml()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_configs_are_valid(path: Path) -> None:
+    config = PruningConfig.load(path)
+    assert PruningConfig.load(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("config", [None, 5, 0.5])
+def test_what_is_no_config_is_an_error(config: Any) -> None:
+    with pytest.raises(ConfigError, match="it must be the path of a YAML file, a dict, an NNI config list"):
+        PruningConfig.load(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "no valid YAML"), ("just words", "must hold a mapping"), ("", "must hold a mapping")],
+)
+def test_files_that_hold_no_config_are_an_error(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_yaml(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"'nowhere\.yaml' does not exist"):
+        PruningConfig.load("nowhere.yaml")
+
+
+# Rules ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dta": {}}, "dta: unknown key; did you mean 'data'"),
+        ({"data": {"name": "digits", "batch": 3}}, r"data\.batch: unknown key; did you mean 'batch_size'"),
+        ({"training": {"optimizer": {"learning_rate": 1}}}, r"training\.optimizer\.learning_rate: unknown key; valid: lr"),
+        ({"training": {"max_epochs": 0}}, r"training\.max_epochs = 0: .*greater than or equal to 1"),
+        ({"model": {}}, r"model\.name: required, but missing"),
+        ({"seed": "x"}, "seed = 'x': .*integer"),
+    ],
+)
+def test_errors_name_the_key_the_value_and_the_rule(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruningConfig.load({"pruning": {"config_list": [ENTRY]}, **values})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"metod": "x"}, r"pruning\.metod: unknown key; did you mean 'method'"),
+        ({"method": "gumble"}, "'gumble' is unknown; did you mean 'gumbel_softmax'"),
+        ({"options": {"temperatur": 1}}, r"options\.temperatur: unknown key; did you mean 'temperature'"),
+        ({"options": {"temperature": 0}}, r"options\.temperature = 0: the temperature must stay above 0"),
+        ({"options": {"temperature": {"start": 1, "end": -1}}}, "temperature must stay above 0, got -1"),
+        (
+            {"options": {"temperature": {"strat": 1, "end": 1}}},
+            r"options\.temperature\.strat: unknown key; did you mean 'start'",
+        ),
+        ({"options": {"temperature": {"start": 1, "end": 2, "shape": "square"}}}, r"temperature\.shape = 'square'"),
+        ({"phases": {"dense": 0.6, "fixed": 0.5}}, r"pruning\.phases: dense \+ fixed must stay below 1, got 0\.6 \+ 0\.5"),
+        ({"weights": "frozen", "phases": {"dense": 0.1}}, r"weights 'frozen' .*\(got 0\.1 and 0\.0\).*nothing to train"),
+        ({"weights": "frozen", "phases": {"fixed": 0.1}}, r"weights 'frozen' .*\(got 0\.0 and 0\.1\).*nothing to train"),
+        ({"budget": {"ramp": 1.5}}, r"pruning\.budget\.ramp = 1\.5"),
+        ({"gate_optimizer": {"name": "sgdd"}}, r"pruning\.gate_optimizer\.name = 'sgdd'"),
+    ],
+)
+def test_wrong_pruning_settings_are_named(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pruning(**keys)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.5, -0.1])
+def test_a_ratio_outside_zero_to_one_is_an_error(ratio: float) -> None:
+    with pytest.raises(ConfigError, match=rf"pruning\.config_list\.0\.sparse_ratio = {ratio}: Input should be"):
+        rule(sparse_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"sparsity": 0.5}, r"config_list\.0\.sparsity: unknown key; did you mean 'sparse_ratio'"),
+        ({"sparse_ratio": 0.5, "sparse_threshold": 0.5}, "sparse_ratio and sparse_threshold exclude each other"),
+        ({"granularity": "outchannel"}, "'outchannel' is unknown; did you mean 'out_channel'"),
+        ({"granularity": [0, 2]}, "each positive or -1"),
+        ({"granularity": [1.5]}, r"granularity\.0 = 1\.5: .*integer"),
+        ({"target_names": ["_output_"]}, r"target_names \['_output_'\]: learnt masks cover 'weight'"),
+        ({"target_settings": {"input": {}}}, r"target_settings \['input'\] cannot be learnt"),
+        ({"target_settings": 3}, "target_settings = 3"),
+        ({"op_names_re": ["conv("]}, r"'conv\(' is no regular expression"),
+        ({"exclude_op_names_re": ["*"]}, r"'\*' is no regular expression"),
+        ({"op_types": "Conv2d"}, r"config_list\.0\.op_types = 'Conv2d'"),
+        ({"op_types": None}, "names its layers by op_types, op_names or op_names_re; it has none"),
+    ],
+)
+def test_wrong_entries_are_named(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rule(**keys)
+
+
+def test_the_second_entry_is_named_by_its_number() -> None:
+    with pytest.raises(ConfigError, match=r"pruning\.config_list\.1\.sparse_ratio = 2"):
+        PruningConfig.load([ENTRY, {**ENTRY, "sparse_ratio": 2}])
+
+
+def test_settings_of_the_weight_may_stand_under_target_settings() -> None:
+    nested = rule(target_names=["weight", "bias"], target_settings={"weight": {"sparse_ratio": 0.3, "granularity": [2]}})
+    assert nested.sparse_ratio == 0.3
+    assert nested.granularity == (2,)
+    with pytest.raises(ConfigError, match=r"sparse_ratio = 2"):
+        rule(target_settings={"weight": {"sparse_ratio": 2}})
+
+
+@pytest.mark.parametrize(
+    ("granularity", "structured"),
+    [("default", True), ("out_channel", True), ("element", False), ("kernel", False), ("in_channel", False), ([2], False)],
+)
+def test_whole_output_channels_are_structured(granularity: Any, structured: bool) -> None:
+    assert rule(granularity=granularity).structured is structured
+
+
+# Defaults ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_gates_defaults_are_the_published_ones() -> None:
+    frozen, trained = pruning(weights="frozen"), pruning()
+    assert frozen.gate_optimizer_config() == OptimizerConfig(name="sgd", lr=50.0, momentum=0.9)
+    assert trained.gate_optimizer_config() == OptimizerConfig(name="adam", lr=0.05)
+    assert frozen.method_options().initial_logit == 0.0
+    assert trained.method_options().initial_logit == 3.0
+    assert pruning(options={"initial_logit": -1}, weights="frozen").method_options().initial_logit == -1
+    given = pruning(gate_optimizer={"name": "sgd", "lr": 2.0}, weights="frozen")
+    assert given.gate_optimizer_config() == OptimizerConfig(name="sgd", lr=2.0)
+
+
+def test_a_temperature_schedule_is_read_from_a_mapping() -> None:
+    options = pruning(options={"temperature": {"start": 2, "end": 1, "shape": "cosine"}}).method_options()
+    assert options.temperature == Schedule(2.0, 1.0, "cosine")
+
+
+# NNI --------------------------------------------------------------------------------------------------------------
+
+ENTRIES = [
+    {"sparse_ratio": 0.5},
+    {"sparse_threshold": 0.5},
+    {},
+    {"sparse_ratio": 0, "global_group_id": 1, "max_sparse_ratio": 1, "min_sparse_ratio": 0.1},
+    {"sparse_ratio": 0.5, "dependency_group_id": "a", "granularity": "element"},
+    {"sparse_ratio": 0.5, "granularity": "kernel"},
+    {"sparse_ratio": 0.5, "granularity": "in_channel"},
+    {"sparse_ratio": 0.5, "granularity": [4, -1]},
+    {"exclude_op_names": ["a"], "exclude_op_names_re": ["b.*"], "exclude_op_types": ["Linear"]},
+    {"target_names": ["weight"], "target_settings": {"weight": {"sparse_ratio": 0.3}}},
+]
+
+
+@pytest.mark.parametrize("keys", ENTRIES)
+def test_nni_accepts_what_as_nni_says(keys: dict[str, Any]) -> None:
+    entry = rule(**keys).as_nni()
+    assert default_config_schema("pruning").validate(entry) == entry
+    assert "sparse_ratio" in entry or "sparse_ratio" not in {**keys, **keys.get("target_settings", {}).get("weight", {})}
+
+
+@pytest.mark.parametrize("keys", [{"op_names": ["a"]}, {"op_names_re": ["a.*"]}])
+def test_nni_accepts_other_selections(keys: dict[str, Any]) -> None:
+    entry = PruningConfig.load([{**keys, "sparse_ratio": 0.5}]).pruning.config_list[0].as_nni()
+    assert default_config_schema("pruning").validate(entry) == {**keys, "sparse_ratio": 0.5, "granularity": "default"}
+
+
+@pytest.mark.parametrize("granularity", ["element", "kernel", "in_channel", "out_channel", "default", [2, 2], [-1, 2]])
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 8, 2), nn.Linear(4, 8), nn.Conv1d(4, 8, 2)], ids=lambda x: type(x).__name__)
+def test_nni_sees_the_same_units(granularity: Any, layer: nn.Module) -> None:
+    entry = PruningConfig.load([{"op_types": [type(layer).__name__], "granularity": granularity}]).pruning.config_list[0]
+    wrappers, spaces = register_wrappers(nn.Sequential(copy.deepcopy(layer)), [entry.as_nni()], "pruning")
+    register_scalers(spaces, lambda space: "out_channel")
+    shrunk = wrappers["0"].pruning_target_spaces["weight"]._scaler.shrink(layer.weight, keepdim=True)
+    assert granularity_of(entry.granularity).gate_shape(layer.weight.shape) == tuple(shrunk.shape)
+
+
+# Overrides --------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_sections_and_items_and_make_missing_ones() -> None:
+    before = copy.deepcopy(FULL)
+    changed = apply_overrides(
+        FULL, ["pruning.config_list.0.sparse_ratio=0.9", "training.patience=3", "new.section.key=[1, x]", "seed=null"]
+    )
+    assert changed["pruning"]["config_list"][0]["sparse_ratio"] == 0.9
+    assert changed["training"]["patience"] == 3
+    assert changed["new"]["section"]["key"] == [1, "x"]
+    assert changed["seed"] is None
+    assert before == FULL
+
+
+def test_a_value_may_hold_an_equals_sign() -> None:
+    assert apply_overrides({}, ["a=b=c"]) == {"a": "b=c"}
+
+
+def test_items_of_a_list_are_replaced_by_number() -> None:
+    assert apply_overrides({"a": [1, 2]}, ["a.1=3"]) == {"a": [1, 3]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("seed", r"--set 'seed' must read key\.subkey=value"),
+        ("=3", "must read"),
+        ("seed.sub=3", "'seed' is a plain value, it has no sub-keys"),
+        ("example_shape.x=3", "'x' is no number of an item; the list has 4"),
+        ("example_shape.4=3", "'4' is no number of an item"),
+        ("pruning.config_list.7.sparse_ratio=3", "'7' is no number of an item; the list has 2"),
+        ("seed=[1", "no valid YAML"),
+    ],
+)
+def test_wrong_overrides_are_named(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(FULL, [setting])
+
+
+def test_an_overridden_config_is_still_checked() -> None:
+    with pytest.raises(ConfigError, match=r"seed = 'x'"):
+        PruningConfig.load(apply_overrides(FULL, ["seed=x"]))
+
+
+def test_sections_do_not_change() -> None:
+    config = PruningConfig.load(FULL)
+    attempt: Callable[[], None] = lambda: setattr(config, "seed", 3)  # noqa: E731
+    with pytest.raises(ValueError, match="frozen"):
+        attempt()
