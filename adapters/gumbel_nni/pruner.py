@@ -12,6 +12,7 @@ from gumbel_torch_pruning.groups import find_groups
 from nni.compression.base.apply_method import pruning_apply_methods
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.config import trans_legacy_config_list
+from nni.compression.base.setting import PruningSetting
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
 from nni.compression.utils import Evaluator
@@ -39,6 +40,9 @@ def gumbel_mul(target: Tensor, target_space: PruningTargetSpace) -> Tensor:
 
 
 pruning_apply_methods[APPLY_METHOD] = gumbel_mul
+# Heads of an attention layer are selected by the layer's name; NNI itself has nothing to mask there but its projection.
+PruningSetting.register("MultiheadAttention", {})
+PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
 
 
 class GumbelPruner(Pruner):  # type: ignore[misc]

@@ -107,7 +107,7 @@ def _bake_one(module: nn.Module, label: str, target: str, mask: Tensor | None) -
         raise TargetError(f"mask for {label}, which is no parameter of that module{nearest(target, parameters)}")
     if mask.shape != parameters[target].shape:
         raise TargetError(f"{label}: the mask is {tuple(mask.shape)}, the tensor {tuple(parameters[target].shape)}")
-    parameters[target].mul_(mask.to(parameters[target]))
+    parameters[target].mul(mask.to(parameters[target]))
 
 
 def _structure(module: nn.Module, mask: Tensor, dimension: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -129,6 +129,8 @@ def _structure(module: nn.Module, mask: Tensor, dimension: int) -> tuple[dict[st
 
 def _open_slices(is_open: Tensor, dimension: int) -> Tensor:
     slices = is_open.transpose(0, dimension).flatten(1).any(1)
+    if not slices.any():
+        slices[0] = True
     return slices
 
 

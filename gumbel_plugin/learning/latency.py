@@ -79,7 +79,7 @@ class LatencyTable:
     Attributes:
         device: Where it was measured, in words.
         layers: By layer name.
-        rest: Milliseconds of the whole network that no measured layer accounts for.
+        rest: Milliseconds between the measured layers: normalisations, activations, pooling.
     """
 
     device: str
@@ -115,9 +115,9 @@ class LatencyTable:
 def measure_table(model: nn.Module, example_inputs: ExampleInputs, *, min_run_time: float = 0.002) -> LatencyTable:
     """Measure every convolution and linear layer that a forward calls, at four widths on each side.
 
-    Whole layers are timed in their places, where other layers' data have driven theirs out of the caches; how the time
-    falls with the widths is measured on copies, once for all layers of one geometry. Times are the best of a few: other
-    work on the machine only adds to them. The table depends on the network, the inputs' shapes and the device, not on
+    Whole layers are timed in their places, where other layers' data have driven theirs out of the caches, and so is
+    what lies between; how the time falls with the widths is measured on copies, once for all layers of one geometry.
+    Times are the best of a few: other work on the machine only adds to them. The table depends on the network, the inputs' shapes and the device, not on
     what will be gated.
 
     Args:
@@ -131,16 +131,18 @@ def measure_table(model: nn.Module, example_inputs: ExampleInputs, *, min_run_ti
     if min_run_time <= 0:
         raise ConfigError(f"min_run_time is {min_run_time}; it must be positive (seconds)")
     modules = dict(model.named_modules())
-    calls, whole = _time_calls(model, example_inputs)
+    rest = 0.0
     known: dict[object, LayerGrid] = {}
     layers: dict[str, LayerGrid] = {}
-    for call in calls:
+    for call in _time_calls(model, example_inputs):
+        if not call.shape:
+            rest += call.milliseconds
+            continue
         key = (_geometry(modules[call.layer]), call.shape)
         if key not in known:
             known[key] = _measure_layer(modules[call.layer], call.shape, min_run_time)
         grid = known[key].scaled_to(call.milliseconds)
         layers[call.layer] = layers[call.layer].plus(grid) if call.layer in layers else grid
-    rest = max(0.0, whole - sum(call.milliseconds for call in calls))
     return LatencyTable(_device_of(model), layers, rest)
 
 
@@ -175,41 +177,51 @@ def latency_cost(model: nn.Module, groups: Mapping[str, ChannelGroup], table: La
 
 @dataclass
 class _Call:
-    """One call of a layer in a forward: the layer's name, its input's shape, and the best time."""
+    """One call of a layer in a forward, or (without a layer) what runs between two of them.
+
+    Attributes:
+        layer: The layer's name.
+        shape: The shape of its input.
+        milliseconds: The time it took.
+    """
 
     layer: str
     shape: torch.Size
-    milliseconds: float = math.inf
+    milliseconds: float
 
 
-def _time_calls(model: nn.Module, example_inputs: ExampleInputs) -> tuple[list[_Call], float]:
-    """Time each call of a convolution or linear layer, and the whole forward, in milliseconds."""
+def _time_calls(model: nn.Module, example_inputs: ExampleInputs) -> list[_Call]:
+    """Time each call of a convolution or linear layer, and what lies between: the best of several forwards for each."""
+    names = {module: name for name, module in model.named_modules() if is_matrix(module)}
     runs: list[list[_Call]] = []
-    started: list[float] = []
+    last = 0.0
+
+    def note(layer: str, shape: torch.Size) -> None:
+        nonlocal last
+        now = timer()
+        runs[-1].append(_Call(layer, shape, 1e3 * (now - last)))
+        last = timer()
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        started.append(timer())
+        note("", torch.Size())
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        milliseconds = 1e3 * (timer() - started.pop())
-        if args and isinstance(args[0], Tensor):
-            runs[-1].append(_Call(names[module], args[0].shape, milliseconds))
+        note(names[module], args[0].shape if args and isinstance(args[0], Tensor) else torch.Size())
 
-    names = {module: name for name, module in model.named_modules() if is_matrix(module)}
     handles = [module.register_forward_pre_hook(before) for module in names]
     handles += [module.register_forward_hook(after) for module in names]
-    inputs, whole = inputs_on_device_of(model, example_inputs), math.inf
+    inputs = inputs_on_device_of(model, example_inputs)
     try:
         with observing(model):
             for _ in range(_RUNS):
                 runs.append([])
-                start = timer()
+                last = timer()
                 call_model(model, inputs)
-                whole = min(whole, 1e3 * (timer() - start))
+                note("", torch.Size())
     finally:
         for handle in handles:
             handle.remove()
-    return [_Call(c[0].layer, c[0].shape, min(call.milliseconds for call in c)) for c in zip(*runs, strict=True)], whole
+    return [min(calls, key=lambda call: call.milliseconds) for calls in zip(*runs, strict=True)]
 
 
 def _geometry(module: nn.Module) -> object:
@@ -274,7 +286,7 @@ def _points(width: int, step: int) -> tuple[int, ...]:
     return tuple(sorted({max(step, round(width * part / step) * step) for part in _FRACTIONS}))
 
 
-def _narrow(module: nn.Module, in_channels: int, out_channels: int) -> nn.Module:
+def _narrow(module: nn.Module, in_channels: int, out_channels: int) -> Any:
     """Return a copy of a layer with the first channels only."""
     layer: Any = copy.deepcopy(module)
     weight = layer.weight

@@ -152,10 +152,10 @@ class MaskingSession:
         self._register_gates()
         self.total_steps = total_steps
         self._root = self.model.register_forward_pre_hook(self._begin_forward)
-        if hooks:
-            self._hooks = [SiteHooks(site) for site in self.plan.sites.values()]
-            for hook in self._hooks:
-                hook.attach()
+        # A layer whose parent reads its weight without calling it is out of a wrapper's reach: it needs hooks anyway.
+        self._hooks = [SiteHooks(site) for site in self.plan.sites.values() if hooks or site.read_by_parent]
+        for hook in self._hooks:
+            hook.attach()
         self._enter_phase()
         self._remember()
 

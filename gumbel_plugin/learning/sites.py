@@ -103,6 +103,11 @@ class WeightSite:
         return weight
 
     @property
+    def read_by_parent(self) -> bool:
+        """Whether another module's forward reads the weight, so that the layer itself is never called."""
+        return self.reader is not None and self.reader is not self.module
+
+    @property
     def masks(self) -> list[LearntMask]:
         """All masks that act here."""
         return [*([self.mask] if self.mask else ()), *(self.columns.masks if self.columns else ())]

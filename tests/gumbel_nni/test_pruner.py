@@ -336,3 +336,20 @@ def test_the_same_seed_gives_the_same_masks():
     masks = [compressed("residual", steps=20)[0].get_masks() for _ in range(2)]
     for name, targets in masks[0].items():
         assert all(torch.equal(mask, masks[1][name][target]) for target, mask in targets.items())
+
+
+def test_attention_heads_are_gated_and_removed_exactly():
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=4)
+    nn.init.normal_(model.heads.head.weight)
+    inputs = torch.randn(2, 3, 16, 16)
+    config = [{"op_types": ["MultiheadAttention", "Linear"], "exclude_op_names": ["heads.head"], "sparse_ratio": 0.5}]
+    pruner = GumbelPruner(model, config, evaluator_for(model, (3, 16, 16)), example_inputs=inputs)
+    pruner.compress(max_steps=8)
+    model.eval()
+    small = pruner.speedup(inputs)
+    torch.testing.assert_close(small(inputs), model(inputs), rtol=0, atol=1e-5)
+    heads = [layer.self_attention.num_heads for layer in small.encoder.layers]
+    assert heads == [2, 2]
