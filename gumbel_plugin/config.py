@@ -196,8 +196,8 @@ class PruningSection(_Section):
     """What is masked, by which method, and how far.
 
     Attributes:
-        gate_optimizer: Optimizer of the gates; None takes SGD 50 with momentum 0.9 for frozen weights (Dupont et al.
-            2022), Adam 0.05 for trained ones.
+        gate_optimizer: Optimizer of the gates; None takes the method's published one where it has one, else SGD 50 with
+            momentum 0.9 for frozen weights (Dupont et al. 2022), Adam 0.05 for trained ones.
         config_list: NNI's config list.
     """
 
@@ -222,6 +222,10 @@ class PruningSection(_Section):
 
     @model_validator(mode="after")
     def _train_something_in_every_phase(self) -> PruningSection:
+        if self.weights == "frozen" and method_named(self.method).needs_trained_weights:
+            raise ValueError(
+                f"weights 'frozen' leave method {self.method!r} nothing to learn: it has no gates of its own; use 'trained'"
+            )
         if self.weights == "frozen" and (self.phases.dense or self.phases.fixed):
             raise ValueError(
                 f"weights 'frozen' go with phases.dense = phases.fixed = 0 (got {self.phases.dense} and "
@@ -237,6 +241,9 @@ class PruningSection(_Section):
         """Return the gates' optimizer settings, the published ones where none are given."""
         if self.gate_optimizer is not None:
             return self.gate_optimizer
+        published = method_named(self.method).published_optimizer
+        if published is not None:
+            return OptimizerConfig.model_validate(published)
         if self.weights == "frozen":
             return OptimizerConfig(name="sgd", lr=50.0, momentum=0.9)
         return OptimizerConfig(name="adam", lr=0.05)
@@ -268,7 +275,7 @@ class PruningConfig(_Section):
             return cls.load(read_yaml(Path(config)))
         if not isinstance(config, Mapping | Sequence):
             raise ConfigError(
-                f"config is a {type(config).__name__}; it must be the path of a YAML file, a dict, an NNI config list or a "
+                f"config is a {type(config).__name__}; it must be a YAML file's path, a dict, an NNI config list or a "
                 "PruningConfig"
             )
         values = {"pruning": {"config_list": list(config)}} if isinstance(config, Sequence) else dict(config)

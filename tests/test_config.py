@@ -87,7 +87,7 @@ def test_the_shipped_configs_are_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("config", [None, 5, 0.5])
 def test_what_is_no_config_is_an_error(config: Any) -> None:
-    with pytest.raises(ConfigError, match="it must be the path of a YAML file, a dict, an NNI config list"):
+    with pytest.raises(ConfigError, match="it must be a YAML file's path, a dict, an NNI config list"):
         PruningConfig.load(config)
 
 
@@ -116,7 +116,10 @@ def test_a_missing_file_is_an_error() -> None:
     [
         ({"dta": {}}, "dta: unknown key; did you mean 'data'"),
         ({"data": {"name": "digits", "batch": 3}}, r"data\.batch: unknown key; did you mean 'batch_size'"),
-        ({"training": {"optimizer": {"learning_rate": 1}}}, r"training\.optimizer\.learning_rate: unknown key; valid: lr"),
+        (
+            {"training": {"optimizer": {"learning_rate": 1}}},
+            r"training\.optimizer\.learning_rate: unknown key; valid: lr",
+        ),
         ({"training": {"max_epochs": 0}}, r"training\.max_epochs = 0: .*greater than or equal to 1"),
         ({"model": {}}, r"model\.name: required, but missing"),
         ({"seed": "x"}, "seed = 'x': .*integer"),
@@ -140,9 +143,18 @@ def test_errors_name_the_key_the_value_and_the_rule(values: dict[str, Any], mess
             r"options\.temperature\.strat: unknown key; did you mean 'start'",
         ),
         ({"options": {"temperature": {"start": 1, "end": 2, "shape": "square"}}}, r"temperature\.shape = 'square'"),
-        ({"phases": {"dense": 0.6, "fixed": 0.5}}, r"pruning\.phases: dense \+ fixed must stay below 1, got 0\.6 \+ 0\.5"),
-        ({"weights": "frozen", "phases": {"dense": 0.1}}, r"weights 'frozen' .*\(got 0\.1 and 0\.0\).*nothing to train"),
-        ({"weights": "frozen", "phases": {"fixed": 0.1}}, r"weights 'frozen' .*\(got 0\.0 and 0\.1\).*nothing to train"),
+        (
+            {"phases": {"dense": 0.6, "fixed": 0.5}},
+            r"pruning\.phases: dense \+ fixed must stay below 1, got 0\.6 \+ 0\.5",
+        ),
+        (
+            {"weights": "frozen", "phases": {"dense": 0.1}},
+            r"weights 'frozen' .*\(got 0\.1 and 0\.0\).*nothing to train",
+        ),
+        (
+            {"weights": "frozen", "phases": {"fixed": 0.1}},
+            r"weights 'frozen' .*\(got 0\.0 and 0\.1\).*nothing to train",
+        ),
         ({"budget": {"ramp": 1.5}}, r"pruning\.budget\.ramp = 1\.5"),
         ({"gate_optimizer": {"name": "sgdd"}}, r"pruning\.gate_optimizer\.name = 'sgdd'"),
     ],
@@ -186,7 +198,9 @@ def test_the_second_entry_is_named_by_its_number() -> None:
 
 
 def test_settings_of_the_weight_may_stand_under_target_settings() -> None:
-    nested = rule(target_names=["weight", "bias"], target_settings={"weight": {"sparse_ratio": 0.3, "granularity": [2]}})
+    nested = rule(
+        target_names=["weight", "bias"], target_settings={"weight": {"sparse_ratio": 0.3, "granularity": [2]}}
+    )
     assert nested.sparse_ratio == 0.3
     assert nested.granularity == (2,)
     with pytest.raises(ConfigError, match=r"sparse_ratio = 2"):
@@ -195,7 +209,14 @@ def test_settings_of_the_weight_may_stand_under_target_settings() -> None:
 
 @pytest.mark.parametrize(
     ("granularity", "structured"),
-    [("default", True), ("out_channel", True), ("element", False), ("kernel", False), ("in_channel", False), ([2], False)],
+    [
+        ("default", True),
+        ("out_channel", True),
+        ("element", False),
+        ("kernel", False),
+        ("in_channel", False),
+        ([2], False),
+    ],
 )
 def test_whole_output_channels_are_structured(granularity: Any, structured: bool) -> None:
     assert rule(granularity=granularity).structured is structured
@@ -240,7 +261,10 @@ ENTRIES = [
 def test_nni_accepts_what_as_nni_says(keys: dict[str, Any]) -> None:
     entry = rule(**keys).as_nni()
     assert default_config_schema("pruning").validate(entry) == entry
-    assert "sparse_ratio" in entry or "sparse_ratio" not in {**keys, **keys.get("target_settings", {}).get("weight", {})}
+    assert "sparse_ratio" in entry or "sparse_ratio" not in {
+        **keys,
+        **keys.get("target_settings", {}).get("weight", {}),
+    }
 
 
 @pytest.mark.parametrize("keys", [{"op_names": ["a"]}, {"op_names_re": ["a.*"]}])
@@ -250,9 +274,13 @@ def test_nni_accepts_other_selections(keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["element", "kernel", "in_channel", "out_channel", "default", [2, 2], [-1, 2]])
-@pytest.mark.parametrize("layer", [nn.Conv2d(4, 8, 2), nn.Linear(4, 8), nn.Conv1d(4, 8, 2)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(4, 8, 2), nn.Linear(4, 8), nn.Conv1d(4, 8, 2)], ids=lambda x: type(x).__name__
+)
 def test_nni_sees_the_same_units(granularity: Any, layer: nn.Module) -> None:
-    entry = PruningConfig.load([{"op_types": [type(layer).__name__], "granularity": granularity}]).pruning.config_list[0]
+    entry = PruningConfig.load([{"op_types": [type(layer).__name__], "granularity": granularity}]).pruning.config_list[
+        0
+    ]
     wrappers, spaces = register_wrappers(nn.Sequential(copy.deepcopy(layer)), [entry.as_nni()], "pruning")
     register_scalers(spaces, lambda space: "out_channel")
     shrunk = wrappers["0"].pruning_target_spaces["weight"]._scaler.shrink(layer.weight, keepdim=True)

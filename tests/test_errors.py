@@ -19,7 +19,9 @@ def test_every_error_is_the_projects_and_a_builtin_one() -> None:
 
 
 def test_a_missing_extra_says_how_to_install_it() -> None:
-    with pytest.raises(ImportError, match=r"^nni is not installed; install it with: pip install 'gumbel-plugin\[nni\]'$"):
+    with pytest.raises(
+        ImportError, match=r"^nni is not installed; install it with: pip install 'gumbel-plugin\[nni\]'$"
+    ):
         raise MissingExtraError("nni", "nni")
 
 

@@ -68,12 +68,12 @@ def speedup(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]], 
     trainable = [(parameter, parameter.requires_grad) for parameter in small.parameters()]
     attributes = set(vars(small))
     unsupported = _run_nni(small, rows, columns, example_inputs)
-    _keep_modules(small, before)
-    for name in vars(small).keys() - attributes:  # constants that the tracer stored
-        delattr(small, name)
     for parameter, flag in trainable:
         parameter.requires_grad_(flag)
         parameter.grad = None
+    _keep_modules(small, before)
+    for name in vars(small).keys() - attributes:  # constants that the tracer stored
+        delattr(small, name)
     hint = f" (NNI cannot shrink modules of type {', '.join(unsupported)})" if unsupported else ""
     _check_runs(small, example_inputs, f"NNI's ModelSpeedup left a {type(model).__name__} that does not run{hint}")
     return small
@@ -107,7 +107,7 @@ def _bake_one(module: nn.Module, label: str, target: str, mask: Tensor | None) -
         raise TargetError(f"mask for {label}, which is no parameter of that module{nearest(target, parameters)}")
     if mask.shape != parameters[target].shape:
         raise TargetError(f"{label}: the mask is {tuple(mask.shape)}, the tensor {tuple(parameters[target].shape)}")
-    parameters[target].mul(mask.to(parameters[target]))
+    parameters[target].mul_(mask.to(parameters[target]))
 
 
 def _structure(module: nn.Module, mask: Tensor, dimension: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -258,8 +258,6 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
             return None
         dimension = self.batch_dim if batch_dim is None else batch_dim
         zero = (output == 0).all(dim=dimension, keepdim=True)
-        if not output.is_floating_point():
-            zero = torch.zeros_like(zero)
         mask = torch.ones_like(zero, dtype=torch.get_default_dtype()) if output_mask is None else output_mask
         return mask.narrow(dimension, 0, 1).masked_fill(zero, 0)
 

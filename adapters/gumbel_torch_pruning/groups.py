@@ -71,52 +71,48 @@ class DependencyGroups:
         self.model = model
         self._names = {module: name for name, module in model.named_modules()}
         self.graph = graph or _build_graph(model, example_inputs)
-        self._parts = parts
-        self._roots: dict[str, tuple[nn.Module, int]] = {}
-        self._judge = Judge(model, example_inputs, self._parameters(), self._treatments(opaque_attention=graph is None))
-        found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
-        groups = [self._describe(group) for group in found]
+        self._removals: dict[str, Removal] = {}
+        self._numbers = Numbers()
+        judge = Judge(model, example_inputs, self._parameters(), self._treatments(opaque_attention=graph is None))
+        with unchanging_graph():
+            found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
+            self.groups = [self._describe(group, judge, parts) for group in found]
         if graph is None:  # the heads of attention layers, which only `remove` can take out
-            groups += find_heads(model)
-        customized = set(self.graph.CUSTOMIZED_PRUNERS) - set(PRUNERS)
-        self.groups = groups if customized else _tried(model, example_inputs, groups)
+            self.groups += find_heads(model)
+        if set(self.graph.CUSTOMIZED_PRUNERS) <= set(PRUNERS):
+            faults = tried(self._copy, example_inputs, [group for group in self.groups if group.safety == "exact"])
+            self.groups = [faults.get(group.name, group) for group in self.groups]
 
     def remove(self, name: str, units: Tensor) -> None:
         """Remove units of a group from the model, everywhere they appear.
 
         Args:
             name: The group's name.
-            units: Unit numbers, int64.
+            units: Unit numbers as they are now, int64.
         """
-        if remove_heads(self.model, name, units):
-            return
-        group = self.pruning_group(name, units)
-        flags = {id(parameter): parameter.requires_grad for parameter in self.model.parameters()}
-        trainable = {name: flags[id(parameter)] for name, parameter in self.model.named_parameters()}
-        group.prune()
-        for parameter_name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trainable[parameter_name])
+        if not remove_heads(self.model, name, units):
+            self._removals[name].remove(units)
 
     def pruning_group(self, name: str, units: Tensor) -> Any:
-        """Return Torch-Pruning's group that removes these units of a group."""
-        root, size = self._roots[name]
-        gone = set(units.tolist())
-        positions = [channel for channel in range(_channels(root)) if channel % size in gone]
-        return self.graph.get_pruning_group(root, self.graph.get_pruner_of_module(root).prune_out_channels, positions)
+        """Return Torch-Pruning's group that removes these units of a group; to be pruned before the next is asked for."""
+        return self._removals[name].group(units)
 
-    def _describe(self, group: Any) -> ChannelGroup:
+    def _copy(self) -> DependencyGroups:
+        """Return a copy with a model of its own."""
+        return copy.deepcopy(self, shared_parts(self.graph))
+
+    def _describe(self, group: Any, judge: Judge, parts: Callable[[Any], int] | None) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
         root = group[0].dep.target.module
-        name = self._names[root]
-        size = _channels(root) // self._coupled(group)
-        self._roots[name] = (root, size)
+        name, size = self._names[root], _channels(root) // self._coupled(group, parts)
+        self._removals[name] = Removal(self.graph, group, size, self._numbers)
         producers: list[ChannelSlice] = []
         consumers: list[ChannelSlice] = []
         cuts: list[Cut] = []
         for item in group.items:
             module = item.dep.target.module
             positions, units = torch.tensor(item.idxs), torch.tensor(item.root_idxs) % size
-            if module in self.graph._param_to_name:
+            if item.dep.target.type == tp.ops.OPTYPE.PARAMETER:
                 cuts.append(((self.graph._param_to_name[module], False), positions, units))
             elif module not in self._names:
                 continue
@@ -126,7 +122,7 @@ class DependencyGroups:
                 producers.append(ChannelSlice(self._names[module], positions, units))
         cuts += [((part.module, False), part.positions, part.units) for part in producers]
         cuts += [((part.module, True), part.positions, part.units) for part in consumers]
-        safety, reason = self._judge.verdict(cuts)
+        safety, reason = judge.verdict(cuts)
         if safety == "exact":
             safety, reason = self._check_parts(size, producers, consumers)
         return ChannelGroup(name, size, tuple(producers), tuple(consumers), safety, reason)  # type: ignore[arg-type]
@@ -162,9 +158,9 @@ class DependencyGroups:
         width: int | None = self.graph.get_pruner_of_module(module).get_out_channels(module)
         return width
 
-    def _coupled(self, group: Any) -> int:
+    def _coupled(self, group: Any, demanded: Callable[[Any], int] | None) -> int:
         """Return into how many equal parts the channels fall that must lose the same members (grouped layers)."""
-        parts = 1 if self._parts is None else self._parts(group)
+        parts = 1 if demanded is None else demanded(group)
         for item in group.items:
             module = item.dep.target.module
             if isinstance(module, tp.ops.TORCH_CONV) and module.groups > 1:
@@ -203,87 +199,6 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
         GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
     """
     return DependencyGroups(copy.deepcopy(model), example_inputs).groups
-
-
-def _tried(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """Return the groups with those marked whose units cannot be removed exactly."""
-    exact = [group for group in groups if group.safety == "exact"]
-    faults = {group.name: group for group in _faulty(model, example_inputs, exact)}
-    return [faults.get(group.name, group) for group in groups]
-
-
-def _faulty(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """Return the groups that fail a trial, marked; those that do not are tried together."""
-    safety, reason = _trial(model, example_inputs, groups) if groups else ("exact", "")
-    if safety == "exact":
-        return []
-    if len(groups) == 1:
-        return [replace(groups[0], safety=safety, reason=reason)]  # type: ignore[arg-type]
-    halves = groups[: len(groups) // 2], groups[len(groups) // 2 :]
-    return [group for half in halves for group in _faulty(model, example_inputs, half)]
-
-
-def _trial(model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]) -> tuple[str, str]:
-    """Remove about half of the units of some groups from a copy; return how safe that is, and why it is not exact."""
-    generator = torch.Generator().manual_seed(0)
-    masked = copy.deepcopy(model)
-    _shake(masked, generator)
-    closed = {group.name: _odd_half(group.size, generator) for group in groups}
-    for group in groups:
-        _close(masked, group, closed[group.name])
-    small = copy.deepcopy(masked)
-    try:
-        graph = _build_graph(small, example_inputs)
-        for group in groups:
-            if remove_heads(small, group.name, closed[group.name]):
-                continue
-            root = small.get_submodule(group.name)
-            part = next(part for part in group.producers if part.module == group.name)
-            positions = part.positions[torch.isin(part.units, closed[group.name])].tolist()
-            prune = graph.get_pruner_of_module(root).prune_out_channels
-            graph.get_pruning_group(root, prune, positions).prune()
-        report = verify_equivalence(masked, small, example_inputs, samples=1, dtypes=(torch.float64,))
-    except EquivalenceError as error:
-        return "unsupported", f"without some of its units the outputs have another form: {error}"
-    except Exception as error:
-        return "unsupported", f"the model does not run without some of its units: {error}"
-    return ("exact", "") if report.passed else ("inexact", "something mixes these channels before they are read")
-
-
-def _odd_half(size: int, generator: torch.Generator) -> Tensor:
-    """Return about half of the units, at random.
-
-    Their number has no factor in common with the size, so that units which really belong together in pairs or triples
-    (the parts of a `chunk`) are torn apart.
-    """
-    numbers = [number for number in range(1, size) if math.gcd(number, size) == 1]
-    return torch.randperm(size, generator=generator)[: min(numbers, key=lambda number: abs(number - size / 2))]
-
-
-@torch.no_grad()
-def _shake(model: nn.Module, generator: torch.Generator) -> None:
-    """Add noise to every parameter: one that starts at zero or is constant would hide what it multiplies."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel() > 0:
-            scale = 0.3 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
-
-
-@torch.no_grad()
-def _close(model: nn.Module, group: ChannelGroup, units: Tensor) -> None:
-    """Zero what the consumers read of these units, and make the units themselves loud: nobody else should hear."""
-    for part in (*group.producers, *group.consumers):
-        module = model.get_submodule(part.module)
-        weight, chosen = module.weight, part.positions[torch.isin(part.units, units)]
-        assert isinstance(weight, Tensor)
-        if part in group.consumers:
-            factors = torch.ones(input_channels(module)).index_fill(0, chosen, 0.0)
-            weight.mul_(columns_view(module, factors).to(weight))
-        else:
-            dimension = output_dimension(module)
-            assert dimension is not None
-            factors = torch.ones(weight.shape[dimension]).index_fill(0, chosen, 4.0).to(weight)
-            weight.mul_(factors.reshape([-1 if d == dimension else 1 for d in range(weight.dim())]))
 
 
 def _build_graph(model: nn.Module, example_inputs: Any) -> Any:

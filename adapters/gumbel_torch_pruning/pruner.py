@@ -25,6 +25,7 @@ from gumbel_torch_pruning.heads import Heads, find_named_heads, note_heads
 from gumbel_torch_pruning.importance import GateImportance
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
+from gumbel_torch_pruning.repairs import repaired_tracing
 from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank
 from gumbel_torch_pruning.tracing import calling, named_shapes, shared_parts, traceable, untouched_on_error
 
@@ -102,7 +103,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         with untouched_on_error(model):
             with calling(model, self._forward, example_inputs):
                 check_forward(model, example_inputs)
-                with traceable(model):
+                with traceable(model, own_attention=bool(arguments.get("num_heads"))), repaired_tracing():
                     super().__init__(
                         model,
                         example_inputs,

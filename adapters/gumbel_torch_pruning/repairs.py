@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch_pruning as tp
@@ -27,7 +28,20 @@ def plain_views(nodes: _Nodes) -> None:
             node.type = tp.ops.OPTYPE.ELEMENTWISE  # its numbers pass unchanged
 
 
-REPAIRS: list[Callable[[_Nodes], None]] = [plain_views]
+def known_splits(nodes: _Nodes) -> None:
+    """Tell the sizes of the parts of a `chunk` or `split` of feature maps.
+
+    Torch-Pruning looks for the shape under the name that autograd gave it before torch 2.0, and guesses the sizes from
+    the layers that follow. Where none follows at once, as in ShuffleNetV2, a size is missing and the graph not built.
+    """
+    for node in nodes.values():
+        shape, size = getattr(node.grad_fn, "_saved_self_sym_sizes", ()), getattr(node.grad_fn, "_saved_split_size", 0)
+        if node.type == tp.ops.OPTYPE.SPLIT and size and len(shape) == 4 and node.grad_fn._saved_dim == 1:
+            sizes = [min(size, shape[1] - start) for start in range(0, shape[1], size)]
+            node.grad_fn = SimpleNamespace(_saved_split_sizes=sizes, _saved_dim=1)
+
+
+REPAIRS: list[Callable[[_Nodes], None]] = [plain_views, known_splits]
 """Each takes the nodes of a traced graph, by module, and changes what is wrong with them."""
 
 

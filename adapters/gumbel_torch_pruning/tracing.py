@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.shrinking.inputs import observing
+from gumbel_torch_pruning.attention import opaque_attention
 
 Forward = Callable[[nn.Module, Any], Any]
 """What Torch-Pruning takes as ``forward_fn``: gets the model and the example inputs, returns the outputs."""
@@ -61,10 +62,16 @@ def calling(model: nn.Module, function: Forward | None, example_inputs: Any) -> 
 
 
 @contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
-    """Let autograd see every parameter, in eval mode; frozen layers would be missing in the graph otherwise."""
+def traceable(model: nn.Module, own_attention: bool = False) -> Iterator[None]:
+    """Let autograd see every parameter, in eval mode; frozen layers would be missing in the graph otherwise.
+
+    Args:
+        model: The model.
+        own_attention: Show what known attention layers do inside, because the user named their layers.
+    """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with observing(model), torch.enable_grad():
+    inside = nullcontext() if own_attention else opaque_attention(model)
+    with observing(model), torch.enable_grad(), inside:
         try:
             for parameter in flags:
                 parameter.requires_grad_(parameter.is_floating_point())

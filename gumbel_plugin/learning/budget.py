@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from gumbel_plugin.config import BudgetConfig
-from gumbel_plugin.masks.base import LearntMask
+from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.masks import LearntMask, name_of
+from gumbel_plugin.masks.ranking import portion
 from gumbel_plugin.masks.schedules import Schedule
 
 _logger = logging.getLogger(__name__)
@@ -84,6 +86,41 @@ class Scope:
     ratio: float | None = None
     threshold: float | None = None
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "ratio":  # the masks of some methods follow it at every forward
+            for member in self.members:
+                self._tell(member)
+
+    def add(self, member: Member) -> None:
+        """Let one more mask share the budget."""
+        self.members.append(member)
+        self._tell(member)
+
+    def _tell(self, member: Member) -> None:
+        bounds = member.min_ratio, member.max_ratio
+        member.mask.sparsity = None if self.ratio is None else min(max(self.ratio, bounds[0]), bounds[1])
+
+    @property
+    def method(self) -> type[LearntMask]:
+        """The method of its masks."""
+        return type(self.members[0].mask)
+
+    def check(self) -> None:
+        """Refuse a budget that the method cannot have.
+
+        Raises:
+            ConfigError: If the method needs a ratio and there is none, or its masks cannot share one.
+        """
+        method, what = name_of(self.method), self.members[0].name
+        if self.method.steers_itself and self.ratio is None:
+            raise ConfigError(f"sparse_ratio of {what!r} is missing: method {method!r} cannot find one by itself")
+        if len(self.members) > 1 and not self.method.shares_budget:
+            raise ConfigError(
+                f"{self.name}: method {method!r} ranks {what!r} and the others each by itself, so that they cannot share "
+                "a budget; leave out global_group_id (in Torch-Pruning, global_pruning)"
+            )
+
     @property
     def total(self) -> float:
         """The cost of all units."""
@@ -104,8 +141,8 @@ class Scope:
     def cut(self) -> dict[str, Tensor]:
         """Return the hard gates of every member, bool, that meet the ratio exactly (or the threshold, without one).
 
-        Units go in the order of their scores, the lowest first, until what is gone reaches the ratio: ⌊ratio · units⌋ of
-        them where all units cost the same; otherwise the cost may pass the ratio by less than one unit.
+        Units go in the order of their scores, the lowest first, until what is gone reaches the ratio: ⌊ratio · units⌋
+        of them where all units cost the same; otherwise the cost may pass the ratio by less than one unit.
         """
         if self.ratio is None:
             return {member.name: self._threshold(member) for member in self.members}
@@ -177,7 +214,10 @@ class BudgetController:
     """
 
     def __init__(self, scopes: Sequence[Scope], config: BudgetConfig) -> None:
-        self.scopes = [scope for scope in scopes if scope.ratio is not None]
+        for scope in scopes:
+            scope.check()
+        self.scopes = [scope for scope in scopes if scope.ratio is not None and not scope.method.steers_itself]
+        self._others = [scope for scope in scopes if scope.method.steers_itself]
         self.config = config
         self.multipliers = torch.zeros(len(self.scopes))
         self._violations: Tensor | None = None
@@ -189,9 +229,13 @@ class BudgetController:
         return [Schedule(1.0, 1.0 - (scope.ratio or 0.0), "cubic")(position) for scope in self.scopes]
 
     def loss(self, progress: float) -> Tensor | None:
-        """Return the budget loss, or None where there is no budget."""
-        if not self.scopes:
-            return None
+        """Return the budget loss (the methods' own, where they steer themselves), or None where there is none."""
+        losses = [loss for scope in self._others if (loss := _own_loss(scope)) is not None]
+        if self.scopes:
+            losses.append(self._steering_loss(progress))
+        return torch.stack(losses).sum() if losses else None
+
+    def _steering_loss(self, progress: float) -> Tensor:
         densities = torch.stack([_at_least(scope.density(), 0.5 / scope.total) for scope in self.scopes])
         targets = torch.tensor(self.targets(progress), device=densities.device)
         violations = torch.log(densities) - torch.log(targets)
@@ -206,14 +250,14 @@ class BudgetController:
             self._violations = None
 
 
+def _own_loss(scope: Scope) -> Tensor | None:
+    masks, weights = [m.mask for m in scope.members], [m.weight for m in scope.members]
+    return None if scope.ratio is None else masks[0].budget_loss(masks, weights, scope.ratio)
+
+
 def _at_least(value: Tensor, floor: float) -> Tensor:
     """Raise a value to a floor but keep its gradient, so that a mask that closed everything can open again."""
     return value + (floor - value.detach()).clamp_min(0.0)
-
-
-def portion(count: int, ratio: float) -> int:
-    """Return ⌊count·ratio⌋, immune to the rounding of the ratio (0.29·100 is 29, not 28)."""
-    return math.floor(count * ratio + 1e-9 * count)
 
 
 def portion_of(total: float, ratio: float) -> float:

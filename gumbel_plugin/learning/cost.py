@@ -262,7 +262,8 @@ def layer_channels(module: nn.Module) -> tuple[int, int]:
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether a layer sums over its inputs: a convolution or a linear layer."""
-    return hasattr(module, "in_channels") or hasattr(module, "in_features")
+    has_width = hasattr(module, "in_channels") or hasattr(module, "in_features")
+    return has_width and isinstance(getattr(module, "weight", None), Tensor)
 
 
 def is_depthwise(module: nn.Module) -> bool:

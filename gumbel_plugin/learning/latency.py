@@ -117,8 +117,8 @@ def measure_table(model: nn.Module, example_inputs: ExampleInputs, *, min_run_ti
 
     Whole layers are timed in their places, where other layers' data have driven theirs out of the caches, and so is
     what lies between; how the time falls with the widths is measured on copies, once for all layers of one geometry.
-    Times are the best of a few: other work on the machine only adds to them. The table depends on the network, the inputs' shapes and the device, not on
-    what will be gated.
+    Times are the best of a few: other work on the machine only adds to them. The table depends on the network, the
+    inputs' shapes and the device, not on what will be gated.
 
     Args:
         model: The plain model, on the device that counts; it is left as it is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from gumbel_plugin.config import LayerRule, PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError, nearest
 from gumbel_plugin.learning.budget import Member, Scope
 from gumbel_plugin.learning.sites import ColumnGates, WeightSite, reader_of
-from gumbel_plugin.masks import LearntMask, NoiseSource, method_named
+from gumbel_plugin.masks import LearntMask, NoiseSource, method_named, name_of
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, Granularity, granularity_of, output_dimension
 
 _logger = logging.getLogger(__name__)
@@ -97,11 +97,16 @@ class Plan:
             )
         for other, candidate in self._modules.items():
             if candidate is not module and any(parameter is weight for parameter in candidate._parameters.values()):
-                raise TargetError(f"{name!r} shares its weight with {other!r}, which its mask would change too: exclude it")
+                raise TargetError(
+                    f"{name!r} shares its weight with {other!r}, which its mask would change too: exclude it"
+                )
 
     def _new_mask(self, shape: Sequence[int], granularity: Granularity | None) -> LearntMask:
         method = method_named(self._config.method)
-        return method(shape, self._config.method_options(), self.noise, len(self.masks), granularity)
+        mask = method(shape, self._config.method_options(), self.noise, len(self.masks), granularity)
+        if self.masks:
+            mask.share(next(iter(self.masks.values())))
+        return mask
 
 
 def select_modules(model: nn.Module, rule: LayerRule, groups: Sequence[ChannelGroup] = ()) -> dict[str, nn.Module]:
@@ -199,12 +204,19 @@ class _Builder:
     def add_layer(self, rule: LayerRule, name: str) -> None:
         """Gate the units of one layer's weight, or let it share the gates of the layer that it is tied to."""
         if name in self.plan.masks:
-            raise ConfigError(f"{name!r} is masked by its own entry and as part of a channel group; exclude it from one")
+            raise ConfigError(
+                f"{name!r} is masked by its own entry and as part of a channel group; exclude it from one"
+            )
         granularity = granularity_of(rule.granularity)
         first = self._tied_to(rule, name)
         if first is None:
             self._join_scope(rule, self.plan.gate_layer(name, granularity))
             return
+        if first.mask.reads_weight:
+            raise ConfigError(
+                f"dependency_group_id {rule.dependency_group_id!r}: gates of method {name_of(type(first.mask))!r} are "
+                f"functions of one layer's weight, so {name!r} and {first.name!r} cannot share them"
+            )
         site = self.plan.site(name)
         shape = granularity.gate_shape(site.weight.shape)
         if (first.mask.shape, first.mask.granularity) != (shape, granularity):
@@ -285,7 +297,7 @@ class _Builder:
         ):
             if known != new:
                 raise ConfigError(f"{name}: its entries give {setting} {known} and {new}; a shared budget has one")
-        scope.members.append(member)
+        scope.add(member)
         if rule.dependency_group_id is not None:
             self._ties.setdefault(rule.dependency_group_id, (member, rule))
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from gumbel_plugin.errors import ConfigError
 
 WeightInit = Literal["keep", "kaiming_normal", "signed_constant"]
 Rescale = Literal["none", "learned", "dynamic"]
 
 
 @torch.no_grad()
-def initialise_weight(weight: Tensor, how: WeightInit, generator: torch.Generator | None = None) -> None:
+def initialise_weight(
+    weight: Tensor, how: WeightInit, generator: torch.Generator | None = None, fan_factor: float = 1.0
+) -> None:
     """Initialise a weight in place before its mask is learnt.
 
     Args:
@@ -20,11 +25,21 @@ def initialise_weight(weight: Tensor, how: WeightInit, generator: torch.Generato
         how: ``keep`` leaves it; ``kaiming_normal`` draws N(0, 2 / fan_in); ``signed_constant`` draws the same and keeps
             sign(w)·std(w), one magnitude a layer (Dupont et al. 2022; Zhou et al. 2019).
         generator: Where the numbers come from; a CPU generator, so that every device starts from the same.
+        fan_factor: What the fan is multiplied by first, for instance the fraction of the weights that will be kept.
+
+    Raises:
+        ConfigError: If there is such a factor, but no weights are drawn.
     """
+    if how == "keep" and fan_factor != 1:
+        raise ConfigError(
+            "options.scaled: weights are scaled as they are drawn, but pruning.weight_init 'keep' draws none; use "
+            "'kaiming_normal' or 'signed_constant'"
+        )
     if how == "keep" or weight.dim() < 2:
         return
     fresh = torch.empty(weight.shape)
     nn.init.kaiming_normal_(fresh, mode="fan_in", nonlinearity="relu", generator=generator)
+    fresh /= math.sqrt(fan_factor)
     weight.copy_(torch.sign(fresh) * fresh.std() if how == "signed_constant" else fresh)
 
 

@@ -186,8 +186,8 @@ class MaskingSession:
         return groups
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Return the learnt parameters of all masks."""
-        return [parameter for mask in self.plan.masks.values() for parameter in mask.parameters()]
+        """Return the learnt parameters of all masks, each once."""
+        return list(dict.fromkeys(p for mask in self.plan.masks.values() for p in mask.parameters()))
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """Return the scalars of smart rescale."""
@@ -254,7 +254,7 @@ class MaskingSession:
             for name, hard in scope.cut().items():
                 changed += int((hard != own[name]).sum())
                 total += hard.numel()
-                self.plan.masks[name].fix(hard)
+                self.plan.masks[name].fix(hard, self._weight_of(name))
         _logger.info("masks decided: the cut changed %d of %d gates (%.3g %%)", changed, total, 100 * changed / total)
 
     def extract(self) -> Masks:
@@ -315,11 +315,11 @@ class MaskingSession:
             }
             if rows:
                 decided[id(self.plan.masks[name])] = _open_units(name, group, rows)
-        for mask in self.plan.masks.values() if decided else ():
+        for name, mask in self.plan.masks.items() if decided else ():
             if id(mask) in decided:
-                mask.fix(decided[id(mask)])
+                mask.fix(decided[id(mask)], self._weight_of(name))
             elif mask.phase is not Phase.FIXED:
-                mask.fix(torch.ones(mask.shape))
+                mask.fix(torch.ones(mask.shape), self._weight_of(name))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
@@ -423,7 +423,8 @@ class MaskingSession:
     def _initialise_weights(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         for site in self.plan.sites.values():
-            initialise_weight(site.weight, self.config.weight_init, generator)
+            factor = 1.0 if site.mask is None else site.mask.fan_factor
+            initialise_weight(site.weight, self.config.weight_init, generator, factor)
 
     def _weight_of(self, name: str) -> Tensor | None:
         site = self.plan.sites.get(name)

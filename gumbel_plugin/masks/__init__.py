@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from gumbel_plugin.errors import ConfigError, nearest
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
+from gumbel_plugin.masks.edge_popup import EdgePopupMask
+from gumbel_plugin.masks.gibbs import GibbsMask
 from gumbel_plugin.masks.gumbel_softmax import GumbelSoftmaxMask
+from gumbel_plugin.masks.hard_concrete import HardConcreteMask
+from gumbel_plugin.masks.magnitude import MagnitudeMask, RandomMask
+from gumbel_plugin.masks.reparametrization import ReparametrizationMask
+from gumbel_plugin.masks.supermask import Supermask
 
 METHODS: dict[str, type[LearntMask]] = {
     "gumbel_softmax": GumbelSoftmaxMask,
+    "supermask": Supermask,
+    "edge_popup": EdgePopupMask,
+    "hard_concrete": HardConcreteMask,
+    "reparametrization": ReparametrizationMask,
+    "gibbs": GibbsMask,
+    "magnitude": MagnitudeMask,
+    "random": RandomMask,
 }
 
 
@@ -22,4 +35,9 @@ def method_named(name: str) -> type[LearntMask]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "GumbelSoftmaxMask", "LearntMask", "MaskOptions", "NoiseSource", "Phase", "method_named"]
+def name_of(method: type[LearntMask]) -> str:
+    """Return the name that a configuration has for a mask class, or the class's own if it is not registered."""
+    return next((name for name, known in METHODS.items() if known is method), method.__name__)
+
+
+__all__ = ["METHODS", "LearntMask", "MaskOptions", "NoiseSource", "Phase", "method_named", "name_of"]

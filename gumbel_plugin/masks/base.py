@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Literal
@@ -10,8 +10,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from typing_extensions import Self, override
 
-from gumbel_plugin.masks.functional import uniform_noise
+from gumbel_plugin.errors import ConfigError, TargetError
+from gumbel_plugin.masks.functional import at_least_float32, uniform_noise
 from gumbel_plugin.masks.targets import Granularity
 
 WeightMode = Literal["frozen", "trained"]
@@ -41,10 +43,23 @@ class NoiseSource:
     seed: int = 0
     forward: int = 0
 
-    def uniform_like(self, logit: Tensor, stream: int) -> Tensor:
-        """Draw uniform numbers in (0, 1) for one mask in this forward, of the shape, dtype and device of its logits."""
+    def uniform_like(self, logit: Tensor, stream: int, draw: int = 0, bits: Literal[16, 32] = 16) -> Tensor:
+        """Draw uniform numbers in (0, 1) for one mask in this forward, of the shape, dtype and device of its logits.
+
+        Args:
+            logit: What the numbers are shaped like.
+            stream: The mask's number.
+            draw: The number of the draw, for masks that need several in one forward.
+            bits: Random bits per number (see `uniform_noise`).
+        """
         return uniform_noise(
-            logit.shape, seed=self.seed, counter=self.forward, stream=stream, device=logit.device, dtype=logit.dtype
+            logit.shape,
+            seed=self.seed,
+            counter=self.forward,
+            stream=stream + (draw << 32),
+            device=logit.device,
+            dtype=logit.dtype,
+            bits=bits,
         )
 
 
@@ -53,25 +68,56 @@ class MaskOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def for_weights(self, weights: WeightMode) -> MaskOptions:
+    def for_weights(self, weights: WeightMode) -> Self:
         """Return the options with defaults filled in that depend on whether the weights are trained too."""
         return self
+
+
+class LogitOptions(MaskOptions):
+    """Options of the methods that learn one latent logit a gate.
+
+    Attributes:
+        initial_logit: Where the logit of every gate starts; P(keep) = sigmoid(logit). None: 0 for frozen weights, as
+            published, 3 for trained ones (the network starts almost whole).
+    """
+
+    initial_logit: float | None = None
+
+    @override
+    def for_weights(self, weights: WeightMode) -> Self:
+        if self.initial_logit is not None:
+            return self
+        return self.model_copy(update={"initial_logit": 0.0 if weights == "frozen" else 3.0})
 
 
 class LearntMask(nn.Module):
     """A set of gates that are learnt together: the units of one tensor, or of one channel group.
 
     A method overrides `sample`, `scores` and `probability`, and where it has something to schedule or to penalise
-    `advance` and `penalty`. Methods whose masks are functions of the weights read the tensor that is passed in.
+    `advance` and `penalty`. Methods whose masks are functions of the weights read the tensor that is passed in, and say
+    so by `reads_weight`. What else a method is like it says by the other class attributes.
 
     Attributes:
+        steers_itself: Whether the method has a way of its own to its `sparse_ratio`, which it then needs: no budget
+            loss drives its gates.
+        shares_budget: Whether several masks can be ranked together under one ratio.
+        reads_weight: Whether the gates are functions of the weight that they multiply.
+        needs_trained_weights: Whether nothing worth learning is left if the weights are frozen.
+        published_optimizer: The settings of the gates' optimizer that the method was published with; None leaves them
+            to the configuration.
         shape: The gates' shape.
         granularity: How the gates spread over the weight; None for channel groups, whose gates are per channel.
         phase: Whether the gates are open, learnt or fixed.
         hard: The decided gates, bool, used when the phase is `FIXED`.
+        sparsity: The fraction of these gates that their budget will close; set by the budget, and kept up to date.
     """
 
     Options: ClassVar[type[MaskOptions]] = MaskOptions
+    steers_itself: ClassVar[bool] = False
+    shares_budget: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = False
+    needs_trained_weights: ClassVar[bool] = False
+    published_optimizer: ClassVar[Mapping[str, str | float] | None] = None
     hard: Tensor
 
     def __init__(
@@ -83,19 +129,26 @@ class LearntMask(nn.Module):
         granularity: Granularity | None = None,
     ) -> None:
         super().__init__()
+        if granularity is None and self.reads_weight:
+            raise ConfigError(
+                f"granularity 'out_channel' (NNI's 'default'): the gates of a {type(self).__name__} are functions of one "
+                "layer's weight, so they cannot remove channels across layers; use 'element', 'kernel', or "
+                "[1, -1, -1, -1] for the filters of each layer alone, as far as the method has them"
+            )
         self.shape = tuple(shape)
         self.options = options
         self.noise = noise
         self.stream = stream
         self.granularity = granularity
         self.phase = Phase.OPEN
+        self.sparsity: float | None = None
         self.register_buffer("hard", torch.ones(self.shape, dtype=torch.bool))
         self._drawn: tuple[int, Tensor] | None = None
 
     # What a method says -------------------------------------------------------------------------------------------
 
     def sample(self, weight: Tensor | None) -> Tensor:
-        """Return the training gates, of `shape`, differentiable."""
+        """Return the training gates, of `shape` (or finer, of the weight's own), differentiable."""
         raise NotImplementedError
 
     def scores(self, weight: Tensor | None) -> Tensor:
@@ -112,6 +165,24 @@ class LearntMask(nn.Module):
     def penalty(self, weight: Tensor | None) -> Tensor | None:
         """Return the method's own extra loss, if it has one."""
         return None
+
+    def budget_loss(self, masks: Sequence[LearntMask], weights: Sequence[Tensor | None], ratio: float) -> Tensor | None:
+        """Return a self-steering method's own loss over all masks that share one budget; asked of the first of them.
+
+        Args:
+            masks: The masks.
+            weights: The weights that they read.
+            ratio: The fraction to remove.
+        """
+        return None
+
+    def share(self, first: LearntMask) -> None:
+        """Take over what all masks of one network have in common from the first of them."""
+
+    @property
+    def fan_factor(self) -> float:
+        """What a layer's fan is multiplied by when its weights are drawn."""
+        return 1.0
 
     # What the session uses ----------------------------------------------------------------------------------------
 
@@ -141,10 +212,17 @@ class LearntMask(nn.Module):
 
     def spread(self, gates: Tensor, weight: Tensor) -> Tensor:
         """Spread gates of this mask so that they multiply the weight."""
-        return gates if self.granularity is None else self.granularity.spread(gates, weight.shape)
+        if self.granularity is None or gates.shape == weight.shape:
+            return gates
+        return self.granularity.spread(gates, weight.shape)
 
-    def fix(self, hard: Tensor) -> None:
-        """Decide the gates: from now on they are what is given."""
+    def fix(self, hard: Tensor, weight: Tensor | None = None) -> None:
+        """Decide the gates: from now on they are what is given.
+
+        Args:
+            hard: The gates, 0 or 1.
+            weight: The weight parameter, for methods whose gates did more to it than open and close; changed in place.
+        """
         self.hard.copy_(hard.reshape(self.shape).to(self.hard.device) != 0)
         self.phase = Phase.FIXED
         self.forget_sample()
@@ -152,6 +230,18 @@ class LearntMask(nn.Module):
     def forget_sample(self) -> None:
         """Drop the sample of the last forward, and the graph that hangs on it."""
         self._drawn = None
+
+    def _read(self, weight: Tensor | None) -> Tensor:
+        """Return the weight that the gates are functions of, in float32 or float64."""
+        if weight is None:
+            raise TargetError(f"the gates of a {type(self).__name__} are functions of a weight; none was given")
+        return at_least_float32(weight)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Return the mean over each unit of values of the weight's shape."""
+        if self.granularity is None:
+            return values
+        return self.granularity.reduce(values) / self.granularity.unit_size(values.shape)
 
     def __getstate__(self) -> dict[str, object]:
         # A sample is a non-leaf tensor, which torch refuses to copy; it belongs to one forward of one model anyway.

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from gumbel_plugin.errors import ConfigError
 
-__all__ = ["gumbel_gates", "straight_through_gumbel", "uniform_noise"]
+__all__ = ["at_least_float32", "gumbel_gates", "straight_through", "straight_through_gumbel", "uniform_noise"]
 
 _MASK64 = 2**64 - 1
 _aten = torch.ops.aten
@@ -122,6 +122,16 @@ def gumbel_gates(logit: Tensor, uniform: Tensor, temperature: float = 1.0) -> Te
         ConfigError: As `straight_through_gumbel`.
     """
     return straight_through_gumbel(torch.ones_like(logit, requires_grad=False), logit, uniform, temperature)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """Return the hard gates, bit for bit, with the gradient of the soft ones."""
+    return hard.to(soft.dtype) + (soft - soft.detach())
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor in a dtype in which noise and thresholds are fine enough: its own, or float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class _MaskedWeight(torch.autograd.Function):

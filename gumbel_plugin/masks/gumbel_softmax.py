@@ -10,23 +10,21 @@ from pydantic import field_validator
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase, WeightMode
-from gumbel_plugin.masks.functional import gumbel_gates, straight_through_gumbel
+from gumbel_plugin.masks.base import LearntMask, LogitOptions, MaskOptions, NoiseSource, Phase
+from gumbel_plugin.masks.functional import at_least_float32, gumbel_gates, straight_through_gumbel
 from gumbel_plugin.masks.schedules import Schedule, constant
 from gumbel_plugin.masks.targets import ELEMENT, Granularity
 
 
-class GumbelSoftmaxOptions(MaskOptions):
+class GumbelSoftmaxOptions(LogitOptions):
     """Options of `GumbelSoftmaxMask`.
 
     Attributes:
         temperature: The Gumbel-Softmax temperature, a positive number or a schedule over the mask learning.
-        initial_logit: Where the latent m̂ of every gate starts; P(keep) = sigmoid(m̂). None: 0 for frozen weights
-            (Dupont et al. 2022), 3 for trained ones (the network starts almost whole).
+        initial_logit: Where the latent m̂ of every gate starts (see `LogitOptions`).
     """
 
     temperature: float | Schedule = 1.0
-    initial_logit: float | None = None
 
     @field_validator("temperature")
     @classmethod
@@ -35,12 +33,6 @@ class GumbelSoftmaxOptions(MaskOptions):
         if lowest <= 0:
             raise ValueError(f"the temperature must stay above 0, got {lowest}")
         return value
-
-    @override
-    def for_weights(self, weights: WeightMode) -> GumbelSoftmaxOptions:
-        if self.initial_logit is not None:
-            return self
-        return self.model_copy(update={"initial_logit": 0.0 if weights == "frozen" else 3.0})
 
 
 class GumbelSoftmaxMask(LearntMask):
@@ -94,5 +86,4 @@ class GumbelSoftmaxMask(LearntMask):
         self.temperature = self._temperature_schedule(progress)
 
     def _logit(self) -> Tensor:
-        # Noise needs float32 at least; a model in half precision has its logits in half precision too.
-        return self.logit if self.logit.dtype == torch.float64 else self.logit.float()
+        return at_least_float32(self.logit)  # a model in half precision has its logits in half precision too

@@ -48,6 +48,11 @@ def run(
         result = run_config(_load(config, settings), folder, force=force, say=_silent if quiet else _say)
     except (GumbelPluginError, OSError) as error:
         _fail(error)
+    except KeyboardInterrupt:
+        typer.secho("interrupted: there is no result", err=True, fg="red")
+        raise typer.Exit(130) from None
+    if result.output is None:
+        return  # the first process of a distributed run has written and prints
     _print_table(result_table(result))
     typer.echo(str(result.equivalence))
     typer.echo(f"training with gates took {result.training_seconds:.0f} s; everything is in {folder}")

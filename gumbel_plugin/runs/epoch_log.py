@@ -22,6 +22,11 @@ _LINES = 10
 _SILENCE_SECONDS = 30.0
 
 
+def other_rank() -> bool:
+    """Whether this process is not the first one of a distributed run."""
+    return bool(rank_zero_only.rank != 0)
+
+
 class EpochLog(Logger):  # type: ignore[misc]
     """A Lightning logger of one row an epoch.
 
@@ -59,7 +64,7 @@ class EpochLog(Logger):  # type: ignore[misc]
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Collect an epoch's numbers; Lightning sends those of validation first, those of training end the epoch."""
         self._row.update(metrics)
-        if "loss" in metrics and rank_zero_only.rank == 0:
+        if "loss" in metrics and not other_rank():
             self._finish_epoch()
 
     def _finish_epoch(self) -> None:

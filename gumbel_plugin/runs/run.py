@@ -24,7 +24,7 @@ from gumbel_plugin.errors import ConfigError, MissingExtraError
 from gumbel_plugin.insight.profile import Profile, profile
 from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.runs.data import DataBundle
-from gumbel_plugin.runs.epoch_log import EpochLog
+from gumbel_plugin.runs.epoch_log import EpochLog, other_rank
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.train import check_training, evaluate, fit, load_config_data, loaders
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
@@ -150,6 +150,8 @@ def run(
         NonFiniteLossError: If the loss becomes NaN or infinite.
         EquivalenceError: If the small network is not equal to the masked one; everything was written by then.
     """
+    if other_rank():  # it computes along in a distributed run, and leaves writing and talking to the first process
+        output, say = None, _logger.debug
     if output is not None:
         _refuse_finished(output, force)
     prepared = prepare(config)

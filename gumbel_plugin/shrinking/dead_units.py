@@ -58,14 +58,13 @@ def find_dead_units(
     while changed:
         changed = False
         for group in exact:
-            units = unread_units(modules, group)
-            if len(units) == group.size:
-                units = units[1:]
+            unread = unread_units(modules, group)
+            units = unread[1:] if len(unread) == group.size else unread
             if len(units) > len(dead.get(group.name, ())):
                 dead[group.name] = units
                 changed = True
-                for part in group.producers:
-                    _zero_rows(modules[part.module], part, units)
+                for part in group.producers:  # of the one that stays too, if nobody reads it
+                    _zero_rows(modules[part.module], part, unread)
     return dead
 
 

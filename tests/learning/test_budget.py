@@ -34,7 +34,8 @@ def closed(gates: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    ("count", "ratio", "expected"), [(100, 0.29, 29), (1000, 0.57, 570), (10, 0.95, 9), (7, 0.5, 3), (3, 0.0, 0), (10, 0.1, 1)]
+    ("count", "ratio", "expected"),
+    [(100, 0.29, 29), (1000, 0.57, 570), (10, 0.95, 9), (7, 0.5, 3), (3, 0.0, 0), (10, 0.1, 1)],
 )
 def test_a_portion_does_not_lose_one_to_the_ratios_rounding(count: int, ratio: float, expected: int) -> None:
     assert portion(count, ratio) == expected
@@ -119,13 +120,14 @@ costs = st.sampled_from([1.0, 2.0, 9.0, 27.0, 3.5])
     st.integers(0, 99),
     st.integers(0, 3),
 )
-def test_mixed_costs_meet_the_ratio_as_brute_force_does(parts: list[tuple[int, float]], percent: int, seed: int) -> None:
+def test_mixed_costs_meet_the_ratio_as_brute_force_does(
+    parts: list[tuple[int, float]], percent: int, seed: int
+) -> None:
     ratio = percent / 100
     total_units = sum(count for count, _ in parts)
     scores = torch.tensor(spread(total_units, seed))
-    members = []
-    for number, ((count, cost), own) in enumerate(zip(parts, scores.split([c for c, _ in parts]), strict=True)):
-        members.append(member(str(number), own.tolist(), cost))
+    own = scores.split([count for count, _ in parts])
+    members = [member(str(n), own[n].tolist(), cost) for n, (_, cost) in enumerate(parts)]
     cut = Scope("all", members, ratio).cut()
 
     one_cost = len({cost for _, cost in parts}) == 1
@@ -158,7 +160,9 @@ def test_the_density_counts_open_gates_and_moves_the_mean_probability() -> None:
 
 
 def test_the_target_falls_from_whole_to_the_ratio_over_the_ramp() -> None:
-    controller = BudgetController([Scope("a", [member("a", [0.0])], 0.9), Scope("b", [member("b", [0.0])])], BudgetConfig())
+    controller = BudgetController(
+        [Scope("a", [member("a", [0.0])], 0.9), Scope("b", [member("b", [0.0])])], BudgetConfig()
+    )
     assert len(controller.scopes) == 1  # what has no ratio is not steered
     assert controller.targets(0.0) == [1.0]
     halfway = 0.1 + 0.9 * (1 - 0.5) ** 3  # Zhu and Gupta's cubic

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from gumbel_torch_pruning import find_groups
 from nni.compression.base.config import select_modules_by_config
 from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.learning.plan import Plan, build_plan, needs_groups, select_modules
-from gumbel_torch_pruning import find_groups
 
 
 class Nested(nn.Module):
@@ -116,7 +116,10 @@ def test_a_granularity_that_does_not_fit_a_layer_is_an_error() -> None:
 
 def test_every_layer_has_a_budget_of_its_own_unless_they_share_one() -> None:
     alone = plan(Nested(), element(op_types=["Linear"]))
-    assert [(scope.name, len(scope.members), scope.ratio) for scope in alone.scopes] == [("fc1", 1, 0.5), ("fc2", 1, 0.5)]
+    assert [(scope.name, len(scope.members), scope.ratio) for scope in alone.scopes] == [
+        ("fc1", 1, 0.5),
+        ("fc2", 1, 0.5),
+    ]
     entries = [element(op_types=["Linear"], global_group_id=0), element(op_types=["Conv2d"], global_group_id=0)]
     shared = plan(Nested(), *entries)
     assert [len(scope.members) for scope in shared.scopes] == [6]
@@ -155,7 +158,7 @@ def test_a_shared_budget_has_one_ratio(first: dict[str, Any], second: dict[str, 
     ids=["element twice", "channels twice", "channels, element", "element, channels"],
 )
 def test_a_layer_in_two_entries_is_an_error(entries: list[dict[str, Any]]) -> None:
-    with pytest.raises(ConfigError, match="'(fc1|conv1)' is selected by two config_list entries; exclude it from one"):
+    with pytest.raises(ConfigError, match=r"'(fc1|conv1)' is selected by two config_list entries; exclude it from one"):
         plan(Nested(), *entries)
 
 
@@ -163,7 +166,10 @@ def test_a_group_called_after_a_layer_that_is_masked_by_itself_is_an_error(make_
     network = make_network("residual")
     name = next(n for n, g in network.groups().items() if len({p.module for p in g.producers}) > 2)  # conv1 and conv3
     other = {"conv1": "conv3", "conv3": "conv1"}[name]
-    for entries in ([element(op_names=[name]), {"op_names": [other]}], [{"op_names": [other]}, element(op_names=[name])]):
+    for entries in (
+        [element(op_names=[name]), {"op_names": [other]}],
+        [{"op_names": [other]}, element(op_names=[name])],
+    ):
         with pytest.raises(ConfigError, match=f"'{name}' is masked by its own entry and as part of a channel group"):
             plan(network.model, *entries, inputs=network.inputs)
 
@@ -172,11 +178,17 @@ def test_a_group_called_after_a_layer_that_is_masked_by_itself_is_an_error(make_
 
 
 def twins() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+    )
 
 
 def test_layers_with_one_dependency_group_id_share_their_gates() -> None:
-    made = plan(twins(), element(op_names=["2", "4"], dependency_group_id="a", global_group_id=1), element(op_names=["6"], global_group_id=1))
+    made = plan(
+        twins(),
+        element(op_names=["2", "4"], dependency_group_id="a", global_group_id=1),
+        element(op_names=["6"], global_group_id=1),
+    )
     assert made.sites["2"].mask is made.sites["4"].mask is made.masks["2"]
     assert "4" not in made.masks
     assert [(m.name, m.cost) for m in made.scopes[0].members] == [("2", 2.0), ("6", 1.0)]  # one gate, two weights
@@ -188,7 +200,9 @@ def test_tied_entries_may_be_two() -> None:
 
 
 def test_groups_with_one_dependency_group_id_share_their_gates() -> None:
-    made = plan(twins(), {"op_names": ["0", "2"], "dependency_group_id": "a", "sparse_ratio": 0.5}, inputs=torch.randn(2, 4))
+    made = plan(
+        twins(), {"op_names": ["0", "2"], "dependency_group_id": "a", "sparse_ratio": 0.5}, inputs=torch.randn(2, 4)
+    )
     assert len(made.masks) == len(made.groups) == len(made.scopes) == 1
     (group,) = made.groups.values()
     assert {part.module for part in group.producers} == {"0", "2"}
@@ -211,7 +225,9 @@ def test_gates_of_different_shapes_cannot_be_shared(entry: dict[str, Any], messa
         with pytest.raises(ConfigError, match=message):
             plan(twins(), tied)
     else:
-        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
+        model = nn.Sequential(
+            nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)
+        )
         with pytest.raises(ConfigError, match=r"dependency_group_id 'a': .* they cannot share them"):
             plan(model, tied, inputs=torch.randn(2, 4))
 
@@ -273,7 +289,10 @@ def test_an_excluded_producer_keeps_its_whole_group(
 
 
 def test_excluded_from_one_entry_to_have_one_of_its_own() -> None:
-    entries = [{"op_types": ["Conv2d"], "exclude_op_names": ["conv1"], "sparse_ratio": 0.5}, {"op_names": ["conv1"], "sparse_ratio": 0.3}]
+    entries = [
+        {"op_types": ["Conv2d"], "exclude_op_names": ["conv1"], "sparse_ratio": 0.5},
+        {"op_names": ["conv1"], "sparse_ratio": 0.3},
+    ]
     made = plan(Nested(), *entries)
     ratios = {scope.name: scope.ratio for scope in made.scopes}
     assert ratios["conv1"] == 0.3

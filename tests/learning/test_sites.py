@@ -33,7 +33,9 @@ def mask_of(shape: tuple[int, ...], granularity: Granularity | None = None, stre
 
 
 def column_site(layer: nn.Module, size: int = 4) -> WeightSite:
-    columns = ColumnGates.join(layer, [(mask_of((size,)), ChannelSlice("layer", torch.arange(size), torch.arange(size)))])
+    columns = ColumnGates.join(
+        layer, [(mask_of((size,)), ChannelSlice("layer", torch.arange(size), torch.arange(size)))]
+    )
     return WeightSite("layer", layer, layer, columns=columns)
 
 

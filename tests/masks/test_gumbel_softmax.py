@@ -104,5 +104,5 @@ def test_the_temperature_stays_positive(temperature: float | Schedule) -> None:
 
 
 def test_unknown_options_are_an_error() -> None:
-    with pytest.raises(ValidationError, match="(?i)extra inputs are not permitted"):
+    with pytest.raises(ValidationError, match=r"(?i)extra inputs are not permitted"):
         GumbelSoftmaxOptions(tau=1.0)

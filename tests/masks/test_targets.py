@@ -89,9 +89,7 @@ def test_a_spread_mask_sends_each_gate_the_sum_of_its_units_gradients() -> None:
     torch.testing.assert_close(gates.grad, granularity_of([2, 3]).reduce(upstream))
 
 
-@pytest.mark.parametrize(
-    ("steps", "shape"), [([2, 2], (3, 4)), ([2], (3,)), ([4, 4], (2, 2)), ([1, 1, 1], (4, 4))]
-)
+@pytest.mark.parametrize(("steps", "shape"), [([2, 2], (3, 4)), ([2], (3,)), ([4, 4], (2, 2)), ([1, 1, 1], (4, 4))])
 def test_units_that_do_not_tile_the_tensor_are_an_error(steps: list[int], shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"granularity \[.*\] (does not tile|has 3 dimensions)") as error:
         granularity_of(steps).gate_shape(shape)

@@ -108,6 +108,22 @@ class TestRun:
         assert len(result.stderr.splitlines()) == 1
         assert Path("runs/good/summary.json").exists()
 
+    def test_ctrl_c(self, folder: Path) -> None:
+        (folder / "network_that_waits.py").write_text(
+            "from torch import nn\n"
+            "class Waits(nn.Module):\n"
+            "    def forward(self, x):\n"
+            "        if self.training:\n"
+            "            raise KeyboardInterrupt\n"
+            "        return x\n"
+            "def build():\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Waits(), nn.Linear(8, 10))\n"
+        )
+        rules = "pruning.config_list=[{op_types: [Linear], granularity: element}]"
+        result = call("run", "good.yaml", "--set", "model={name: 'network_that_waits:build'}", "--set", rules, code=130)
+        assert result.stderr.splitlines() == ["training with gates", "interrupted: there is no result"]
+        assert {path.name for path in Path("runs/good").iterdir()} == {"config.yaml"}
+
     def test_set(self) -> None:
         overrides = ("seed=3", "training.max_epochs=1", "pruning.config_list.1.sparse_ratio=0.9")
         arguments = [argument for override in overrides for argument in ("--set", override)]
@@ -141,6 +157,8 @@ class TestErrors:
         ("pruning.config_list.0.sparse_ratio=1.5", "pruning.config_list.0.sparse_ratio = 1.5: "),
         ("pruning.phases.fixed=1.0", "pruning.phases.fixed = 1.0: Input should be less than 1"),
         ("seed.x=1", "--set 'seed.x=1'"),
+        ("pruning.config_list.2.sparse_ratio=0.5", "'2' is no number of an item; the list has 2, from 0 on"),
+        ("pruning.config_list=[1", "is no valid YAML: "),
         ("nothing", "--set 'nothing' must read key.subkey=value"),
         ("training.accelerator=abacus", "training: Lightning refuses accelerator 'abacus'"),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -262,6 +263,15 @@ class TestOverwriting:
         assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "log.csv"}
         run(config(seed=1), tmp_path)  # needs no force: nothing had been finished
         assert {path.name for path in tmp_path.iterdir()} == RESULTS
+
+
+def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    lines: list[str] = []
+    result = run(config(), tmp_path / "out", say=lines.append)
+    assert result.equivalence.passed
+    assert result.output is None
+    assert list(tmp_path.iterdir()) == lines == []
 
 
 class TestFailures:

@@ -1,0 +1,85 @@
+"""Edge-popup: the gates with the highest scores are open, in every forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource
+from gumbel_plugin.masks.functional import straight_through
+from gumbel_plugin.masks.ranking import keep_highest
+from gumbel_plugin.masks.targets import Granularity
+
+
+class EdgePopupOptions(MaskOptions):
+    """Options of `EdgePopupMask`.
+
+    Attributes:
+        scaled: Draw the weights as if the fan were smaller by the fraction kept: Kaiming-normal with a standard deviation
+            of √(2 / (fan·(1 − sparse_ratio))), or signed constants of that size. It needs a ``pruning.weight_init``
+            that draws weights.
+    """
+
+    scaled: bool = False
+
+
+class EdgePopupMask(LearntMask):
+    """One score a gate; those with the highest |score| of their layer are open, 1 − sparse_ratio of them.
+
+    The gradient of a gate goes straight through to |score|. The number of open gates follows the layer's sparse_ratio
+    at every forward. Scores start Kaiming-uniform with a = √5, that is, uniform within ±1/√fan_in. Source: Ramanujan,
+    Wortsman, Kembhavi, Farhadi, Rastegari, CVPR 2020, arXiv 1911.13299, for frozen weights; its `prune_rate` is the
+    fraction *kept*. Project choice: where a gate is coarser than a weight, which the paper has not, the fan is that of
+    the gates' own tensor.
+    """
+
+    Options: ClassVar[type[MaskOptions]] = EdgePopupOptions
+    steers_itself: ClassVar[bool] = True
+    shares_budget: ClassVar[bool] = False
+    published_optimizer: ClassVar[Mapping[str, str | float] | None] = {
+        "name": "sgd",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+    }
+    options: EdgePopupOptions
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        options: EdgePopupOptions,
+        noise: NoiseSource,
+        stream: int,
+        granularity: Granularity | None = None,
+    ) -> None:
+        super().__init__(shape, options, noise, stream, granularity)
+        bound = 1 / math.sqrt(math.prod(self.shape[1:]))
+        # 32 bits: with 16, two scores of a large layer would often start equal.
+        uniform = noise.uniform_like(torch.empty(self.shape), stream, bits=32)
+        self.score = nn.Parameter((2 * uniform - 1) * bound)
+
+    @override
+    def sample(self, weight: Tensor | None) -> Tensor:
+        return straight_through(self.decide(weight), self.score.abs())
+
+    @override
+    def scores(self, weight: Tensor | None) -> Tensor:
+        return self.score.abs()
+
+    @override
+    def decide(self, weight: Tensor | None) -> Tensor:
+        return keep_highest(self.score.abs(), self.sparsity or 0.0)
+
+    @override
+    def probability(self, weight: Tensor | None) -> Tensor:
+        return self.sample(weight)
+
+    @property
+    @override
+    def fan_factor(self) -> float:
+        return 1 - (self.sparsity or 0.0) if self.options.scaled else 1.0
