@@ -224,7 +224,8 @@ class PruningSection(_Section):
     def _train_something_in_every_phase(self) -> PruningSection:
         if self.weights == "frozen" and method_named(self.method).needs_trained_weights:
             raise ValueError(
-                f"weights 'frozen' leave method {self.method!r} nothing to learn: it has no gates of its own; use 'trained'"
+                f"weights 'frozen' leave method {self.method!r} nothing to learn: its gates are not learnt apart from "
+                "the weights; use 'trained'"
             )
         if self.weights == "frozen" and (self.phases.dense or self.phases.fixed):
             raise ValueError(

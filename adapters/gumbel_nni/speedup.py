@@ -28,8 +28,8 @@ from nni.compression.speedup.replacement import convert_to_coarse_mask  # noqa: 
 
 Masks = dict[str, dict[str, Tensor]]
 
-# NNI tells batched tensors from others by whether their size is a multiple of the batch size: a prime that is no
-# common width, head count or window size keeps the two apart.
+# NNI takes a tensor for batched if its size is a multiple of the batch size: a prime mistakes fewer than NNI's 8. A few
+# samples are enough where only exact zeros count, and memory grows with them.
 _BATCH_SIZE = 5
 # Dimension of the weight that holds what the module computes, for the modules whose channels NNI can remove.
 _OUTPUT_DIMENSION = {nn.Linear: 0, nn.Conv1d: 0, nn.Conv2d: 0, nn.ConvTranspose2d: 1, nn.Embedding: 1}
@@ -179,7 +179,7 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
 
     - a constant that is not zero matters, and a small weight is not a constant: only exact zeros count;
     - weights that happen to be zero or constant (a fresh classifier, a layer scale) say nothing: they are randomised;
-    - a gradient of ones vanishes behind a normalisation or softmax: it is random and positive.
+    - a gradient of ones cancels where a sum is constant (differences, softmax): it is random and positive.
 
     Conflicts between masks are NNI's to resolve for rows; its resolution would rewrite columns from rows. The passes
     over the graph are NNI's too, but hold the activations of the whole network once and not five times.

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import EquivalenceError, GraphError
-from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, columns_view, input_channels, output_dimension
-from gumbel_plugin.shrinking.equivalence import verify_equivalence
+from gumbel_plugin.errors import GraphError
+from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, input_channels, output_dimension
 from gumbel_plugin.shrinking.inputs import call_model, observing
-from gumbel_torch_pruning.attention import find_heads, kind_of, opaque_attention, remove_heads
-from gumbel_torch_pruning.exactness import Cut, Judge, Treatment
+from gumbel_torch_pruning.attention import find_heads, kind_of
+from gumbel_torch_pruning.exactness import Cut, Judge, Treatment, output_tensors, tried
+from gumbel_torch_pruning.removal import Item, Remover, unchanging_graph
 from gumbel_torch_pruning.repairs import PRUNERS, repaired_tracing
+from gumbel_torch_pruning.tracing import traceable
 
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
 
@@ -29,8 +27,7 @@ class DependencyGroups:
     """The channel groups of one model, and the physical removal of their units.
 
     A group is called exact if a `Judge` finds it so, and after a trial: units were removed from a copy of the model, and
-    its outputs compared. What the model's code takes for granted (a fixed size in a reshape, say) comes out there. A
-    graph with customized pruners cannot be built again for a copy; its groups have no trial.
+    its outputs compared. What the model's code takes for granted (a fixed size in a reshape, say) comes out there.
 
     Example::
 
@@ -71,17 +68,16 @@ class DependencyGroups:
         self.model = model
         self._names = {module: name for name, module in model.named_modules()}
         self.graph = graph or _build_graph(model, example_inputs)
-        self._removals: dict[str, Removal] = {}
-        self._numbers = Numbers()
+        self._items: dict[str, list[Item]] = {}
         judge = Judge(model, example_inputs, self._parameters(), self._treatments(opaque_attention=graph is None))
         with unchanging_graph():
             found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
             self.groups = [self._describe(group, judge, parts) for group in found]
         if graph is None:  # the heads of attention layers, which only `remove` can take out
             self.groups += find_heads(model)
-        if set(self.graph.CUSTOMIZED_PRUNERS) <= set(PRUNERS):
-            faults = tried(self._copy, example_inputs, [group for group in self.groups if group.safety == "exact"])
-            self.groups = [faults.get(group.name, group) for group in self.groups]
+        self._remover = Remover(model, self._items)
+        faults = tried(self._copy, example_inputs, [group for group in self.groups if group.safety == "exact"])
+        self.groups = [faults.get(group.name, group) for group in self.groups]
 
     def remove(self, name: str, units: Tensor) -> None:
         """Remove units of a group from the model, everywhere they appear.
@@ -90,42 +86,41 @@ class DependencyGroups:
             name: The group's name.
             units: Unit numbers as they are now, int64.
         """
-        if not remove_heads(self.model, name, units):
-            self._removals[name].remove(units)
+        self._remover.remove(name, units)
 
     def pruning_group(self, name: str, units: Tensor) -> Any:
-        """Return Torch-Pruning's group that removes these units of a group; to be pruned before the next is asked for."""
-        return self._removals[name].group(units)
+        """Return Torch-Pruning's group that removes units of a group; prune it before the next is asked for."""
+        return self._remover.group(self.graph, name, units)
 
-    def _copy(self) -> DependencyGroups:
-        """Return a copy with a model of its own."""
-        return copy.deepcopy(self, shared_parts(self.graph))
+    def _copy(self) -> Remover:
+        return Remover(copy.deepcopy(self.model), self._items)
 
     def _describe(self, group: Any, judge: Judge, parts: Callable[[Any], int] | None) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
         root = group[0].dep.target.module
         name, size = self._names[root], _channels(root) // self._coupled(group, parts)
-        self._removals[name] = Removal(self.graph, group, size, self._numbers)
+        items = self._items[name] = [self._read(item, size) for item in group.items]
         producers: list[ChannelSlice] = []
         consumers: list[ChannelSlice] = []
         cuts: list[Cut] = []
-        for item in group.items:
-            module = item.dep.target.module
-            positions, units = torch.tensor(item.idxs), torch.tensor(item.root_idxs) % size
-            if item.dep.target.type == tp.ops.OPTYPE.PARAMETER:
-                cuts.append(((self.graph._param_to_name[module], False), positions, units))
-            elif module not in self._names:
+        for item in items:
+            if item.owner is None:
                 continue
-            elif self._reads(item.dep):
-                consumers.append(ChannelSlice(self._names[module], positions, units))
-            elif isinstance(getattr(module, "weight", None), Tensor) and self._width(module) is not None:
-                producers.append(ChannelSlice(self._names[module], positions, units))
-        cuts += [((part.module, False), part.positions, part.units) for part in producers]
-        cuts += [((part.module, True), part.positions, part.units) for part in consumers]
+            reads = self._reads(item.dep)
+            if reads or item.is_parameter or self._has_channels(item.dep.target.module):
+                cuts.append(((item.owner, reads), item.positions, item.units))
+                if not item.is_parameter:
+                    (consumers if reads else producers).append(ChannelSlice(item.owner, item.positions, item.units))
         safety, reason = judge.verdict(cuts)
         if safety == "exact":
             safety, reason = self._check_parts(size, producers, consumers)
         return ChannelGroup(name, size, tuple(producers), tuple(consumers), safety, reason)  # type: ignore[arg-type]
+
+    def _read(self, item: Any, size: int) -> Item:
+        """Translate one item of Torch-Pruning's groups."""
+        target, roots = item.dep.target, torch.tensor(item.root_idxs)
+        names = self.graph._param_to_name if target.type == tp.ops.OPTYPE.PARAMETER else self._names
+        return Item(item.dep, names.get(target.module), torch.tensor(item.idxs), roots, roots % size)
 
     def _parameters(self) -> dict[nn.Parameter, tuple[str, int]]:
         """Return the parameters that belong to no layer which Torch-Pruning knows, and where it would cut them."""
@@ -152,6 +147,9 @@ class DependencyGroups:
             return False
         pruner = self.graph.get_pruner_of_module(module)
         return bool(dep.handler == pruner.prune_in_channels)
+
+    def _has_channels(self, module: nn.Module) -> bool:
+        return isinstance(getattr(module, "weight", None), Tensor) and self._width(module) is not None
 
     def _width(self, module: nn.Module) -> int | None:
         """Return how many output channels a module has; None for a PReLU with one slope for all."""
@@ -202,7 +200,7 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
 
 
 def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
-    with _traceable(model), opaque_attention(model), repaired_tracing(), warnings.catch_warnings():
+    with traceable(model), repaired_tracing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_forward(model, example_inputs)
         try:
@@ -237,22 +235,7 @@ def _forward(model: nn.Module, example_inputs: Any) -> Any:
 
 def mark_outputs(outputs: Any) -> list[Tensor]:
     """Give every output a node of its own: a final layer alone is not recognised as an output."""
-    tensors: list[Tensor] = [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    return [tensor.clone() for tensor in tensors if tensor.grad_fn is not None]
-
-
-@contextmanager
-def _traceable(model: nn.Module) -> Iterator[None]:
-    """Let autograd see every parameter, in eval mode; restore all flags afterwards."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with observing(model), torch.enable_grad():
-        for parameter in flags:
-            parameter.requires_grad_(parameter.is_floating_point())
-        try:
-            yield
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
+    return [tensor.clone() for tensor in output_tensors(outputs) if tensor.grad_fn is not None]
 
 
 def _channels(module: nn.Module) -> int:

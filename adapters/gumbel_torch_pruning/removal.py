@@ -1,13 +1,14 @@
 """How units leave a model: Torch-Pruning's groups, read once and renumbered as channels go.
 
 Torch-Pruning walks its whole graph again for every removal. Here each group is walked once, with all of its channels;
-later only their numbers change.
+later only their numbers change, and Torch-Pruning's functions cut the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,73 +16,110 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
-
-class Numbers:
-    """The present numbers of channels that were counted before some of them went."""
-
-    def __init__(self) -> None:
-        self._gone: dict[Any, Tensor] = {}
-
-    def now(self, place: Any, first: Tensor) -> Tensor:
-        """Return the present numbers of channels which were these at first, and are still there."""
-        return first - torch.searchsorted(self._gone[place], first) if place in self._gone else first
-
-    def drop(self, place: Any, first: Tensor) -> None:
-        """Note that channels are gone."""
-        known = self._gone.get(place, first[:0])
-        self._gone[place] = torch.cat([known, first]).unique()
+from gumbel_torch_pruning.attention import remove_heads
 
 
-class Removal:
-    """The removal of units of one group."""
+@dataclass(frozen=True, eq=False)
+class Item:
+    """What a group cuts in one place.
 
-    def __init__(self, graph: Any, group: Any, size: int, numbers: Numbers) -> None:
-        """Read a group of Torch-Pruning's that has all channels of its root.
+    Attributes:
+        dep: Torch-Pruning's dependency: the layer or parameter, and the function that cuts it.
+        owner: The layer's or parameter's name; None for an operation, which has nothing to cut.
+        positions: Channel numbers, shape (k,), int64, before anything was removed.
+        roots: The channel of the group's root that each of them leaves with.
+        units: The group's unit that each of them belongs to.
+    """
+
+    dep: Any
+    owner: str | None
+    positions: Tensor
+    roots: Tensor
+    units: Tensor
+
+    @property
+    def place(self) -> tuple[Any, Any]:
+        """On which side of which layer positions count; a layer that treats every channel by itself has one side."""
+        return self.dep.target, self.dep.handler.__func__
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether a parameter is cut that belongs to no known layer."""
+        return bool(self.dep.target.type == tp.ops.OPTYPE.PARAMETER)
+
+    def cut(self, model: nn.Module, positions: Sequence[int]) -> None:
+        """Remove channels, by their present numbers, from this place in a model; requires_grad stays as it is."""
+        if self.owner is None or not positions:
+            return
+        self.dep.handler.__self__.pruning_dim = self.dep.target.pruning_dim
+        if self.is_parameter:
+            path, _, name = self.owner.rpartition(".")
+            owner, old = model.get_submodule(path), model.get_parameter(self.owner)
+            setattr(owner, name, self.dep.handler(old, list(positions)).requires_grad_(old.requires_grad))
+            return
+        layer = model.get_submodule(self.owner)
+        flags = {name: parameter.requires_grad for name, parameter in layer.named_parameters(recurse=False)}
+        self.dep.handler(layer, list(positions))
+        for name, parameter in layer.named_parameters(recurse=False):
+            parameter.requires_grad_(flags[name])
+
+
+class Remover:
+    """Removes units from a model, group by group, and knows what is left.
+
+    Attributes:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module, items: Mapping[str, Sequence[Item]]) -> None:
+        """Start with a whole model.
 
         Args:
-            graph: The dependency graph.
-            group: The group.
-            size: How many units it has; channels are units modulo this.
-            numbers: What went already, for all groups of the graph.
+            model: The model that the items were read from, or a copy of it.
+            items: What each group cuts, by the group's name.
         """
-        self._graph = graph
-        self._items = [(item.dep, torch.tensor(item.idxs), torch.tensor(item.root_idxs)) for item in group.items]
-        self._left = torch.arange(size)
-        self._size = size
-        self._numbers = numbers
+        self.model = model
+        self._items = items
+        self._gone: dict[Any, Tensor] = {}  # by place, and by group name: first numbers, ascending
 
-    def group(self, units: Tensor) -> Any:
-        """Return a group of Torch-Pruning's that removes units (by their present numbers) when it is pruned."""
-        gone = self._left[units.cpu()]
-        chosen = [torch.isin(roots % self._size, gone) for _, _, roots in self._items]
-        group = _Group(self._graph, lambda: self._drop(gone, chosen))
-        for (dep, positions, roots), which in zip(self._items, chosen, strict=True):
-            group.add_dep(dep, self._numbers.now(_place(dep), positions[which]).tolist())
-            group[-1].root_idxs = self._numbers.now(_place(self._items[0][0]), roots[which]).tolist()
+    def remove(self, name: str, units: Tensor) -> None:
+        """Remove units, by their present numbers, of the group (or attention layer) of this name."""
+        if remove_heads(self.model, name, units):
+            return
+        for item, _, _, positions in (chosen := self._chosen(name, units)):
+            item.cut(self.model, positions.tolist())
+        self._note(name, chosen)
+
+    def group(self, graph: Any, name: str, units: Tensor) -> Any:
+        """Return a group of Torch-Pruning's, of this graph, that removes units when it is pruned."""
+        chosen = self._chosen(name, units)
+        group = _Group(graph, lambda: self._note(name, chosen))
+        for item, _, first_roots, positions in chosen:
+            group.add_dep(item.dep, positions.tolist())
+            group[-1].root_idxs = self._now(chosen[0][0].place, first_roots).tolist()
         return group
 
-    def remove(self, units: Tensor) -> None:
-        """Remove units; parameters keep their requires_grad."""
-        flags = [(owner, key, owner.get_parameter(key).requires_grad) for owner, key in self._parameters()]
-        self.group(units).prune()
-        for owner, key, flag in flags:
-            owner.get_parameter(key).requires_grad_(flag)
+    def _chosen(self, name: str, units: Tensor) -> list[tuple[Item, Tensor, Tensor, Tensor]]:
+        """Return for every item what goes: which entries, the root's channels at first, and positions now."""
+        items = self._items[name]
+        size = int(items[0].units.max()) + 1
+        left = torch.arange(size)
+        left = left[~torch.isin(left, self._gone.get(name, left[:0]))]
+        gone = left[units.cpu()]
+        result = []
+        for item in items:
+            which = torch.isin(item.units, gone)
+            result.append((item, which, item.roots[which], self._now(item.place, item.positions[which])))
+        return result
 
-    def _drop(self, gone: Tensor, chosen: Sequence[Tensor]) -> None:
-        self._left = self._left[~torch.isin(self._left, gone)]
-        for place in {_place(dep) for dep, _, _ in self._items}:
-            going = [p[which] for (dep, p, _), which in zip(self._items, chosen, strict=True) if _place(dep) == place]
-            self._numbers.drop(place, torch.cat(going))
+    def _now(self, place: Any, first: Tensor) -> Tensor:
+        return first - torch.searchsorted(self._gone[place], first) if place in self._gone else first
 
-    def _parameters(self) -> Iterator[tuple[nn.Module, str]]:
-        """Yield what the removal replaces, as module and name."""
-        for dep, _, _ in self._items:
-            target = dep.target.module
-            if dep.target.type == tp.ops.OPTYPE.PARAMETER:
-                path, _, name = self._graph._param_to_name[target].rpartition(".")
-                yield self._graph.model.get_submodule(path), name
-            else:
-                yield from ((target, name) for name, p in target._parameters.items() if p is not None)
+    def _note(self, name: str, chosen: Sequence[tuple[Item, Tensor, Tensor, Tensor]]) -> None:
+        going = [(name, chosen[0][0].units[chosen[0][1]])]
+        going += [(item.place, item.positions[which]) for item, which, _, _ in chosen]
+        for place, first in going:
+            self._gone[place] = torch.cat([self._gone.get(place, first[:0]), first]).unique()
 
 
 class _Group(tp.dependency.Group):  # type: ignore[misc]
@@ -103,8 +141,8 @@ class _Group(tp.dependency.Group):  # type: ignore[misc]
 def unchanging_graph() -> Iterator[None]:
     """Keep index mappings as they are while groups are read.
 
-    Torch-Pruning computes those of the whole graph again for every group, and looks for channel counts through every
-    path of it: on densenet201 that is nine tenths of the time.
+    Torch-Pruning computes those of the whole graph again for every group, and looks for channel counts along every path
+    through it: on densenet201 that is nine tenths of the time.
     """
     original = index_mapping.update_index_mapping
     index_mapping.update_index_mapping = lambda graph: None
@@ -112,8 +150,3 @@ def unchanging_graph() -> Iterator[None]:
         yield
     finally:
         index_mapping.update_index_mapping = original
-
-
-def _place(dep: Any) -> tuple[Any, Any]:
-    """Say on which side of which layer a dependency counts; a layer that treats every channel by itself has one."""
-    return dep.target, dep.handler.__func__

@@ -144,7 +144,7 @@ def _channel_scopes(members: Sequence[Member], budget: Budget) -> list[Scope]:
         member.cost = 1.0
         ratio = min(budget.ranking.ratios[member.name], budget.limit)  # as Torch-Pruning caps it
         scope = scopes.setdefault(budget.ranking.scopes.get(member.name, member.name), Scope(member.name, [], ratio))
-        scope.members.append(member)
+        scope.add(member)
     for name, scope in scopes.items():
         scope.name = name
         original = sum(budget.original.get(m.name, m.units) for m in scope.members)

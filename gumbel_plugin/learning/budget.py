@@ -117,8 +117,8 @@ class Scope:
             raise ConfigError(f"sparse_ratio of {what!r} is missing: method {method!r} cannot find one by itself")
         if len(self.members) > 1 and not self.method.shares_budget:
             raise ConfigError(
-                f"{self.name}: method {method!r} ranks {what!r} and the others each by itself, so that they cannot share "
-                "a budget; leave out global_group_id (in Torch-Pruning, global_pruning)"
+                f"{self.name}: method {method!r} ranks {what!r} and the others each by itself, so that they cannot "
+                "share a budget; leave out global_group_id (in Torch-Pruning, global_pruning)"
             )
 
     @property

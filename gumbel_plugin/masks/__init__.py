@@ -40,4 +40,20 @@ def name_of(method: type[LearntMask]) -> str:
     return next((name for name, known in METHODS.items() if known is method), method.__name__)
 
 
-__all__ = ["METHODS", "LearntMask", "MaskOptions", "NoiseSource", "Phase", "method_named", "name_of"]
+__all__ = [
+    "METHODS",
+    "EdgePopupMask",
+    "GibbsMask",
+    "GumbelSoftmaxMask",
+    "HardConcreteMask",
+    "LearntMask",
+    "MagnitudeMask",
+    "MaskOptions",
+    "NoiseSource",
+    "Phase",
+    "RandomMask",
+    "ReparametrizationMask",
+    "Supermask",
+    "method_named",
+    "name_of",
+]

@@ -131,9 +131,9 @@ class LearntMask(nn.Module):
         super().__init__()
         if granularity is None and self.reads_weight:
             raise ConfigError(
-                f"granularity 'out_channel' (NNI's 'default'): the gates of a {type(self).__name__} are functions of one "
-                "layer's weight, so they cannot remove channels across layers; use 'element', 'kernel', or "
-                "[1, -1, -1, -1] for the filters of each layer alone, as far as the method has them"
+                "granularity 'out_channel' (NNI's 'default') removes channels across layers, but the gates of a "
+                f"{type(self).__name__} are functions of one layer's weight; use 'element', or as far as the method "
+                "has them 'kernel', or [1, -1, -1, -1] for the filters of each layer alone"
             )
         self.shape = tuple(shape)
         self.options = options

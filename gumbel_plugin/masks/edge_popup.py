@@ -20,9 +20,9 @@ class EdgePopupOptions(MaskOptions):
     """Options of `EdgePopupMask`.
 
     Attributes:
-        scaled: Draw the weights as if the fan were smaller by the fraction kept: Kaiming-normal with a standard deviation
-            of √(2 / (fan·(1 − sparse_ratio))), or signed constants of that size. It needs a ``pruning.weight_init``
-            that draws weights.
+        scaled: Draw the weights as if the fan were smaller by the fraction kept: Kaiming-normal with a standard
+            deviation of √(2 / (fan·(1 − sparse_ratio))), or signed constants of that size. It needs a
+            ``pruning.weight_init`` that draws weights.
     """
 
     scaled: bool = False

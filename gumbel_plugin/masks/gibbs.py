@@ -49,7 +49,7 @@ class GibbsOptions(MaskOptions):
     @model_validator(mode="after")
     def _grow_colder(self) -> GibbsOptions:
         if isinstance(self.beta, Schedule) and self.beta.end < self.beta.start:
-            raise ValueError(f"beta must not fall: masks are annealed, but it goes {self.beta.start} to {self.beta.end}")
+            raise ValueError(f"beta may not fall as masks are annealed: {self.beta.start} to {self.beta.end} does")
         if self.schedule(0.0) <= 0:
             raise ValueError(f"beta must be above 0, got {self.schedule(0.0)}")
         return self
@@ -66,20 +66,20 @@ class GibbsMask(LearntMask):
     Q is the quantile of a layer's W² below which the fraction sparse_ratio of it lies, found anew at every forward:
 
     * ``unstructured``: P(keep) = σ(β·(W² − Q)), independently. Granularity element.
-    * ``kernel``: x ∈ {−1, 1} a weight, H = −c·Σ_{i≠j} x_i·x_j + Σ_i (Q − W_i²)·x_i in each kernel, Q the quantile of the
-      kernels' mean W². Granularity kernel; of a linear layer every weight is a kernel.
+    * ``kernel``: x ∈ {−1, 1} a weight, H = −c·Σ_{i≠j} x_i·x_j + Σ_i (Q − W_i²)·x_i in each kernel, Q the quantile of
+      the kernels' mean W². Granularity kernel; of a linear layer every weight is a kernel.
     * ``filter``: coupled over whole filters, Q the quantile of the filters' mean W². Two colours, the halves of the
       input channels, are drawn in turn: P(x_i = 1) = σ(β·(c·Σ x − (Q − W_i²))), Σ over the other half of the filter.
       Granularity [1, -1, -1, -1], the filters of one layer alone; not for linear layers.
 
-    Masks have an entry for every weight while they are learnt; what is kept at the end is the fraction 1 − sparse_ratio of
-    the units with the highest summed W². The gradient reaches W through W·mask only. A sample may exceed the budget:
+    Masks have an entry for every weight while they are learnt; what is kept at the end is the fraction 1 − sparse_ratio
+    of the units with the highest summed W². The gradient reaches W through W·mask only. A sample may exceed the budget:
     `probability`, and with it a session's ``soft_sparsity``, says what is really open.
 
-    Source: Labach and Valaee, arXiv 2006.04981, and its code, which is followed where strict ±1 spins would have 2β: in
-    ``unstructured`` and ``filter``, not in ``kernel``. Project choices: of the definitions of a quantile the one half-way
-    between what goes and what stays; kernels of every size are sampled exactly, by the number of their open weights
-    first, instead of by enumerating all masks.
+    Source: Labach and Valaee, arXiv 2006.04981, and its code. As there, ``kernel`` has strict ±1 spins, whose odds go
+    with 2β, and the other two have odds that go with β. Project choices: of the definitions of a quantile the one
+    half-way between what goes and what stays; kernels of every size are sampled exactly, by the number of their open
+    weights first, instead of by enumerating all masks.
     """
 
     Options: ClassVar[type[MaskOptions]] = GibbsOptions
@@ -144,7 +144,7 @@ class GibbsMask(LearntMask):
 
     @override
     def probability(self, weight: Tensor | None) -> Tensor:
-        """Return P(keep) where weights are independent, else the fraction of each unit that this forward's sample keeps."""
+        """Return P(keep) of independent weights, else the fraction of each unit that this forward's sample opens."""
         if self.options.hamiltonian != "unstructured":
             return self._mean(self.sample(weight))
         squares = self._read(weight).square()
@@ -165,9 +165,9 @@ class GibbsMask(LearntMask):
         """Sample every kernel (the trailing dimensions) exactly.
 
         The coupling depends on how many weights are open, n of N, and on nothing else: it adds c·(2n − N)². With o_i =
-        exp(2β·(W_i² − Q)), the odds of a weight alone, and e_n(o) the sum over all masks with n open weights of the product
-        of their odds, P(n) ∝ exp(β·c·(2n − N)²)·e_n(o); then, from the last weight to the first, P(x_i = 1 | n) =
-        o_i·e_{n−1}(o_1..o_{i−1}) / e_n(o_1..o_i). All e_n come from e_n(o_1..o_i) = e_n(o_1..o_{i−1}) + o_i·e_{n−1}(...).
+        exp(2β·(W_i² − Q)), the odds of a weight alone, and e_n(o) the sum over all masks with n open weights of the
+        product of their odds, P(n) ∝ exp(β·c·(2n − N)²)·e_n(o); then, from the last weight to the first, P(x_i = 1 | n)
+        = o_i·e_{n−1}(o_1..o_{i−1}) / e_n(o_1..o_i). All come from e_n(..o_i) = e_n(..o_{i−1}) + o_i·e_{n−1}(..o_{i−1}).
         """
         log_odds = (2 * self.beta * advantage.double()).reshape(*self.shape[:2], -1)
         size = log_odds.shape[-1]
@@ -198,7 +198,7 @@ class GibbsMask(LearntMask):
         A filter with a single input channel has an empty first half, and so no couplings.
         """
         channels = advantage.shape[1]
-        first, second = advantage.split([channels // 2, channels - channels // 2], 1)
+        first, second = advantage[:, : channels // 2], advantage[:, channels // 2 :]
         rest = tuple(range(1, advantage.dim()))
         is_good = torch.where(advantage.mean(rest, keepdim=True) > 0, 1.0, -1.0)
         field = is_good.to(advantage.dtype) * second[0].numel()

@@ -23,8 +23,8 @@ class HardConcreteOptions(LogitOptions):
         beta: The temperature of the binary concrete distribution.
         gamma: The lower end of the interval that it is stretched to, below 0.
         zeta: The upper end, above 1.
-        l0_weight: What one gate that is expected to be open adds to the loss (λ of the paper, there divided by the number
-            of training samples). 0 leaves the sparsity to `sparse_ratio`.
+        l0_weight: What one gate that is expected to be open adds to the loss (λ of the paper, there divided by the
+            number of training samples). 0 leaves the sparsity to `sparse_ratio`.
         initial_logit: Where log α starts (see `LogitOptions`).
     """
 
@@ -38,8 +38,8 @@ class HardConcreteMask(LearntMask):
     """Gates z = min(1, max(0, s·(ζ − γ) + γ)), s = σ((log α + logit u)/β), with the gradient of that formula.
 
     P(z ≠ 0) = σ(log α − β·log(−γ/ζ)) is what the L0 penalty and the budget count. Source: Louizos, Welling, Kingma,
-    ICLR 2018, arXiv 1712.01312, equations 10 to 12. A project choice is the hard gate at extraction, where the paper keeps
-    soft ones: open where P(z ≠ 0) is at least ½, or as a budget ranks log α.
+    ICLR 2018, arXiv 1712.01312, equations 10 to 12. A project choice is the hard gate at extraction, where the paper
+    keeps soft ones: open where P(z ≠ 0) is at least ½, or as a budget ranks log α.
     """
 
     Options: ClassVar[type[MaskOptions]] = HardConcreteOptions

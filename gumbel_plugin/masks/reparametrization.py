@@ -1,4 +1,4 @@
-"""Weight reparametrisation: gates that are a function of the weight alone, and a budget that they are trained to meet."""
+"""Weight reparametrisation: gates that are a function of the weight, trained to meet a budget."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
 from gumbel_plugin.masks.targets import ELEMENT, Granularity
 
 _FAR = 1e3
-"""Beyond |t·x| = 1000 the gate is 1 in float32 and its derivative below 1e-14; t·x ends there, so that nothing overflows."""
+"""Where t·x ends, so that nothing overflows: there the gate is 1 in float32, and its derivative below 1e-14."""
 
 
 def soft_gate(weight: Tensor, t: Tensor | float) -> Tensor:
@@ -57,8 +57,8 @@ class ReparametrizationMask(LearntMask):
     weights ranked by |ŵ| over all its layers at the end, give all entries one ``global_group_id``; else each layer has
     its own. When the masks are decided, ŵ takes the place of w, so that nothing but the removed weights changes.
 
-    Source: Dupont, Sahbi, Michel, ICIP 2021, arXiv 2107.03909. Project choices: one t a network; λ = 10; before the masks
-    are decided, an evaluation closes the weights whose gates are below ½.
+    Source: Dupont, Sahbi, Michel, ICIP 2021, arXiv 2107.03909. Project choices: one t a network; λ = 10; before the
+    masks are decided, an evaluation closes the weights whose gates are below ½.
     """
 
     Options: ClassVar[type[MaskOptions]] = ReparametrizationOptions

@@ -17,8 +17,9 @@ from gumbel_plugin.masks.targets import Granularity
 class Supermask(LearntMask):
     """Gates drawn from Bernoulli(σ(m)), one sample per forward; the backward passes the gradient on to σ(m).
 
-    Source: Zhou, Lan, Liu, Yosinski, NeurIPS 2019, arXiv 1905.01067, for frozen weights, where m starts at 0. Its dynamic
-    weight rescale is ``pruning.rescale: dynamic``, its signed constants are ``pruning.weight_init: signed_constant``.
+    Source: Zhou, Lan, Liu, Yosinski, NeurIPS 2019, arXiv 1905.01067, for frozen weights, where m starts at 0. Its
+    dynamic weight rescale is ``pruning.rescale: dynamic``, its signed constants are ``pruning.weight_init:
+    signed_constant``.
     """
 
     Options: ClassVar[type[MaskOptions]] = LogitOptions

@@ -6,6 +6,7 @@ import copy
 import dis
 import inspect
 import pickle
+import sys
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
+
+from gumbel_plugin.errors import MissingExtraError
 
 ALL_REPAIRS = (
     "tensor_methods_in_tracer",
@@ -96,6 +99,13 @@ def test_apply_is_idempotent_and_names_what_is_in_force() -> None:
     after = model_speedup.tree_map_zip, concrete_tracer.node_is_impure_wrapper, concrete_tracer.ConcreteTracer.trace
     assert before == after
     assert gumbel_nni.compat is compat
+
+
+def test_without_nni_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "nni"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"nni is not installed; .*gumbel-plugin\[nni\]"):
+        compat.apply()
 
 
 def test_tracer_knows_tensor_methods(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
-"""Which channel groups can be cut exactly: dyes for every channel, followed through one forward.
+"""Which channel groups can be cut exactly.
 
-`judge` asks the questions, `layers` knows the layers, `flow` the operations between them, `dyes` the bookkeeping.
+`judge` follows a dye for every channel through one forward: `layers` knows the layers, `flow` the operations between
+them, `dyes` keeps the books. `trial` removes units from a copy of the model, for what a forward does not show.
 """
 
 from gumbel_torch_pruning.exactness.judge import Cut, Judge, Treatment
+from gumbel_torch_pruning.exactness.trial import output_tensors, tried
 
-__all__ = ["Cut", "Judge", "Treatment"]
+__all__ = ["Cut", "Judge", "Treatment", "output_tensors", "tried"]
