@@ -58,10 +58,10 @@ class Item:
             setattr(owner, name, self.dep.handler(old, list(positions)).requires_grad_(old.requires_grad))
             return
         layer = model.get_submodule(self.owner)
-        flags = {name: parameter.requires_grad for name, parameter in layer.named_parameters(recurse=False)}
+        flags = {name: old.requires_grad for name, old in layer._parameters.items() if old is not None}
         self.dep.handler(layer, list(positions))
-        for name, parameter in layer.named_parameters(recurse=False):
-            parameter.requires_grad_(flags[name])
+        for name, flag in flags.items():
+            layer.get_parameter(name).requires_grad_(flag)
 
 
 class Remover:
@@ -82,44 +82,58 @@ class Remover:
         self._items = items
         self._gone: dict[Any, Tensor] = {}  # by place, and by group name: first numbers, ascending
 
-    def remove(self, name: str, units: Tensor) -> None:
-        """Remove units, by their present numbers, of the group (or attention layer) of this name."""
-        if remove_heads(self.model, name, units):
-            return
-        for item, _, _, positions in (chosen := self._chosen(name, units)):
-            item.cut(self.model, positions.tolist())
-        self._note(name, chosen)
+    def remove(self, units: Mapping[str, Tensor]) -> None:
+        """Remove units of groups, by their present numbers; what several groups cut is cut once."""
+        cuts: dict[Any, tuple[Item, list[Tensor]]] = {}
+        notes = []
+        for name, own in units.items():
+            if remove_heads(self.model, name, own):
+                continue
+            chosen = self._chosen(name, own)
+            notes.append((name, chosen))
+            for choice in chosen:
+                if choice.item.owner is not None:
+                    cuts.setdefault(choice.item.place, (choice.item, []))[1].append(choice.now)
+        for item, positions in cuts.values():
+            item.cut(self.model, torch.unique(torch.cat(positions)).tolist())
+        for name, chosen in notes:
+            self._note(name, chosen)
 
     def group(self, graph: Any, name: str, units: Tensor) -> Any:
         """Return a group of Torch-Pruning's, of this graph, that removes units when it is pruned."""
         chosen = self._chosen(name, units)
+        root = chosen[0].item.place
         group = _Group(graph, lambda: self._note(name, chosen))
-        for item, _, first_roots, positions in chosen:
-            group.add_dep(item.dep, positions.tolist())
-            group[-1].root_idxs = self._now(chosen[0][0].place, first_roots).tolist()
+        for choice in chosen:
+            group.add_dep(choice.item.dep, choice.now.tolist())
+            group[-1].root_idxs = self._now(root, choice.item.roots[choice.which]).tolist()
         return group
 
-    def _chosen(self, name: str, units: Tensor) -> list[tuple[Item, Tensor, Tensor, Tensor]]:
-        """Return for every item what goes: which entries, the root's channels at first, and positions now."""
+    def _chosen(self, name: str, units: Tensor) -> list[_Choice]:
         items = self._items[name]
-        size = int(items[0].units.max()) + 1
-        left = torch.arange(size)
+        left = torch.arange(int(items[0].units.max()) + 1)
         left = left[~torch.isin(left, self._gone.get(name, left[:0]))]
         gone = left[units.cpu()]
-        result = []
-        for item in items:
-            which = torch.isin(item.units, gone)
-            result.append((item, which, item.roots[which], self._now(item.place, item.positions[which])))
-        return result
+        picked = [(item, torch.isin(item.units, gone)) for item in items]
+        return [_Choice(item, which, self._now(item.place, item.positions[which])) for item, which in picked]
 
     def _now(self, place: Any, first: Tensor) -> Tensor:
         return first - torch.searchsorted(self._gone[place], first) if place in self._gone else first
 
-    def _note(self, name: str, chosen: Sequence[tuple[Item, Tensor, Tensor, Tensor]]) -> None:
-        going = [(name, chosen[0][0].units[chosen[0][1]])]
-        going += [(item.place, item.positions[which]) for item, which, _, _ in chosen]
-        for place, first in going:
-            self._gone[place] = torch.cat([self._gone.get(place, first[:0]), first]).unique()
+    def _note(self, name: str, chosen: Sequence[_Choice]) -> None:
+        first: list[tuple[Any, Tensor]] = [(name, chosen[0].item.units[chosen[0].which])]
+        first += [(choice.item.place, choice.item.positions[choice.which]) for choice in chosen]
+        for place, numbers in first:
+            self._gone[place] = torch.unique(torch.cat([self._gone.get(place, numbers[:0]), numbers]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What goes in one place: which entries of its item, and their present numbers."""
+
+    item: Item
+    which: Tensor
+    now: Tensor
 
 
 class _Group(tp.dependency.Group):  # type: ignore[misc]

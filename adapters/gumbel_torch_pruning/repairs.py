@@ -35,7 +35,8 @@ def known_splits(nodes: _Nodes) -> None:
     the layers that follow. Where none follows at once, as in ShuffleNetV2, a size is missing and the graph not built.
     """
     for node in nodes.values():
-        shape, size = getattr(node.grad_fn, "_saved_self_sym_sizes", ()), getattr(node.grad_fn, "_saved_split_size", 0)
+        shape: Sequence[int] = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+        size: int = getattr(node.grad_fn, "_saved_split_size", 0)
         if node.type == tp.ops.OPTYPE.SPLIT and size and len(shape) == 4 and node.grad_fn._saved_dim == 1:
             sizes = [min(size, shape[1] - start) for start in range(0, shape[1], size)]
             node.grad_fn = SimpleNamespace(_saved_split_sizes=sizes, _saved_dim=1)

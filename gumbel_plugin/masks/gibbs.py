@@ -132,7 +132,8 @@ class GibbsMask(LearntMask):
             return self._sample_kernels(advantage)
         if self.options.hamiltonian == "filter":
             return self._sample_filters(advantage)
-        return self._draw(torch.sigmoid(self.beta * advantage))
+        noise = self.noise.uniform_like(advantage, self.stream)
+        return (noise < torch.sigmoid(self.beta * advantage)).to(advantage.dtype)
 
     @override
     def scores(self, weight: Tensor | None) -> Tensor:
@@ -156,10 +157,6 @@ class GibbsMask(LearntMask):
 
     def _cut_point(self, squares: Tensor) -> Tensor:
         return cut_point(self._mean(squares), self.sparsity or 0.0)
-
-    def _draw(self, probability: Tensor, draw: int = 0) -> Tensor:
-        """Return ones with these probabilities, else zeros."""
-        return (self.noise.uniform_like(probability, self.stream, draw) < probability).to(probability.dtype)
 
     def _sample_kernels(self, advantage: Tensor) -> Tensor:
         """Sample every kernel (the trailing dimensions) exactly.
@@ -197,15 +194,16 @@ class GibbsMask(LearntMask):
 
         A filter with a single input channel has an empty first half, and so no couplings.
         """
-        channels = advantage.shape[1]
-        first, second = advantage[:, : channels // 2], advantage[:, channels // 2 :]
+        middle = advantage.shape[1] // 2
+        halves = slice(None, middle), slice(middle, None)
         rest = tuple(range(1, advantage.dim()))
-        is_good = torch.where(advantage.mean(rest, keepdim=True) > 0, 1.0, -1.0)
-        field = is_good.to(advantage.dtype) * second[0].numel()
-        gates = [torch.empty_like(first), torch.empty_like(second)]
+        spins = torch.where(advantage.mean(rest, keepdim=True) > 0, 1.0, -1.0).to(advantage.dtype).expand_as(advantage)
+        spins = spins.clone()
+        field = spins[:, halves[1]].sum(rest, keepdim=True)
         for sweep in range(self.options.sweeps):
-            for colour, half in enumerate((first, second)):
-                chance = torch.sigmoid(self.beta * (self.coupling * field + half))
-                gates[colour] = self._draw(chance, 2 * sweep + colour)
-                field = (2 * gates[colour] - 1).sum(rest, keepdim=True)
-        return torch.cat(gates, 1)
+            noise = self.noise.uniform_like(advantage, self.stream, sweep)
+            for half in halves:
+                chance = torch.sigmoid(self.beta * (self.coupling * field + advantage[:, half]))
+                spins[:, half] = 2.0 * (noise[:, half] < chance) - 1.0
+                field = spins[:, half].sum(rest, keepdim=True)
+        return (spins + 1) / 2

@@ -98,8 +98,7 @@ def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend =
 
         masks = column_masks(masked, dependency.groups, dead)
         return speedup(masked, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
-    for name, units in dead.items():
-        dependency.remove(name, units)
+    dependency.remove_all(dead)
     _logger.info("removed %d units in %d groups", sum(len(units) for units in dead.values()), len(dead))
     return small
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from gumbel_torch_pruning import find_groups
 from torch import Tensor, nn
 
 from gumbel_plugin.learning.session import GATES, MaskingSession, plain_copy
@@ -134,6 +135,39 @@ def test_masks_go_round_through_fix_masks(network: Any, group_session: Any) -> N
         assert GATES in name or torch.equal(ours, theirs)
 
 
+class Parts(nn.Module):
+    """Two layers each compute a part of the channels that a third computes as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.whole = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(3, 10, 1)
+        self.head = nn.Conv2d(10, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(torch.cat([self.left(x), self.right(x)], 1) + self.whole(x)))
+
+
+def test_producers_of_a_part_have_their_part_of_the_mask(pruning: Any, randomise_logits: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = Parts(), torch.randn(2, 3, 4, 4)
+    groups = [group for group in find_groups(model, inputs) if group.safety == "exact"]
+    assert [group.size for group in groups] == [10]
+    session, other = (
+        MaskingSession(duplicate, pruning({"op_names": ["whole"]}), groups)
+        for duplicate in (model, copy.deepcopy(model))
+    )
+    randomise_logits(session)
+    masks = session.extract()
+    rows = {name: targets["weight"].flatten(1)[:, 0] for name, targets in masks.items()}
+    assert torch.equal(torch.cat([rows["left"], rows["right"]]), rows["whole"])
+    hard = session.plan.masks[groups[0].name].hard
+    assert torch.equal(rows["whole"] == 1, hard)
+    for given in (masks, {name: masks[name] for name in ("left", "right")}, {"whole": masks["whole"]}):
+        other.fix_masks(given)
+        assert torch.equal(other.plan.masks[groups[0].name].hard, hard)
+        other.fix_masks({"whole": {"weight": torch.ones(10, 3, 1, 1)}})
+
+
 # Detaching and copies -----------------------------------------------------------------------------------------------
 
 
@@ -160,7 +194,8 @@ def test_a_plain_copy_has_no_gates_and_takes_nothing_from_the_original(network: 
     network.model(network.inputs).sum().backward()
     duplicate = plain_copy(network.model)
     assert list(duplicate.state_dict()) == keys
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in duplicate.modules())
+    for module in duplicate.modules():
+        assert not any((module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called))
     assert any(GATES in key for key in network.model.state_dict())
     duplicate.eval()(network.inputs)
 

@@ -44,7 +44,7 @@ def test_the_highest_absolute_scores_are_open(sparsity: float) -> None:
     mask = make((10, 20), sparsity)
     gates = mask.gates(torch.ones(10, 20)).detach().flatten()
     gone = min(int(200 * sparsity), 199)
-    order = sorted(range(200), key=lambda i: abs(float(mask.score.flatten()[i])))
+    order = sorted(range(200), key=lambda i: abs(mask.score.flatten()[i].item()))
     assert [i for i in range(200) if gates[i] == 0] == sorted(order[:gone])
     assert torch.equal(gates.bool(), mask.decide(None).flatten())
 
@@ -53,7 +53,7 @@ def test_the_number_of_open_gates_follows_the_sparsity() -> None:
     mask = make((10, 10), 0.2)
     for sparsity in (0.2, 0.5, 0.9):
         mask.sparsity = sparsity
-        assert int(mask.gates(torch.ones(10, 10)).sum()) == round(100 * (1 - sparsity))
+        assert mask.gates(torch.ones(10, 10)).sum().item() == round(100 * (1 - sparsity))
 
 
 def test_the_gradient_goes_straight_through_to_the_absolute_score() -> None:

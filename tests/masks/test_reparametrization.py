@@ -75,7 +75,7 @@ def test_the_only_parameter_is_the_networks_one_t() -> None:
     second.share(first)
     assert [tuple(p.shape) for p in first.parameters()] == [()]
     assert second.t is first.t
-    assert float(first.t) == 100.0
+    assert first.t.item() == 100.0
 
 
 def test_the_masked_weight_is_soft_and_has_the_whole_gradient() -> None:
@@ -130,7 +130,7 @@ def test_the_budget_loss_is_the_published_one_with_the_first_sum_as_its_scale() 
     for _ in range(2):
         loss = masks[0].budget_loss(masks, weights, 0.9)
         assert loss is not None
-        assert float(loss) == pytest.approx(3.0 * ((kept() - 0.1 * 54) / initial) ** 2, rel=1e-5)
+        assert loss.item() == pytest.approx(3.0 * ((kept() - 0.1 * 54) / initial) ** 2, rel=1e-5)
         with torch.no_grad():
             for weight in weights:
                 weight.mul_(0.5)

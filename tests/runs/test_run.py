@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError, GraphError, NonFiniteLossError, TargetError
 from gumbel_plugin.insight.profile import count_macs, count_nonzero
+from gumbel_plugin.runs import models
 from gumbel_plugin.runs import run as run_module
-from gumbel_plugin.runs.models import register_model
 from gumbel_plugin.runs.run import RunResult, prepare, run
 from gumbel_plugin.shrinking.mask_file import load_masks
 
 RESULTS = {"config.yaml", "log.csv", "masks.safetensors", "small.safetensors", "summary.json"}
 
 
-@register_model("test_run_dropout")
 def dropout_net(width: int = 12, outputs: int = 10) -> nn.Module:
     """A network whose training draws from torch's global generator."""
     return nn.Sequential(
@@ -33,7 +32,6 @@ def dropout_net(width: int = 12, outputs: int = 10) -> nn.Module:
     )  # fmt: skip
 
 
-@register_model("test_run_exploding")
 def exploding_net() -> nn.Module:
     """Finite while it is checked, infinite as soon as it is trained."""
 
@@ -42,6 +40,12 @@ def exploding_net() -> nn.Module:
             return x * math.inf if self.training else x
 
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10), Explode())
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models._REGISTRY, "test_run_dropout", dropout_net)
+    monkeypatch.setitem(models._REGISTRY, "test_run_exploding", exploding_net)
 
 
 def config(**changes: Any) -> PruningConfig:

@@ -31,11 +31,11 @@ class Flow(TorchDispatchMode):
         super().__init__()
         self.dyes = Dyes()
         self.muted = 0
-        self._carried = WeakTensorKeyDictionary()
+        self._carried = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the colours that a tensor carries, of its shape and tight, on the CPU; None if it carries none."""
-        dyes = self._carried.get(tensor)
+        dyes: Tensor | None = self._carried.get(tensor)  # type: ignore[no-untyped-call]
         return None if dyes is None else tight(self.dyes.colours(core(dyes)).expand(dyes.shape))
 
     def put(self, tensor: Tensor, dyes: Tensor) -> None:
@@ -110,8 +110,9 @@ def _pointwise(step: _Step) -> None:
     shape = step.outputs[0].shape
     result = torch.zeros((1,) * len(shape), dtype=torch.int64)
     for dyes in step.dyed.values():
-        theirs = core(dyes)
-        ours, theirs = torch.broadcast_tensors(core(result), theirs)
+        ours, theirs = core(result), core(dyes)
+        common = torch.broadcast_shapes(ours.shape, theirs.shape)  # type: ignore[no-untyped-call]
+        ours, theirs = ours.expand(common), theirs.expand(common)
         step.flow.dyes.unite(ours, theirs)
         if core(result).any():
             step.remark("unsupported", "joins them with what no layer computes", theirs * (ours == 0))
@@ -173,7 +174,9 @@ def _join(step: _Step) -> None:
         kept = [
             d for d in range(step.outputs[0].dim()) if d == dim or any(d in varying(tight(piece)) for piece in pieces)
         ]
-        pieces = [piece[tuple(slice(None) if d in kept else slice(0, 1) for d in range(piece.dim()))] for piece in pieces]
+        pieces = [
+            piece[tuple(slice(None) if d in kept else slice(0, 1) for d in range(piece.dim()))] for piece in pieces
+        ]
     joined = torch.stack(pieces, dim) if stacked else torch.cat(pieces, dim)
     step.flow.put(step.outputs[0], joined.expand(step.outputs[0].shape))
 

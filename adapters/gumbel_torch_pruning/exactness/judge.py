@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,6 +46,7 @@ class Judge:
         with _plain_attention(), layers.watched(model), observing(model), layers.flow:
             output = call_model(model, example_inputs)
         layers.remark(list(output_tensors(output)), "unsupported", "it reaches the network's output")
+        self._blocks = layers.blocks
         dyes = layers.flow.dyes
         self._sides = {side: dyes.colours(channels) for side, channels in layers.sides.items()}
         self._places, self._verdicts = dyes.verdicts()
@@ -63,14 +63,13 @@ class Judge:
             The group's safety, and why it is not exact.
         """
         unit_of = torch.full_like(self._places, -1)
-        mistaken = next((side[0] for side, positions, units in cuts if not self._follow(side, positions, units, unit_of)), "")
+        mistaken = [side[0] for side, positions, units in cuts if not self._follow(side, positions, units, unit_of)]
         removed = unit_of >= 0
         places = torch.unique(self._places[removed]).tolist()
         safety, reason = max((self._verdicts[place] for place in places), key=_severity, default=self._verdicts[0])
-        if safety != "unsupported" and not mistaken:
-            mistaken = self._forgotten(cuts, removed)
+        mistaken = mistaken or self._forgotten(cuts, removed)
         if safety != "unsupported" and mistaken:
-            return "unsupported", f"Torch-Pruning cuts {mistaken} in another way than the forward uses it"
+            return "unsupported", f"Torch-Pruning would not cut {mistaken[0]} as the forward needs it"
         return safety, reason
 
     def _follow(self, side: Side, positions: Tensor, units: Tensor, unit_of: Tensor) -> bool:
@@ -82,15 +81,23 @@ class Judge:
         known = unit_of[colours]
         unit_of[colours] = units
         contradicted = ((known >= 0) & (known != units)) | (unit_of[colours] != units) | (colours == 0)
-        return not bool(contradicted.any())
+        if bool(contradicted.any()):
+            return False
+        blocks = self._blocks.get(side, 1)
+        if blocks == 1:
+            return True
+        members = torch.full_like(channels, -1)
+        members[positions] = units
+        members = members.reshape(blocks, -1)
+        return bool(((members == members[0]) & (members >= 0)).all())
 
-    def _forgotten(self, cuts: Sequence[Cut], removed: Tensor) -> str:
-        """Return what has channels of these colours but does not lose them, if anything has."""
+    def _forgotten(self, cuts: Sequence[Cut], removed: Tensor) -> list[str]:
+        """Return what has channels of these colours but does not lose them."""
         if int(self._uses[removed].sum()) == sum(len(positions) for _, positions, _ in cuts):
-            return ""
+            return []
         listed = {side: len(positions) for side, positions, _ in cuts}
-        sides = (side for side, colours in self._sides.items() if int(removed[colours].sum()) != listed.get(side, 0))
-        return next(sides, ("it", False))[0]
+        sides = self._sides.items()
+        return [side[0] for side, colours in sides if int(removed[colours].sum()) != listed.get(side, 0)]
 
 
 def _severity(verdict: tuple[Safety, str]) -> int:

@@ -32,12 +32,14 @@ class Layers:
     Attributes:
         flow: Follows the dyes between the layers.
         sides: The dyes of the channels of every layer and parameter, on each side that a group may cut.
+        blocks: Into how many equal parts the channels of a side fall that must lose the same members.
     """
 
     def __init__(self, treatments: Mapping[nn.Module, Treatment]) -> None:
         """Start with nothing seen."""
         self.flow = Flow()
         self.sides: dict[Side, Tensor] = {}
+        self.blocks: dict[Side, int] = {}
         self._treatments = treatments
         self._effects: tuple[tuple[tuple[type[nn.Module], ...], _Effect], ...] = (
             ((nn.Linear,), self._linear),
@@ -106,6 +108,7 @@ class Layers:
         else:
             self._read((name, True), inputs[0], dim)
             self._dye((name, False), output, dim)
+            self.blocks[name, True] = self.blocks[name, False] = module.groups
         if module.groups > 1 and (module.transposed or module.groups == module.out_channels != module.in_channels):
             self.remark((inputs, output), "unsupported", f"{name} has groups that Torch-Pruning cannot cut")
         self._check_weight(name, module, inputs[0], output)
@@ -168,6 +171,7 @@ class Layers:
     def _pass_on(self, x: Tensor, output: Any) -> None:
         """Let an output carry the input's dyes, if it has the same channels."""
         dyes = self.flow.of(x)
-        if dyes is not None and isinstance(output, Tensor) and output.dim() == x.dim():
-            if all(output.shape[dim] == x.shape[dim] for dim in varying(dyes)):
-                self.flow.put(output, core(dyes).expand(output.shape))
+        if dyes is None or not isinstance(output, Tensor) or output.dim() != x.dim():
+            return
+        if all(output.shape[dim] == x.shape[dim] for dim in varying(dyes)):
+            self.flow.put(output, core(dyes).expand(output.shape))

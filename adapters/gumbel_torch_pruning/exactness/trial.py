@@ -7,7 +7,7 @@ reshape, a scale that depends on the number of channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -25,8 +25,8 @@ class Removable(Protocol):
 
     model: nn.Module
 
-    def remove(self, name: str, units: Tensor) -> None:
-        """Remove units of the group of this name."""
+    def remove(self, units: Mapping[str, Tensor]) -> None:
+        """Remove units of groups, by name."""
 
 
 def tried(
@@ -61,8 +61,7 @@ def _trial(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup])
         _close(copy.model, group, closed[group.name])
     before = _run(copy.model, inputs)
     try:
-        for name, units in closed.items():
-            copy.remove(name, units)
+        copy.remove(closed)
         after = _run(copy.model, inputs)
     except Exception as error:
         return "unsupported", f"the model does not run without some of its units: {error}"
@@ -89,7 +88,7 @@ def output_tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _alike(before: Tensor, after: Tensor) -> bool:
-    """Whether two outputs differ by no more than rounding can explain; a fault in structure makes them quite different."""
+    """Whether two outputs differ by no more than rounding explains; a fault in structure makes a large difference."""
     if not before.is_floating_point():
         return True  # the rounding of a comparison or an argmax may turn it over
     tolerance = torch.finfo(before.dtype).eps ** 0.5
@@ -110,10 +109,12 @@ def _odd_half(size: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def _shake(model: nn.Module, generator: torch.Generator) -> None:
     """Add noise to every parameter: one that starts at zero or is constant would hide what it multiplies."""
+    block = torch.randn(10007, generator=generator)  # drawing as many numbers as there are weights would take seconds
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() > 0:
             scale = 0.3 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+            noise = block.to(parameter).repeat(parameter.numel() // len(block) + 1)[: parameter.numel()]
+            parameter.add_(noise.reshape(parameter.shape), alpha=scale)
 
 
 @torch.no_grad()
