@@ -8,7 +8,7 @@ Three ways to multiply a weight by a sampled mask are interleaved in one run:
 
 Run it as ``python benchmarks/sampling.py --threads 2 --output sampling.json``. Times are medians of the repetitions
 and ratios those of the medians; *best* is the fastest repetition: where it is far below the median, other programs
-were running. (With more threads than idle cores every parallel loop waits for the slowest thread.)
+were running.
 Memory is counted in tensors of the weight's size: *kept* is what autograd saves (seen through
 `saved_tensors_hooks`, inputs left out, shared storage counted once) plus the result; *held* and *peak* are what
 the allocator says is in use after the forward and at worst, beyond the inputs.
@@ -27,6 +27,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from weakref import WeakSet
+
+# Torch reads both when it is imported. Idle threads sleep, else every parallel loop spins away whole time slices as
+# soon as another program wants a core; and the profiler does not report each start and stop.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 import torch.nn.functional as F
@@ -230,7 +235,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the table to this JSON file too")
     arguments = parser.parse_args()
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports every start and stop otherwise
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device(arguments.device)

@@ -80,7 +80,10 @@ def own_copies(arguments: Mapping[str, Any]) -> dict[str, Any]:
     own = dict(arguments)
     for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
         own[name] = dict(own.get(name) or {})
-    own["customized_pruners"] = {**{kind: make() for kind, make in PRUNERS.items()}, **(own.get("customized_pruners") or {})}
+    own["customized_pruners"] = {
+        **{kind: make() for kind, make in PRUNERS.items()},
+        **(own.get("customized_pruners") or {}),
+    }
     unwrapped = own.get("unwrapped_parameters")
     if unwrapped is not None:  # documented as a dict, read as a list of pairs
         own["unwrapped_parameters"] = list(unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped)

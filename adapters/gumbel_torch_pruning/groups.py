@@ -183,9 +183,8 @@ class DependencyGroups:
             return "unsupported", "no convolution or linear layer reads it"
         if size < 2:
             return "unsupported", "it has one unit, which must stay"
-        modules = dict(self.model.named_modules())
         for part in (*producers, *consumers):
-            module = modules[part.module]
+            module = self.model.get_submodule(part.module)
             width = input_channels(module) if part in consumers else self._width(module)
             if width is None or int(part.positions.max()) >= width:
                 return "unsupported", f"Torch-Pruning does not find its channels in {part.module}"

@@ -48,9 +48,20 @@ class Heads:
         prune = graph.get_pruner_of_module(self.reader).prune_in_channels
         return graph.get_pruning_group(self.reader, prune, positions)
 
-    def left(self) -> int:
-        """Return how many heads the model has now."""
-        return self.reader.in_features // self.size
+    def note_removal(self, pruner: tp.pruner.BasePruner) -> None:
+        """Note how many heads are left, where Torch-Pruning does and in the model's attention layers."""
+        before, left = pruner.num_heads[self.layers[0]], self.reader.in_features // self.size
+        for layer in self.layers:
+            pruner.num_heads[layer] = pruner.out_channel_groups[layer] = left
+        self.tell(pruner.model, pruner.DG, before)
+
+    def tell(self, model: nn.Module, graph: Any, before: int) -> None:
+        """Let the attention layers of a model that note how many heads they have know how many are left."""
+        for layer in self.layers:
+            owner = model.get_submodule(graph._module2name[layer].rpartition(".")[0])
+            for attribute in _HEAD_COUNTS:
+                if getattr(owner, attribute, None) == before:
+                    setattr(owner, attribute, self.reader.in_features // self.size)
 
 
 def find_named_heads(pruner: tp.pruner.BasePruner, example_inputs: Any) -> dict[str, Heads]:
@@ -69,16 +80,6 @@ def find_named_heads(pruner: tp.pruner.BasePruner, example_inputs: Any) -> dict[
             safety, reason = _judge(pruner, heads, example_inputs)
             found[heads.group.name] = replace(heads, group=replace(heads.group, safety=safety, reason=reason))
     return found
-
-
-def note_heads(model: nn.Module, graph: Any, heads: Heads, before: int) -> None:
-    """Let the attention layers that note how many heads they have know how many are left."""
-    names = [graph._module2name[layer] for layer in heads.layers]
-    for parent in {name.rpartition(".")[0] for name in names}:
-        for attribute in _HEAD_COUNTS:
-            owner = model.get_submodule(parent)
-            if getattr(owner, attribute, None) == before:
-                setattr(owner, attribute, heads.left())
 
 
 def _describe(pruner: tp.pruner.BasePruner, name: str, group: Any, layers: list[nn.Module]) -> Heads:
@@ -114,7 +115,7 @@ def _judge(pruner: tp.pruner.BasePruner, heads: Heads, example_inputs: Any) -> t
     masked = copy.deepcopy(model)
     try:
         heads.removal(graph, gone).prune()
-        note_heads(model, graph, heads, heads.group.size)
+        heads.tell(model, graph, heads.group.size)
         report = verify_equivalence(masked, model, example_inputs, samples=1, dtypes=(torch.float64,))
     except Exception as error:
         return "unsupported", f"the model does not run with fewer heads: {error}"
@@ -135,4 +136,4 @@ def _close(model: nn.Module, heads: Heads, gone: Tensor) -> None:
         weight[:, part.positions[torch.isin(part.units, gone)].to(weight.device)] = 0.0
 
 
-__all__ = ["Heads", "find_named_heads", "note_heads"]
+__all__ = ["Heads", "find_named_heads"]

@@ -14,20 +14,22 @@ from torch import Tensor, nn
 from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import LifecycleError, TargetError, nearest
 from gumbel_plugin.learning.latency import LatencyTable, measure_table
-from gumbel_plugin.learning.session import GATES, MaskingSession, Masks
+from gumbel_plugin.learning.plan import Plan
+from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.masks.base import LearntMask, Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.dead_units import find_dead_units
 from gumbel_plugin.shrinking.inputs import call_model
 from gumbel_torch_pruning.arguments import check_arguments, check_layers, check_model, forward_of, own_copies
+from gumbel_torch_pruning.gradients import EvenGradients
 from gumbel_torch_pruning.groups import DependencyGroups, check_forward, mark_outputs
-from gumbel_torch_pruning.heads import Heads, find_named_heads, note_heads
+from gumbel_torch_pruning.heads import find_named_heads
 from gumbel_torch_pruning.importance import GateImportance
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
 from gumbel_torch_pruning.repairs import repaired_tracing
 from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank
-from gumbel_torch_pruning.tracing import calling, named_shapes, shared_parts, traceable, untouched_on_error
+from gumbel_torch_pruning.tracing import Structure, calling, shared_parts, traceable, untouched_on_error
 
 _logger = logging.getLogger(__name__)
 
@@ -115,6 +117,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             check_layers(self, arguments)
             self._read_graph()
             self._original = {group.name: group.size for group in self._groups}
+            if not self._gated_groups():
+                raise TargetError("no dependency group of this model can be gated; groups() says why")
+            if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
+                self._plan(-1, self._settings)
             self._attach()
 
     # Training -----------------------------------------------------------------------------------------------------
@@ -129,9 +135,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         _logger.info("gates: %s, %.1f %% closed", status.phase, 100 * status.sparsity)
 
     def regularize(self, model: nn.Module, loss: Tensor | None = None, **_: Any) -> Tensor:
-        """Add the gradient of what the gates add to the loss; to be called after ``loss.backward()``, every step.
+        """Add the gradient of what the gates add to the loss; to be called before every step of the optimizer.
 
-        After the last `step` there are no gates left and this does nothing.
+        It comes after ``loss.backward()``, ``unscale_`` and gradient clipping. The gates' gradients are brought to one
+        size, see `EvenGradients`. After the last `step` there are no gates left and this does nothing.
 
         Args:
             model: The pruner's model, or what wraps it.
@@ -152,6 +159,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         penalty = self.session.loss()
         if penalty.requires_grad:
             penalty.backward()  # type: ignore[no-untyped-call]
+        self._gradients.apply()
         self.session.step()
         return penalty.detach()
 
@@ -169,13 +177,14 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         Raises:
             LifecycleError: If all ``iterative_steps`` are done, or the model's layers were changed meanwhile.
         """
-        if not self._attached:
+        if self.current_step >= self.iterative_steps:
             raise LifecycleError(
                 f"no gates are left to decide: {self.current_step} of {self.iterative_steps} iterative_steps are done"
             )
-        self._check_unchanged()
+        if self._attached:  # otherwise nothing is left that can be gated
+            self._structure.check(self.model)
         self.current_step += 1
-        groups = self._prune()
+        groups = self._prune() if self._attached else iter(())
         if interactive:
             return groups
         for group in groups:
@@ -194,10 +203,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             for name, units in dead.items():
                 heads = self._heads.get(name)
                 yield heads.removal(self.DG, units) if heads else self._dependency.pruning_group(name, units)
-        for heads in self._heads.values():
-            self._count_heads(heads)
-        self._read_graph()
-        if self.current_step < self.iterative_steps:
+        self._update_graph()
+        if self.current_step < self.iterative_steps and self._gated_groups():
             self._attach()
         next_masks = self.session.plan.masks if self._attached else {}
         for name, mask in plan.masks.items():
@@ -246,6 +253,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             "history": [list(entry) for entry in self.pruning_history()],
             "record": self._record.state_dict(),
             "session": self.session.state_dict() if self._attached else None,
+            "gradients": self._gradients.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -258,7 +266,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             LifecycleError: If this pruner pruned something already.
             TargetError: If the state is of another network.
         """
-        missing = {"step", "history", "record", "session"} - set(state)
+        missing = {"step", "history", "record", "session", "gradients"} - set(state)
         if missing:
             raise TargetError(f"this is no state of a GumbelGroupPruner: it lacks {sorted(missing)}")
         if state["history"] or not state["session"]:
@@ -269,6 +277,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             if not self._attached:
                 self._attach()
             self.session.load_state_dict(state["session"])
+            self._gradients.load_state_dict(state["gradients"])
 
     def load_pruning_history(self, pruning_history: Sequence[Any]) -> None:
         """Remove what another pruner removed, from a pruner on the original network; the model is a plain one then.
@@ -286,9 +295,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._detach()
         with tracked(self.model) as self._changes:
             super().load_pruning_history(copy.deepcopy(list(pruning_history)))
-        for heads in self._heads.values():
-            self._count_heads(heads)
-        self._read_graph()
+        self._update_graph()
         self.current_step = self.iterative_steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GumbelGroupPruner:
@@ -315,24 +322,38 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._heads = heads
         self._groups = [heads[g.name].group if g.name in heads else g for g in self._dependency.groups]
 
+    def _update_graph(self) -> None:
+        """Catch up with what was removed: heads, parameters outside of layers, groups."""
+        for heads in self._heads.values():
+            heads.note_removal(self)
+        replaced = {id(change.old): change.new for change in self._changes.changes}
+        pairs = [(replaced.get(id(parameter), parameter), dim) for parameter, dim in self.DG.unwrapped_parameters]
+        self.DG.unwrapped_parameters = pairs  # Torch-Pruning keeps the parameters that are no more
+        self._read_graph()
+
     def _attach(self) -> None:
         """Attach the gates of the next step."""
         step = self.current_step + 1
         settings = self._settings
         if step > 1:  # weights that were learnt are not initialised again
             settings = settings.model_copy(update={"weight_init": "keep"})
+        plan = self._plan(step, settings)
+        self._dense_cost = self._dense_cost or plan.scopes[0].total
+        self.session = MaskingSession(self.model, settings, plan=plan)
+        self.session.start(self._total_steps)
+        self._gradients = EvenGradients(self.session.gate_parameters())
+        self._structure = Structure(self.model)
+        self._attached = True
+        if self._own_importance:
+            self.importance = GateImportance(self.session)
+
+    def _plan(self, step: int, settings: PruningSection) -> Plan:
+        """Plan the gates of a step; -1 is the last one."""
         groups = self._gated_groups()
         with calling(self.model, self._forward, self.example_inputs):
             if self._target == "latency" and self._table is None:
                 self._table = measure_table(self.model, self.example_inputs)
-            plan = plan_groups(self.model, settings, groups, self._budget(step, groups), self.example_inputs)
-        self._dense_cost = self._dense_cost or plan.scopes[0].total
-        self.session = MaskingSession(self.model, settings, plan=plan)
-        self.session.start(self._total_steps)
-        self._attached = True
-        if self._own_importance:
-            self.importance = GateImportance(self.session)
-        self._known = named_shapes(self.model, skip=GATES)
+            return plan_groups(self.model, settings, groups, self._budget(step, groups), self.example_inputs)
 
     def _detach(self) -> None:
         self.session.detach()
@@ -345,8 +366,6 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self._target == "channels":
             ratios = rank(self, groups, self._heads, -1).ratios
             groups = [group for group in groups if ratios[group.name] > 0]
-        if not groups:
-            raise TargetError("no dependency group of this model can be gated; groups() says why")
         return groups
 
     def _budget(self, step: int, groups: Sequence[ChannelGroup]) -> Budget:
@@ -373,22 +392,3 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             with torch.no_grad():
                 after.copy_(before[kept.to(before.device)])
             self._changes.add(before, after, kept)
-
-    def _count_heads(self, heads: Heads) -> None:
-        """Note how many heads are left, where Torch-Pruning does and in the model's attention layers."""
-        before = self.num_heads[heads.layers[0]]
-        for layer in heads.layers:
-            self.num_heads[layer] = self.out_channel_groups[layer] = heads.left()
-        note_heads(self.model, self.DG, heads, before)
-
-    # Checks -------------------------------------------------------------------------------------------------------
-
-    def _check_unchanged(self) -> None:
-        now = named_shapes(self.model, skip=GATES)
-        for name in {**self._known, **now}:
-            (module, shapes), (known, known_shapes) = now.get(name, (None, ())), self._known.get(name, (None, ()))
-            if module is not known or shapes != known_shapes:
-                raise LifecycleError(
-                    f"the model's layer {name!r} was added, removed, replaced or reshaped after the gates were "
-                    "attached; build a new pruner on the changed model"
-                )

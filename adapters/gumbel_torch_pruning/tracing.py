@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gumbel_plugin.errors import LifecycleError
+from gumbel_plugin.learning.session import GATES
 from gumbel_plugin.shrinking.inputs import observing
 from gumbel_torch_pruning.attention import opaque_attention
 
@@ -111,15 +113,31 @@ def shared_parts(graph: Any) -> dict[int, Any]:
     return {id(part): part for part in parts}
 
 
-def named_shapes(model: nn.Module, skip: str) -> Mapping[str, tuple[nn.Module, tuple[torch.Size, ...]]]:
-    """Return every module of a model with the shapes of its own parameters, by name.
+class Structure:
+    """Which layers a model had, of which shapes, when gates were attached."""
 
-    Args:
-        model: The model.
-        skip: Modules with this word in their name are left out.
-    """
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = _layers(model)
+
+    def check(self, model: nn.Module) -> None:
+        """Compare with the model's layers as they are now.
+
+        Raises:
+            LifecycleError: If one was added, removed, replaced or reshaped.
+        """
+        now = _layers(model)
+        for name in {**self._layers, **now}:
+            (layer, shapes), (known, known_shapes) = now.get(name, (None, ())), self._layers.get(name, (None, ()))
+            if layer is not known or shapes != known_shapes:
+                raise LifecycleError(
+                    f"the model's layer {name!r} was added, removed, replaced or reshaped after the gates were "
+                    "attached; build a new pruner on the changed model"
+                )
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[torch.Size, ...]]]:
     return {
         name: (module, tuple(parameter.shape for parameter in module.parameters(recurse=False)))
         for name, module in model.named_modules()
-        if skip not in name
+        if GATES not in name
     }

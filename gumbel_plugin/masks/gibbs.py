@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 from typing_extensions import override
 
@@ -46,13 +46,15 @@ class GibbsOptions(MaskOptions):
     coupling: float | None = Field(default=None, ge=0)
     sweeps: int = Field(default=50, ge=1)
 
-    @model_validator(mode="after")
-    def _grow_colder(self) -> GibbsOptions:
-        if isinstance(self.beta, Schedule) and self.beta.end < self.beta.start:
-            raise ValueError(f"beta may not fall as masks are annealed: {self.beta.start} to {self.beta.end} does")
-        if self.schedule(0.0) <= 0:
-            raise ValueError(f"beta must be above 0, got {self.schedule(0.0)}")
-        return self
+    @field_validator("beta")
+    @classmethod
+    def _grow_colder(cls, beta: float | Schedule | None) -> float | Schedule | None:
+        start = beta.start if isinstance(beta, Schedule) else beta
+        if start is not None and start <= 0:
+            raise ValueError(f"an inverse temperature is above 0, {start} is not")
+        if isinstance(beta, Schedule) and beta.end < beta.start:
+            raise ValueError(f"masks are annealed, so beta may not fall, as it does from {beta.start} to {beta.end}")
+        return beta
 
     def schedule(self, progress: float) -> float:
         """Return the inverse temperature at a progress of the mask learning."""

@@ -41,11 +41,12 @@ class ReparametrizationOptions(MaskOptions):
     """Options of `ReparametrizationMask`.
 
     Attributes:
-        strength: The weight λ of the budget loss.
+        strength: The weight λ of the budget loss. It must be large: far from the threshold the gates have hardly any
+            gradient, and what the budget has not closed by the end is cut off.
         initial_t: Where the learnt t starts; 100 puts the half-height of the gate at |w| ≈ 0.0113.
     """
 
-    strength: float = Field(default=10.0, gt=0)
+    strength: float = Field(default=1000.0, gt=0)
     initial_t: float = Field(default=100.0, gt=0)
 
 
@@ -57,7 +58,7 @@ class ReparametrizationMask(LearntMask):
     weights ranked by |ŵ| over all its layers at the end, give all entries one ``global_group_id``; else each layer has
     its own. When the masks are decided, ŵ takes the place of w, so that nothing but the removed weights changes.
 
-    Source: Dupont, Sahbi, Michel, ICIP 2021, arXiv 2107.03909. Project choices: one t a network; λ = 10; before the
+    Source: Dupont, Sahbi, Michel, ICIP 2021, arXiv 2107.03909. Project choices: one t a network; λ = 1000; before the
     masks are decided, an evaluation closes the weights whose gates are below ½.
     """
 

@@ -326,8 +326,8 @@ def test_the_coupling_is_the_published_one_by_default() -> None:
     ("wrong", "rule"),
     [
         ({"beta": Schedule(10.0, 1.0)}, "beta may not fall.*10.0 to 1.0"),
-        ({"beta": Schedule(0.0, 1.0)}, "beta must be above 0"),
-        ({"beta": -1.0}, "beta must be above 0"),
+        ({"beta": Schedule(0.0, 1.0)}, "inverse temperature is above 0, 0.0 is not"),
+        ({"beta": -1.0}, "inverse temperature is above 0"),
         ({"annealing": 0.0}, "annealing"),
         ({"coupling": -1.0}, "coupling"),
         ({"sweeps": 0}, "sweeps"),

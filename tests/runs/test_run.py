@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,12 @@ def exploding_net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10), Explode())
 
 
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models._REGISTRY, "test_run_dropout", dropout_net)
-    monkeypatch.setitem(models._REGISTRY, "test_run_exploding", exploding_net)
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._REGISTRY, "test_run_dropout", dropout_net)
+        patch.setitem(models._REGISTRY, "test_run_exploding", exploding_net)
+        yield
 
 
 def config(**changes: Any) -> PruningConfig:

@@ -28,10 +28,10 @@ class Flow(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dyes = Dyes()
         self.muted = 0
-        self._carried = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+        self._carried = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the colours that a tensor carries, of its shape and tight, on the CPU; None if it carries none."""
@@ -119,13 +119,17 @@ def _pointwise(step: _Step) -> None:
             step.remark("unsupported", "joins them with what no layer computes", ours * (theirs == 0))
         result = torch.where(ours != 0, ours, theirs)
     result = tight(result.expand(shape))
-    for tensor in step.inputs:
-        ranks = [dim - len(shape) for dim in varying(result)]
-        if id(tensor) not in step.dyed and any(tensor.dim() >= -r and tensor.shape[r] > 1 for r in ranks):
-            step.remark("unsupported", "joins them with a tensor per channel that is no parameter", result)
-    if step.func._schema.is_mutable and id(step.args[0]) not in step.dyed and step.args[0]._is_view():
+    undyed = [tensor for tensor in step.inputs if id(tensor) not in step.dyed]
+    if step.func._schema.is_mutable and any(tensor is step.args[0] and tensor._is_view() for tensor in undyed):
         step.remark("unsupported", "writes them into a part of another tensor", result)
+    elif any(_differs_along(tensor, dim - len(shape)) for tensor in undyed for dim in varying(result)):
+        step.remark("unsupported", "joins them with a tensor per channel that is no parameter", result)
     step.put_all(result)
+
+
+def _differs_along(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor may have different elements along a dimension (counted from the end)."""
+    return tensor.dim() >= -dim and tensor.shape[dim] > 1 and tensor.stride(dim) != 0
 
 
 def _move(step: _Step) -> None:
@@ -197,6 +201,8 @@ def _window(step: _Step) -> None:
     trailing = next((count for count in (1, 2, 3) if f"{count}d" in name), 0)
     if any(dim >= step.source.dim() - trailing for dim in varying(step.source)):
         step.remark("inexact", "mixes these channels")
+        if step.outputs[0].shape == step.source.shape:
+            step.put_all(step.source)
     elif trailing:
         step.put_all(step.source)
     else:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from gumbel_torch_pruning.exactness.dyes import Safety, core, varying
@@ -88,7 +89,9 @@ class Layers:
     def _end(self, name: str, effect: _Effect) -> Callable[..., None]:
         def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.flow.muted == 1:  # not a part of another layer
-                effect(name, module, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], output)
+                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                with _disable_current_modes():  # what is done to dyes is not to be followed
+                    effect(name, module, tensors, output)
             self.flow.muted -= 1
 
         return end
@@ -134,8 +137,8 @@ class Layers:
         self.remark(inputs, "unsupported", f"{name} is {kind} over these channels")
 
     def _leave(self, name: str, module: nn.Module, inputs: Sequence[Tensor], output: Any) -> None:
-        self.remark(inputs, "inexact", f"{name} is cut by a pruner of its own")
-        self._pass_on(inputs[0], output)
+        # Its user says how to cut it; whether it keeps channels apart is for the trial to find out.
+        self._treat_each(name, module, inputs, output)
 
     def _check_weight(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """A layer that computes its weight from other numbers may compute another one when some of them are gone."""

@@ -1,0 +1,218 @@
+"""Whole heads of attention layers that Torch-Pruning's ``num_heads`` names."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin import GumbelGroupPruner, verify_equivalence
+from gumbel_plugin.insight.profile import count_parameters
+from gumbel_plugin.learning.session import plain_copy
+
+import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
+
+INPUTS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+HEADS, SIZE = 6, 4
+
+
+class Separate(nn.Module):
+    """Queries, keys and values by layers of their own; notes its number of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.q, self.k, self.v = (nn.Linear(12, HEADS * SIZE) for _ in range(3))
+        self.proj = nn.Linear(HEADS * SIZE, 12)
+
+    def named(self) -> list[nn.Module]:
+        return [self.q, self.k, self.v]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self._split(layer(x)) for layer in (self.q, self.k, self.v))
+        return self.proj(_attend(q, k, v))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_heads, SIZE).transpose(1, 2)
+
+
+class Fused(nn.Module):
+    """One layer for all three, as in timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(12, 3 * HEADS * SIZE, bias=False), nn.Linear(HEADS * SIZE, 12)
+
+    def named(self) -> list[nn.Module]:
+        return [self.qkv]
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(_attend(*(part.reshape(*x.shape[:2], -1, SIZE).transpose(1, 2) for part in parts)))
+
+
+class Normed(Separate):
+    """A norm over all heads before the projection: removing one changes the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.LayerNorm(HEADS * SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self._split(layer(x)) for layer in (self.q, self.k, self.v))
+        return self.proj(self.between(_attend(q, k, v)))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-2, -1) * SIZE**-0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Transformer(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attentions = nn.ModuleList(kind() for _ in range(2))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(4))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for place, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
+            x = x + attention(self.norms[2 * place](x))
+            x = x + mlp(self.norms[2 * place + 1](x))
+        return self.head(x.mean(1))
+
+    def heads(self) -> dict[nn.Module, int]:
+        return {layer: HEADS for attention in self.attentions for layer in attention.named()}
+
+
+def prune(model: Transformer, steps: int = 1, **arguments: Any) -> GumbelGroupPruner:
+    arguments = {"num_heads": model.heads(), "prune_num_heads": True, "ignored_layers": [model.head], **arguments}
+    pruner = GumbelGroupPruner(model, INPUTS, iterative_steps=steps, **arguments)
+    for number in range(steps):
+        generator = torch.Generator().manual_seed(number)
+        for parameter in pruner.gate_parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        groups = pruner.step(interactive=True)
+        first = next(groups)
+        masked = plain_copy(model)
+        first.prune()
+        for group in groups:
+            group.prune()
+        verify_equivalence(masked, plain_copy(model), INPUTS).raise_for_failure()
+    return pruner
+
+
+def left(model: Transformer) -> list[int]:
+    return [attention.proj.in_features // SIZE for attention in model.attentions]
+
+
+@pytest.mark.parametrize("kind", [Separate, Fused])
+def test_whole_heads_leave(kind):
+    model = Transformer(kind)
+    pruner = prune(model, pruning_ratio=0.25, head_pruning_ratio=0.5)
+    assert left(model) == [3, 3]
+    assert [mlp[0].out_features for mlp in model.mlps] == [15, 15]
+    for attention in model.attentions:
+        width = 3 * SIZE
+        assert attention.named()[0].out_features == width * (1 if kind is Separate else 3)
+        assert all(pruner.num_heads[layer] == pruner.out_channel_groups[layer] == 3 for layer in attention.named())
+    assert all(group.safety == "exact" for group in pruner.groups() if group.name.startswith("attentions"))
+
+
+@pytest.mark.parametrize("kind", [Separate, Fused])
+def test_heads_that_leave_are_whole_in_the_weights(kind):
+    model = Transformer(kind)
+    whole = copy.deepcopy(model)
+    masks = prune(model, pruning_ratio=0.0, head_pruning_ratio=0.5).masks()
+    for name, layer in whole.named_modules():
+        if name in masks:
+            kept = masks[name]["weight"].any(1)
+            assert torch.equal(layer.weight[kept], model.get_submodule(name).weight)
+            per_head = kept.view(-1, SIZE)
+            assert torch.equal(per_head.any(1), per_head.all(1))
+    assert len(masks) == (6 if kind is Separate else 2)
+
+
+def test_steps_are_counted_from_the_original_and_the_layers_know():
+    model = Transformer(Separate)
+    prune(model, 2, pruning_ratio=0.2, head_pruning_ratio=0.7)
+    assert left(model) == [2, 2]
+    assert [attention.num_heads for attention in model.attentions] == [2, 2]
+    assert model(INPUTS).shape == (2, 3)
+
+
+def test_global_pruning_ranks_all_heads_together():
+    model = Transformer(Fused)
+    prune(model, pruning_ratio=0.5, head_pruning_ratio=0.5, global_pruning=True)
+    assert sum(left(model)) == HEADS
+    assert sum(mlp[0].out_features for mlp in model.mlps) == 20
+
+
+def test_a_layer_has_a_head_ratio_of_its_own():
+    model = Transformer(Fused)
+    ratios = {model.attentions[0].qkv: 0.0, model.attentions[1].qkv: 0.5}
+    prune(model, pruning_ratio=0.5, head_pruning_ratio=0.2, head_pruning_ratio_dict=ratios)
+    assert left(model) == [6, 3]
+
+
+def test_without_prune_num_heads_or_a_ratio_all_heads_stay():
+    for arguments in ({"prune_num_heads": False, "head_pruning_ratio": 0.5}, {"head_pruning_ratio": 0.0}):
+        model = Transformer(Fused)
+        prune(model, pruning_ratio=0.5, **arguments)
+        assert left(model) == [6, 6]
+        assert [mlp[0].out_features for mlp in model.mlps] == [10, 10]
+
+
+def test_torch_pruning_removes_as_many_heads():
+    ours, theirs = Transformer(Fused), Transformer(Fused)
+    prune(ours, pruning_ratio=0.0, head_pruning_ratio=0.5)
+    importance = tp.importance.MagnitudeImportance()
+    pruner = tp.pruner.BasePruner(
+        theirs, INPUTS, importance, pruning_ratio=0.5, prune_num_heads=True, prune_head_dims=False,
+        head_pruning_ratio=0.5, num_heads=theirs.heads(), ignored_layers=[theirs.head, *theirs.norms],
+    )  # fmt: skip
+    pruner.step()
+    assert left(ours) == left(theirs) == [3, 3]
+
+
+def test_a_norm_over_all_heads_is_found_out():
+    model = Transformer(Normed)
+    pruner = GumbelGroupPruner(model, INPUTS, num_heads=model.heads(), prune_num_heads=True, head_pruning_ratio=0.5)
+    reasons = [group.reason for group in pruner.groups() if group.name.startswith("attentions.0.")]
+    assert "something mixes the heads" in reasons[0]
+    pruner.step()
+    assert left(model) == [6, 6]
+
+
+def test_grouped_queries_are_refused():
+    model = Transformer(Separate)
+    heads = {layer: 3 if layer is model.attentions[0].k else HEADS for layer in model.heads()}
+    pruner = GumbelGroupPruner(model, INPUTS, num_heads=heads, prune_num_heads=True, head_pruning_ratio=0.5)
+    reasons = [group.reason for group in pruner.groups() if group.name.startswith("attentions.0.")]
+    assert "grouped queries" in reasons[0]
+
+
+def test_heads_count_in_a_budget_of_parameters():
+    model = Transformer(Separate)
+    total = count_parameters(model)
+    prune(model, target="parameters", pruning_ratio=0.4)
+    assert 0.95 < count_parameters(model) / (0.6 * total) <= 1
+    assert sum(left(model)) < 2 * HEADS
+
+
+def test_a_history_of_heads_can_be_replayed():
+    model, fresh = Transformer(Separate), Transformer(Separate)
+    pruner = prune(model, pruning_ratio=0.25, head_pruning_ratio=0.5)
+    again = GumbelGroupPruner(
+        fresh, INPUTS, num_heads=fresh.heads(), prune_num_heads=True, head_pruning_ratio=0.5, ignored_layers=[fresh.head]
+    )
+    again.load_state_dict(pruner.state_dict())
+    fresh.load_state_dict(model.state_dict())
+    assert left(fresh) == [3, 3]
+    assert torch.equal(fresh(INPUTS), model(INPUTS))
+    assert [attention.num_heads for attention in fresh.attentions] == [3, 3]
