@@ -15,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from gumbel_plugin.config import OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
 from gumbel_plugin.learning.budget import BudgetController
+from gumbel_plugin.learning.nni_masks import Masks, decisions_of, masks_of
 from gumbel_plugin.learning.plan import Plan, build_plan
 from gumbel_plugin.learning.rescale import initialise_weight
 from gumbel_plugin.learning.sites import SiteHooks
 from gumbel_plugin.masks.base import LearntMask, Phase
-from gumbel_plugin.masks.targets import ChannelGroup, output_dimension
+from gumbel_plugin.masks.targets import ChannelGroup
 
 _logger = logging.getLogger(__name__)
 
@@ -28,9 +29,6 @@ GATES = "gumbel_gates"
 
 They hang on layers, not on the model: the model may be an `nn.Sequential`, which would call them.
 """
-
-Masks = dict[str, dict[str, Tensor]]
-"""NNI's masks format: {module name: {tensor name: 0/1 tensor}}."""
 
 _SNAPSHOT_EVERY = 50
 
@@ -275,21 +273,8 @@ class MaskingSession:
         Args:
             decided: Hard gates by mask name; by default those that were fixed.
         """
-        hard_gates = decided or {name: mask.hard for name, mask in self.plan.masks.items()}
-        names = {id(mask): name for name, mask in self.plan.masks.items()}
-        masks: Masks = {}
-        for name, site in self.plan.sites.items():
-            if site.mask is not None:
-                hard = site.mask.spread(hard_gates[names[id(site.mask)]].float(), site.weight)
-                masks[name] = {"weight": hard.expand_as(site.weight).clone()}
-        modules = dict(self.model.named_modules())
-        for name, group in self.plan.groups.items():
-            for part in group.producers:
-                rows = _rows(modules[part.module], part.positions, hard_gates[name][part.units])
-                for target, mask in rows.items():
-                    known = masks.setdefault(part.module, {})
-                    known[target] = known[target] * mask if target in known else mask
-        return masks
+        hard = decided or {name: mask.hard for name, mask in self.plan.masks.items()}
+        return masks_of(self.plan, dict(self.model.named_modules()), hard)
 
     def fix_masks(self, masks: Masks) -> None:
         """Take over hard masks in NNI's format: element masks of gated layers, rows of the groups' producers.
@@ -299,22 +284,7 @@ class MaskingSession:
         Raises:
             TargetError: If a mask's shape is wrong, or producers of one group disagree.
         """
-        modules = dict(self.model.named_modules())
-        decided: dict[int, Tensor] = {}
-        for name, site in self.plan.sites.items():
-            given = masks.get(name, {}).get("weight")
-            if site.mask is not None and given is not None:
-                _check_shape(name, given, site.weight)
-                granularity = site.mask.granularity
-                decided[id(site.mask)] = given if granularity is None else granularity.reduce(given.float())
-        for name, group in self.plan.groups.items():
-            rows = {
-                part.module: _open_rows(part.module, modules[part.module], masks[part.module]["weight"])
-                for part in group.producers
-                if "weight" in masks.get(part.module, {})
-            }
-            if rows:
-                decided[id(self.plan.masks[name])] = _open_units(name, group, rows)
+        decided = decisions_of(self.plan, dict(self.model.named_modules()), masks)
         for name, mask in self.plan.masks.items() if decided else ():
             if id(mask) in decided:
                 mask.fix(decided[id(mask)], self._weight_of(name))
@@ -467,52 +437,6 @@ def make_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerConfig
         return torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
     family = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
     return family(parameters, settings.lr, weight_decay=settings.weight_decay)
-
-
-def _rows(module: nn.Module, positions: Tensor, hard: Tensor) -> dict[str, Tensor]:
-    """Return row masks of a producer's weight and bias for the channels at these positions."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dim = output_dimension(module)
-    assert dim is not None
-    channels = torch.ones(weight.shape[dim], device=weight.device)
-    channels[positions] = hard.float()
-    shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-    masks = {"weight": channels.reshape(shape).expand_as(weight).clone()}
-    if isinstance(getattr(module, "bias", None), Tensor):
-        masks["bias"] = channels.clone()
-    return masks
-
-
-def _check_shape(name: str, mask: Tensor, weight: Tensor) -> None:
-    if mask.shape != weight.shape:
-        raise TargetError(f"{name}.weight: mask {tuple(mask.shape)}, weight {tuple(weight.shape)}")
-
-
-def _open_rows(name: str, module: nn.Module, mask: Tensor) -> Tensor:
-    """Return which output channels of a producer its weight's mask keeps anything of, bool."""
-    assert isinstance(module.weight, Tensor)
-    _check_shape(name, mask, module.weight)
-    dimension = output_dimension(module)
-    assert dimension is not None
-    return (mask != 0).cpu().transpose(0, dimension).flatten(1).any(1) if mask.dim() > 1 else (mask != 0).cpu()
-
-
-def _open_units(name: str, group: ChannelGroup, rows: dict[str, Tensor]) -> Tensor:
-    """Return which units of a group its producers' rows keep, bool; a producer may compute only some of the units."""
-    is_open = torch.ones(group.size, dtype=torch.bool)
-    known = torch.zeros(group.size, dtype=torch.bool)
-    for part in group.producers:
-        if part.module not in rows:
-            continue
-        own = torch.zeros(group.size, dtype=torch.bool)
-        own[part.units[rows[part.module][part.positions]]] = True
-        here = torch.zeros(group.size, dtype=torch.bool).index_fill(0, part.units, True)
-        if bool((known & here & (own != is_open)).any()):
-            raise TargetError(f"group {name}: its producers' masks close different units")
-        is_open[here] = own[here]
-        known |= here
-    return is_open
 
 
 __all__ = ["GATES", "MaskingSession", "Masks", "Status", "make_optimizer", "plain_copy", "remove_gates"]
