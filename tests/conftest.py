@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gumbel_torch_pruning import find_groups
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gumbel_plugin  # noqa: F401  (makes torchvision, and with it nni and torch_pruning, importable)
 from gumbel_plugin.config import LayerRule, PruningSection
 from gumbel_plugin.masks.targets import ChannelGroup
+from gumbel_torch_pruning import find_groups
 
 
 class Residual(nn.Module):

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from gumbel_torch_pruning.groups import find_groups
 from nni.compression.base.apply_method import pruning_apply_methods
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.config import trans_legacy_config_list
@@ -25,6 +24,7 @@ from gumbel_plugin.learning.session import MaskingSession, Masks, remove_gates
 from gumbel_plugin.learning.sites import WeightSite
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_torch_pruning.groups import find_groups
 
 _logger = logging.getLogger(__name__)
 

@@ -258,6 +258,8 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
             return None
         dimension = self.batch_dim if batch_dim is None else batch_dim
         zero = (output == 0).all(dim=dimension, keepdim=True)
+        if not output.is_floating_point():  # a zero index is no closed channel
+            zero = torch.zeros_like(zero)
         mask = torch.ones_like(zero, dtype=torch.get_default_dtype()) if output_mask is None else output_mask
         return mask.narrow(dimension, 0, 1).masked_fill(zero, 0)
 

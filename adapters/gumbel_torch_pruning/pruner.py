@@ -29,7 +29,7 @@ from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
 from gumbel_torch_pruning.repairs import repaired_tracing
 from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank
-from gumbel_torch_pruning.tracing import Structure, calling, shared_parts, traceable, untouched_on_error
+from gumbel_torch_pruning.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
 
 _logger = logging.getLogger(__name__)
 
@@ -294,7 +294,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 raise TargetError(f"pruning history: layer {name!r} is not in the graph{nearest(str(name), modules)}")
         self._detach()
         with tracked(self.model) as self._changes:
-            super().load_pruning_history(copy.deepcopy(list(pruning_history)))
+            for entry in pruning_history:
+                super().load_pruning_history([copy.deepcopy(entry)])
+                catch_up(self.DG, {})
+        self.DG._pruning_history = copy.deepcopy(list(pruning_history))
         self._update_graph()
         self.current_step = self.iterative_steps
 
@@ -326,9 +329,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Catch up with what was removed: heads, parameters outside of layers, groups."""
         for heads in self._heads.values():
             heads.note_removal(self)
-        replaced = {id(change.old): change.new for change in self._changes.changes}
-        pairs = [(replaced.get(id(parameter), parameter), dim) for parameter, dim in self.DG.unwrapped_parameters]
-        self.DG.unwrapped_parameters = pairs  # Torch-Pruning keeps the parameters that are no more
+        catch_up(self.DG, {id(change.old): change.new for change in self._changes.changes})
         self._read_graph()
 
     def _attach(self) -> None:

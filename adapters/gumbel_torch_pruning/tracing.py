@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import LifecycleError
@@ -101,6 +103,20 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         raise
+
+
+def catch_up(graph: Any, replaced: Mapping[int, nn.Parameter]) -> None:
+    """Bring a dependency graph up to date after something was removed, where Torch-Pruning forgets to.
+
+    Args:
+        graph: The graph.
+        replaced: The new parameters by the ids of the old ones.
+    """
+    pairs = [(replaced.get(id(parameter), parameter), dim) for parameter, dim in graph.unwrapped_parameters]
+    graph.unwrapped_parameters = pairs
+    for node in graph.module2node.values():
+        if node.type == tp.ops.OPTYPE.SPLIT and node.module.split_sizes is not None:
+            node.module.offsets = [0, *itertools.accumulate(node.module.split_sizes)]
 
 
 def shared_parts(graph: Any) -> dict[int, Any]:

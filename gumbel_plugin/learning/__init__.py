@@ -1,1 +1,1 @@
-
+"""How masks are learnt: the session, its plan, sites and budgets."""

@@ -112,7 +112,7 @@ class CostScope(Scope):
         soft = self._cost({m.name: m.mask.probability(m.weight) for m in self.members})
         with torch.no_grad():
             hard = self._cost({m.name: m.mask.decide(m.weight).float() for m in self.members})
-        return (hard + soft - soft.detach()) / self.total
+        return (hard + (soft - soft.detach())) / self.total
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:

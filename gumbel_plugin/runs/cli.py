@@ -1,4 +1,4 @@
-"""The command line: `gumbel-prune run` and `gumbel-prune check`."""
+"""The command line: `gumbel-prune run`, `check` and `groups`."""
 
 from __future__ import annotations
 
@@ -73,6 +73,26 @@ def check(config: ConfigArgument, settings: SetOption = None) -> None:
         units = sum(member.units for member in scope.members)
         rule = "the gates decide" if scope.ratio is None else f"{100 * scope.ratio:g} % of the weights go"
         typer.echo(f"  {scope.name}: {units:,} gates, {rule}")
+
+
+@app.command()
+def groups(config: ConfigArgument, settings: SetOption = None) -> None:
+    """List the network's channel groups: which can be removed exactly, which cannot, and why; train nothing."""
+    try:
+        from gumbel_plugin.runs.run import prepare
+
+        prepared = prepare(_load(config, settings))
+    except (GumbelPluginError, OSError) as error:
+        _fail(error)
+    table = Table(title="channel groups", title_justify="left")
+    for heading in ("group", "units", "computed by", "read by", "safety", "gated", "why not"):
+        table.add_column(heading, justify="right" if heading == "units" else "left")
+    places = {name: place for place, (name, _) in enumerate(prepared.model.named_modules())}
+    for group in sorted(prepared.groups, key=lambda group: places.get(group.name, len(places))):
+        computed, read = (", ".join(part.module for part in parts) for parts in (group.producers, group.consumers))
+        gated = "yes" if group.name in prepared.session.plan.groups else "no"
+        table.add_row(group.name, str(group.size), computed, read, group.safety, gated, group.reason)
+    _print_table(table)
 
 
 def result_table(result: RunResult) -> Table:

@@ -99,6 +99,7 @@ class Prepared:
     config: PruningConfig
     data: DataBundle
     model: nn.Module
+    groups: list[ChannelGroup]
     session: MaskingSession
     example: Tensor
 
@@ -122,7 +123,8 @@ def prepare(config: PruningConfig) -> Prepared:
         raise MissingExtraError("torch-pruning", "torch-pruning") from error
     groups = find_groups(model, example)  # even where no channel goes: what cannot be traced could not be shrunk later
     _check_outputs(config, data, model, example)
-    return Prepared(config, data, model, MaskingSession(model, config.pruning, groups, config.seed), example)
+    session = MaskingSession(model, config.pruning, groups, config.seed)
+    return Prepared(config, data, model, groups, session, example)
 
 
 def run(

@@ -12,12 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import gumbel_nni
 import nni
 import pytest
 import pytorch_lightning as pl
 import torch
-from gumbel_nni import compat
 from nni.common.concrete_trace_utils import concrete_proxy, concrete_trace, concrete_tracer
 from nni.compression.speedup import ModelSpeedup, container, mask_updater, model_speedup, utils
 from nni.compression.utils import evaluator
@@ -27,6 +25,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
+import gumbel_nni
+from gumbel_nni import compat
 from gumbel_plugin.errors import MissingExtraError
 
 ALL_REPAIRS = (

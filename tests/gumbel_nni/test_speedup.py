@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gumbel_nni.speedup import speedup
 from nni.compression.pruning import L1NormPruner
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gumbel_nni.speedup import speedup
 from gumbel_plugin.errors import ConfigError, GraphError, TargetError
 
 Masks = dict[str, dict[str, Tensor]]

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch_pruning as tp
 import torchvision
-from gumbel_nni.speedup import speedup
 from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
+
+from gumbel_nni.speedup import speedup
 
 Masks = dict[str, dict[str, Tensor]]
 

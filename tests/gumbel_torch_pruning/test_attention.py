@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gumbel_torch_pruning.attention import find_heads, kind_of, opaque_attention, remove_heads
-from gumbel_torch_pruning.groups import DependencyGroups, find_groups
 from torch import Tensor, nn
 
 from gumbel_plugin import shrink, verify_equivalence
@@ -19,6 +17,8 @@ from gumbel_plugin.errors import TargetError
 from gumbel_plugin.learning.session import MaskingSession
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.inputs import call_model
+from gumbel_torch_pruning.attention import find_heads, kind_of, opaque_attention, remove_heads
+from gumbel_torch_pruning.groups import DependencyGroups, find_groups
 
 # Networks ---------------------------------------------------------------------------------------------------------
 

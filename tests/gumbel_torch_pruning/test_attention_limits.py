@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gumbel_torch_pruning.groups import find_groups
 from torch import Tensor, nn
+
+from gumbel_torch_pruning.groups import find_groups
 
 
 class _Block(nn.Module):

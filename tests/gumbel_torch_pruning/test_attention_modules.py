@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from gumbel_torch_pruning.attention import kind_of, remove_heads
-from gumbel_torch_pruning.attention_modules import CompactMultiheadAttention, CompactWindowAttention
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError
+from gumbel_torch_pruning.attention import kind_of, remove_heads
+from gumbel_torch_pruning.attention_modules import CompactMultiheadAttention, CompactWindowAttention
 
 
 def _random(module: nn.Module) -> nn.Module:

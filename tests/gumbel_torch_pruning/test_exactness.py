@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from gumbel_torch_pruning import find_groups
-from gumbel_torch_pruning.exactness.dyes import Dyes, tight, varying
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gumbel_torch_pruning import find_groups
+from gumbel_torch_pruning.exactness.dyes import Dyes, tight, varying
 
 Forward = Callable[[nn.Module, Tensor], Any]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from gumbel_torch_pruning import DependencyGroups, find_groups
 from torch import nn
 
 from gumbel_plugin.errors import ConfigError, GraphError
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice
+from gumbel_torch_pruning import DependencyGroups, find_groups
 
 # Network: {producers: (units, {consumer: how many of its input channels})}, for the groups that can be cut.
 EXPECTED: dict[str, dict[frozenset[str], tuple[int, dict[str, int]]]] = {

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from gumbel_torch_pruning import DependencyGroups, find_groups
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gumbel_plugin.masks.targets import ChannelGroup, columns_view, input_channels
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
+from gumbel_torch_pruning import DependencyGroups, find_groups
 
 
 class Net(nn.Module):

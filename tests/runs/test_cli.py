@@ -234,3 +234,13 @@ def test_help_is_quick() -> None:
 
 def split(line: str) -> list[str]:
     return line.replace("┃", "│").split("│")
+
+
+def test_groups_lists_every_group_with_its_safety() -> None:
+    result = CliRunner().invoke(app, ["groups", str(Path(__file__).parents[2] / "configs" / "digits.yaml")])
+    assert result.exit_code == 0
+    rows = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("│")}
+    assert "exact" in rows["conv1"]
+    assert "yes" in rows["conv1"]
+    assert "unsupported" in rows["fc"]
+    assert "output" in rows["fc"]

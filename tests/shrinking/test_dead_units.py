@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from gumbel_torch_pruning import find_groups
 from torch import nn
 
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, input_channels
 from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units, read_channels, unread_units
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
+from gumbel_torch_pruning import find_groups
 
 LAYERS = {
     "linear": lambda: nn.Linear(4, 6),

@@ -49,7 +49,7 @@ class Dyes:
 
     def remark(self, dyes: Tensor, safety: Safety, reason: str) -> None:
         """Note why these channels are not exact."""
-        self._remarks.append((torch.unique(dyes), safety, reason))
+        self._remarks.append((torch.unique(dyes[dyes > 0]), safety, reason))
 
     def verdicts(self) -> tuple[Tensor, list[tuple[Safety, str]]]:
         """Return for every colour its place in a list of verdicts: the worst remark, the earliest among equals."""
