@@ -51,6 +51,7 @@ class Task:
         self.before = options.epochs - options.finetune
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
+        """Return the optimizer that every method trains the weights with."""
         return torch.optim.SGD(model.parameters(), self.options.lr, 0.9, weight_decay=5e-4)
 
     def fit(

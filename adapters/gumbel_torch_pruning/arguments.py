@@ -11,7 +11,7 @@ from torch import nn
 from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest
 from gumbel_plugin.learning.session import GATES
 from gumbel_plugin.shrinking.inputs import call_model
-from gumbel_torch_pruning.repairs import PRUNERS
+from gumbel_torch_pruning.repairs import missing_pruners
 from gumbel_torch_pruning.tracing import Forward
 
 _TARGETS = ("channels", "macs", "parameters", "latency")
@@ -75,15 +75,12 @@ def check_layers(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> 
                     raise TargetError(f"{argument}: {name!r} is not in the dependency graph{nearest(name, valid)}")
 
 
-def own_copies(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def own_copies(arguments: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return the arguments with containers that Torch-Pruning may write into; its own defaults leak between pruners."""
     own = dict(arguments)
     for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
         own[name] = dict(own.get(name) or {})
-    own["customized_pruners"] = {
-        **{kind: make() for kind, make in PRUNERS.items()},
-        **(own.get("customized_pruners") or {}),
-    }
+    own["customized_pruners"] = {**missing_pruners(model), **(own.get("customized_pruners") or {})}
     unwrapped = own.get("unwrapped_parameters")
     if unwrapped is not None:  # documented as a dict, read as a list of pairs
         own["unwrapped_parameters"] = list(unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped)

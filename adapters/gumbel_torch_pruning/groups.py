@@ -17,7 +17,7 @@ from gumbel_plugin.shrinking.inputs import call_model, observing
 from gumbel_torch_pruning.attention import find_heads, kind_of
 from gumbel_torch_pruning.exactness import Cut, Judge, Safety, Treatment, output_tensors, tried
 from gumbel_torch_pruning.removal import Item, Remover, unchanging_graph
-from gumbel_torch_pruning.repairs import PRUNERS, repaired_tracing
+from gumbel_torch_pruning.repairs import FrozenNormPruner, missing_pruners, repaired_tracing
 from gumbel_torch_pruning.tracing import traceable
 
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
@@ -140,7 +140,7 @@ class DependencyGroups:
         """Return what is known of layers that are none of torch's own."""
         treatments: dict[nn.Module, Treatment] = {}
         for module in self._names:
-            if type(module) in PRUNERS:
+            if isinstance(self.graph.get_pruner_of_module(module), FrozenNormPruner):
                 treatments[module] = "each"
             elif module in self.graph.CUSTOMIZED_PRUNERS or type(module) in self.graph.CUSTOMIZED_PRUNERS:
                 treatments[module] = "foreign"
@@ -216,7 +216,7 @@ def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
                 example_inputs,
                 forward_fn=_forward,
                 output_transform=mark_outputs,
-                customized_pruners={kind: pruner() for kind, pruner in PRUNERS.items()},
+                customized_pruners=missing_pruners(model),
                 verbose=False,
             )
         except Exception as error:

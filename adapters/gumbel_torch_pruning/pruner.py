@@ -112,7 +112,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                         importance or tp.importance.RandomImportance(),
                         forward_fn=call_model,
                         output_transform=mark_outputs,
-                        **own_copies(arguments),
+                        **own_copies(arguments, model),
                     )
             check_layers(self, arguments)
             self._read_graph()

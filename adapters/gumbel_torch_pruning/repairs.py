@@ -9,8 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch_pruning as tp
-from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torch import nn
 
 _Nodes = dict[Any, Any]
 
@@ -46,34 +45,40 @@ REPAIRS: list[Callable[[_Nodes], None]] = [plain_views, known_splits]
 """Each takes the nodes of a traced graph, by module, and changes what is wrong with them."""
 
 
-class FrozenBatchNormPruner(tp.BasePruningFunc):  # type: ignore[misc]
-    """Cuts torchvision's batch norm for detection backbones.
+class FrozenNormPruner(tp.BasePruningFunc):  # type: ignore[misc]
+    """Cuts frozen batch norms, which pretrained detection backbones have (torchvision's `FrozenBatchNorm2d`, DETR's).
 
-    Its weight, bias and statistics are buffers. Torch-Pruning knows no buffers but those of `nn.BatchNorm2d`, and would
-    leave them as they are.
+    Their weight, bias and statistics are buffers. Torch-Pruning cuts no buffers but those of `nn.BatchNorm2d`.
     """
+
+    BUFFERS = frozenset(("weight", "bias", "running_mean", "running_var"))
+
+    @classmethod
+    def suits(cls, layer: nn.Module) -> bool:
+        """Whether a layer is one, of whatever library."""
+        buffers = dict(layer.named_buffers(recurse=False))
+        return buffers.keys() >= cls.BUFFERS and next(layer.parameters(), None) is None
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         """Remove channels, in place."""
         gone = set(idxs)
         kept = [channel for channel in range(self.get_out_channels(layer)) if channel not in gone]
-        for name, buffer in list(layer.named_buffers(recurse=False)):
-            setattr(layer, name, buffer[kept])
+        for name in self.BUFFERS:
+            setattr(layer, name, layer.get_buffer(name)[kept])
         return layer
 
     prune_in_channels = prune_out_channels
 
     def get_out_channels(self, layer: nn.Module) -> int:
         """Return how many channels there are."""
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        return len(weight)
+        return len(layer.get_buffer("weight"))
 
     get_in_channels = get_out_channels
 
 
-PRUNERS: dict[type[nn.Module], Callable[[], tp.BasePruningFunc]] = {FrozenBatchNorm2d: FrozenBatchNormPruner}
-"""What cuts the layers that Torch-Pruning does not know; each treats every channel (dimension 1) by itself."""
+def missing_pruners(model: nn.Module) -> dict[type[nn.Module], tp.BasePruningFunc]:
+    """Return what cuts those layers of a model that Torch-Pruning does not know: its ``customized_pruners``."""
+    return {type(layer): FrozenNormPruner() for layer in model.modules() if FrozenNormPruner.suits(layer)}
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, MissingExtraError
 from gumbel_plugin.insight.profile import Profile, profile
 from gumbel_plugin.learning.session import MaskingSession, Masks
+from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.runs.data import DataBundle
 from gumbel_plugin.runs.epoch_log import EpochLog, other_rank
 from gumbel_plugin.runs.models import build_model
