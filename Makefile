@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench zoo clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ lint: $(READY)  ## Check style and types
 
 bench: $(READY)  ## Measure the mask layer (docs/speed.md)
 	$(BIN)/python benchmarks/sampling.py
+
+zoo: $(READY)  ## Shrink every torchvision model at random and compare (hours; docs/zoo.md)
+	$(BIN)/python benchmarks/zoo.py --kind all --json docs/data/zoo.json --output docs/zoo.md
 
 clean:  ## Remove the virtual environment and run folders
 	rm -rf $(VENV) runs

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import gumbel_nni  # noqa: F401  (repairs NNI before any test module imports it)
 import gumbel_plugin  # noqa: F401  (makes torchvision, and with it nni and torch_pruning, importable)
 from gumbel_plugin.config import LayerRule, PruningSection
 from gumbel_plugin.masks.targets import ChannelGroup

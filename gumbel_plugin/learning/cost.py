@@ -146,14 +146,17 @@ class CostScope(Scope):
         return self.model(gates)
 
     def _removal_order(self, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-        """Return (mask, unit) pairs, the lowest score first; units that must stay are left out."""
+        """Return (mask, unit) pairs, the lowest score first; units that must stay are left out.
+
+        Among equal scores every mask loses its share in turn: gates that were not learnt do not empty one layer first.
+        """
         candidates = []
         for member in self.members:
             score = scores[member.name]
             units = torch.argsort(score, stable=True)[: member.removable()[1]]
-            names = [member.name] * len(units)
-            candidates += list(zip(score[units].tolist(), names, units.tolist(), strict=True))
-        return [(name, unit) for _, name, unit in sorted(candidates)]
+            for place, (value, unit) in enumerate(zip(score[units].tolist(), units.tolist(), strict=True)):
+                candidates.append((value, place / member.units, member.name, unit))
+        return [(name, unit) for _, _, name, unit in sorted(candidates)]
 
     def _without(self, units: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
         """Return gates that are open but for these units."""
