@@ -52,7 +52,8 @@ COPIES = 5
 """How many times a model's weights are in memory at the worst moment, measured on the largest ones that ran."""
 
 # Side of the square inputs where 64 pixels will not do: too small, or fixed by the model.
-SIDES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 70, "mvit_v1_b": 224, "mvit_v2_s": 224}
+SIDES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 70, "ssd300_vgg16": 300}
+SIDES |= dict.fromkeys(("mvit_v1_b", "mvit_v2_s", "s3d"), 224)
 FRAMES = 16
 
 COMMAND = "python benchmarks/zoo.py --kind all --json docs/data/zoo.json --output docs/zoo.md"

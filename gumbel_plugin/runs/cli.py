@@ -48,9 +48,9 @@ def run(
         result = run_config(_load(config, settings), folder, force=force, say=_silent if quiet else _say)
     except (GumbelPluginError, OSError) as error:
         _fail(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         typer.secho("interrupted: there is no result", err=True, fg="red")
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.code if isinstance(stop, SystemExit) else 130) from None
     if result.output is None:
         return  # the first process of a distributed run has written and prints
     _print_table(result_table(result))

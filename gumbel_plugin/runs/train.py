@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -307,13 +308,15 @@ def _score(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C stay a KeyboardInterrupt: Lightning turns it into an exit."""
+    """Let Ctrl-C stay a KeyboardInterrupt, which Lightning turns into an exit, and SIGTERM an exit that is no success."""
     try:
         yield
     except SystemExit as stop:
-        if not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        raise KeyboardInterrupt from None
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        if stop.code is None:  # Lightning's SIGTERMException, which the shell would take for a finished run
+            raise SystemExit(128 + signal.SIGTERM) from stop
+        raise
 
 
 @contextmanager

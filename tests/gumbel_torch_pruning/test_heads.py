@@ -218,7 +218,12 @@ def test_a_history_of_heads_can_be_replayed():
     model, fresh = Transformer(Separate), Transformer(Separate)
     pruner = prune(model, pruning_ratio=0.25, head_pruning_ratio=0.5)
     again = GumbelGroupPruner(
-        fresh, INPUTS, num_heads=fresh.heads(), prune_num_heads=True, head_pruning_ratio=0.5, ignored_layers=[fresh.head]
+        fresh,
+        INPUTS,
+        num_heads=fresh.heads(),
+        prune_num_heads=True,
+        head_pruning_ratio=0.5,
+        ignored_layers=[fresh.head],
     )
     again.load_state_dict(pruner.state_dict())
     fresh.load_state_dict(model.state_dict())

@@ -51,7 +51,9 @@ def test_state_and_gradients_are_those_of_the_kept_indices(make_network, name):
     pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.5)
     optimizer = kind([{"params": weights_of(network.model).values()}, {"params": pruner.gate_parameters()}], **settings)
     train(pruner, optimizer, network.batch(8), 3)
-    before = {name: (p, p.grad.clone(), copy.deepcopy(optimizer.state[p])) for name, p in weights_of(network.model).items()}
+    before = {
+        name: (p, p.grad.clone(), copy.deepcopy(optimizer.state[p])) for name, p in weights_of(network.model).items()
+    }
     gates = pruner.gate_parameters()
     pruner.step()
     pruner.update_optimizer(optimizer)
@@ -197,7 +199,7 @@ def test_positions_survive_in_every_dtype(dtype):
     model = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2)).to(dtype)
     graph = tp.DependencyGraph().build_dependency(model.float(), torch.randn(1, 8))
     model.to(dtype)
-    old = {name: parameter for name, parameter in model.named_parameters()}
+    old = dict(model.named_parameters())
     old["2.weight"].grad = torch.randn(256, 256).to(dtype)
     gradient = old["2.weight"].grad.clone()
     old["0.weight"].requires_grad_(False)

@@ -37,7 +37,14 @@ def snapshot(model: nn.Module) -> list[Any]:
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    return [list(model.named_modules()), [m.training for m in model.modules()], hooks, flags, "forward" in vars(model), state]
+    return [
+        list(model.named_modules()),
+        [m.training for m in model.modules()],
+        hooks,
+        flags,
+        "forward" in vars(model),
+        state,
+    ]
 
 
 def assert_untouched(model: nn.Module, before: list[Any]) -> None:

@@ -79,7 +79,9 @@ def test_it_is_the_expectation_under_independent_gates(make_network):
     """Layers multiply widths of different groups, so the mean of the cost is the cost of the means."""
     network = make_network("conv_bn_relu")
     cost = cost_of(network, "macs")
-    probabilities = {name: torch.full((group.size,), 0.7, dtype=torch.float64) for name, group in network.groups().items()}
+    probabilities = {
+        name: torch.full((group.size,), 0.7, dtype=torch.float64) for name, group in network.groups().items()
+    }
     generator = torch.Generator().manual_seed(0)
     costs = [
         float(cost({name: torch.bernoulli(p, generator=generator) for name, p in probabilities.items()}))

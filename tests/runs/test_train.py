@@ -330,6 +330,21 @@ class TestLightning:
             fit(network(), None, training(), DataLoader(Interrupted()))
         assert signal.getsignal(signal.SIGINT) is handler
 
+    def test_a_terminated_training_is_no_success(self) -> None:
+        class Terminated(Dataset[Any]):
+            def __len__(self) -> int:
+                return 8
+
+            def __getitem__(self, index: int) -> Any:
+                signal.raise_signal(signal.SIGTERM)
+                return torch.zeros(6), torch.tensor(0)
+
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as caught:
+            fit(network(), None, training(), DataLoader(Terminated()))
+        assert caught.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is handler
+
 
 class TestEpochLog:
     def test_lines_are_few_and_plain(self, tmp_path: Path) -> None:
