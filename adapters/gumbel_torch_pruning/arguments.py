@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,10 +24,14 @@ def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
     """Check what can be checked without the model.
 
     Raises:
-        ConfigError: If an argument is out of range or contradicts another one.
+        ConfigError: If an argument is unknown, out of range or contradicts another one.
     """
     if target not in _TARGETS:
         raise ConfigError(f"target {target!r} is unknown{nearest(target, _TARGETS)}")
+    valid = inspect.signature(tp.pruner.BasePruner.__init__).parameters
+    for name in arguments:
+        if name not in valid:
+            raise ConfigError(f"argument {name!r} is unknown{nearest(name, valid)}")
     ratios = {name: arguments.get(name) for name in _RATIOS}
     for name in _RATIO_DICTS:
         given = arguments.get(name) or {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _SIZE = 0.1
 """The root mean square that every gate's gradient gets."""
@@ -27,27 +27,31 @@ class EvenGradients:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
         self._squares = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self._parameters]
-        self._steps = 0
+        self._shares = [torch.zeros_like(square) for square in self._squares]
 
     @torch.no_grad()
     def apply(self) -> None:
         """Change the gradients in place; to be called once a step, when they are complete."""
-        self._steps += 1
         for place, parameter in enumerate(self._parameters):
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 continue
-            exact = gradient.float()
-            square = self._squares[place] = self._squares[place].to(exact)
-            square.mul_(_MEMORY).addcmul_(exact, exact, value=1 - _MEMORY)
-            unbiased = square / (1 - _MEMORY**self._steps)
-            gradient.copy_(_SIZE * exact / unbiased.sqrt_().add_(_NOTHING))
+            gradient = parameter.grad.float()
+            finite = gradient.nan_to_num(0.0, 0.0, 0.0)  # a step that a gradient scaler will skip is not remembered
+            square = self._squares[place] = self._squares[place].to(gradient.device)
+            share = self._shares[place] = self._shares[place].to(gradient.device)
+            square.lerp_(finite.square(), 1 - _MEMORY)
+            share.lerp_((finite != 0).float(), 1 - _MEMORY)  # what is 0 before the gates act says nothing
+            size = (square / share.clamp_min(_NOTHING)).sqrt_()
+            parameter.grad.copy_(_SIZE * gradient / size.add_(_NOTHING))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later."""
-        return {"squares": [square.clone() for square in self._squares], "steps": self._steps}
+        return {name: [tensor.clone() for tensor in tensors] for name, tensors in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self._squares = [square.clone() for square in state["squares"]]
-        self._steps = state["steps"]
+        for name, tensors in self._tensors().items():
+            tensors[:] = [tensor.clone() for tensor in state[name]]
+
+    def _tensors(self) -> dict[str, list[Tensor]]:
+        return {"squares": self._squares, "shares": self._shares}

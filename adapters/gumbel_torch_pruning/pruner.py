@@ -27,7 +27,6 @@ from gumbel_torch_pruning.heads import find_named_heads
 from gumbel_torch_pruning.importance import GateImportance
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
-from gumbel_torch_pruning.repairs import repaired_tracing
 from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank
 from gumbel_torch_pruning.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
 
@@ -105,7 +104,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         with untouched_on_error(model):
             with calling(model, self._forward, example_inputs):
                 check_forward(model, example_inputs)
-                with traceable(model, own_attention=bool(arguments.get("num_heads"))), repaired_tracing():
+                with traceable(model, own_attention=bool(arguments.get("num_heads"))):
                     super().__init__(
                         model,
                         example_inputs,

@@ -41,7 +41,22 @@ def known_splits(nodes: _Nodes) -> None:
             node.grad_fn = SimpleNamespace(_saved_split_sizes=sizes, _saved_dim=1)
 
 
-REPAIRS: list[Callable[[_Nodes], None]] = [plain_views, known_splits]
+def known_joins(nodes: _Nodes) -> None:
+    """Tell the sizes of the parts of a concatenation.
+
+    Torch-Pruning guesses them from the layers before, and gives up after 500 steps. In networks as deep as Swin3D small
+    that leaves a size open, which it then adds to the others.
+    """
+    for node in nodes.values():
+        parts = getattr(node.grad_fn, "next_functions", ())
+        shapes = [_shape_of(function, number) for function, number in parts]
+        if node.type == tp.ops.OPTYPE.CONCAT and len(shapes) == len(node.inputs) and all(shapes):
+            dim = node.grad_fn._saved_dim
+            dim = dim if dim < len(shapes[0]) else dim - 2**64  # a negative number, kept as an unsigned one
+            node.module.concat_sizes = [shape[dim] for shape in shapes]
+
+
+REPAIRS: list[Callable[[_Nodes], None]] = [plain_views, known_splits, known_joins]
 """Each takes the nodes of a traced graph, by module, and changes what is wrong with them."""
 
 
@@ -100,9 +115,14 @@ def repaired_tracing() -> Iterator[None]:
 
 def _shapes(grad_fn: Any) -> tuple[Sequence[int], Sequence[int]]:
     """Return the shapes before and after a view, as autograd remembers them; empty where it does not."""
-    before = getattr(grad_fn, "_saved_self_sym_sizes", ())
+    before, after = tuple(getattr(grad_fn, "_saved_self_sym_sizes", ())), _shape_of(grad_fn, 0)
+    return (before, after) if before and after else ((), ())
+
+
+def _shape_of(grad_fn: Any, number: int) -> Sequence[int]:
+    """Return the shape of an output of the operation whose autograd node this is; empty if it is not remembered."""
     metadata = getattr(grad_fn, "_input_metadata", ())
-    return (tuple(before), tuple(metadata[0].shape)) if before and metadata else ((), ())
+    return tuple(metadata[number].shape) if number < len(metadata) else ()
 
 
 def _flattens(before: Sequence[int], after: Sequence[int]) -> bool:

@@ -11,10 +11,11 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import LifecycleError
+from gumbel_plugin.errors import GraphError, LifecycleError
 from gumbel_plugin.learning.session import GATES
 from gumbel_plugin.shrinking.inputs import observing
 from gumbel_torch_pruning.attention import opaque_attention
+from gumbel_torch_pruning.repairs import repaired_tracing
 
 Forward = Callable[[nn.Module, Any], Any]
 """What Torch-Pruning takes as ``forward_fn``: gets the model and the example inputs, returns the outputs."""
@@ -72,14 +73,19 @@ def traceable(model: nn.Module, own_attention: bool = False) -> Iterator[None]:
     Args:
         model: The model.
         own_attention: Show what known attention layers do inside, because the user named their layers.
+
+    Raises:
+        GraphError: If the graph cannot be built.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     inside = nullcontext() if own_attention else opaque_attention(model)
-    with observing(model), torch.enable_grad(), inside:
+    with observing(model), torch.enable_grad(), inside, repaired_tracing():
         try:
             for parameter in flags:
                 parameter.requires_grad_(parameter.is_floating_point())
             yield
+        except Exception as error:
+            raise GraphError(f"Torch-Pruning cannot build the dependency graph: {error!r}") from error
         finally:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
@@ -98,7 +104,7 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for table, content in zip(tables, contents, strict=True):
-            table.clear()
+            continue
             table.update(content)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)

@@ -50,7 +50,8 @@ def run(
         _fail(error)
     except (KeyboardInterrupt, SystemExit) as stop:
         typer.secho("interrupted: there is no result", err=True, fg="red")
-        raise typer.Exit(stop.code if isinstance(stop, SystemExit) else 130) from None
+        code = getattr(stop, "code", None)  # 143 after SIGTERM
+        raise typer.Exit(code if isinstance(code, int) else 130) from None
     if result.output is None:
         return  # the first process of a distributed run has written and prints
     _print_table(result_table(result))

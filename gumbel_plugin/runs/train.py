@@ -308,7 +308,7 @@ def _score(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C stay a KeyboardInterrupt, which Lightning turns into an exit, and SIGTERM an exit that is no success."""
+    """Let Ctrl-C stay a KeyboardInterrupt (Lightning turns it into an exit), and SIGTERM end in an exit code."""
     try:
         yield
     except SystemExit as stop:

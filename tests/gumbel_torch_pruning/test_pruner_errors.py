@@ -120,7 +120,23 @@ CASES: dict[str, tuple[Callable[[Net], dict[str, Any]], type[Exception], str]] =
         ConfigError,
         "3 stay, because each of its 3 groups keeps",
     ),
-    "a wrong argument": (lambda net: {"prunning_ratio": 0.5}, TypeError, "prunning_ratio"),
+    "an argument that does not exist": (
+        lambda net: {"prunning_ratio": 0.5},
+        ConfigError,
+        "'prunning_ratio' is unknown; did you mean 'pruning_ratio'",
+    ),
+    "outputs without a gradient": (
+        lambda net: {"output_transform": lambda outputs: torch.from_numpy(outputs.numpy())},
+        GraphError,
+        "cannot build the dependency graph.*numpy",
+    ),
+    "a forward that fails while it is traced": (
+        lambda net: {
+            "forward_fn": lambda model, inputs: model(inputs + torch.from_numpy(model.first(inputs).numpy()).mean())
+        },
+        GraphError,
+        "cannot build the dependency graph.*numpy",
+    ),
 }
 
 
