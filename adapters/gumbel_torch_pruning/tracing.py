@@ -104,7 +104,7 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for table, content in zip(tables, contents, strict=True):
-            continue
+            table.clear()
             table.update(content)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
