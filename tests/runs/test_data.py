@@ -49,7 +49,10 @@ def rows(dataset: torch.utils.data.Dataset) -> set[bytes]:
 
 @pytest.fixture(scope="module")
 def fashion() -> DataBundle:
-    return load_data("fashion_mnist")
+    try:
+        return load_data("fashion_mnist")
+    except DataError as error:  # CI installs it; a newcomer may not be able to
+        pytest.skip(str(error))
 
 
 class TestFashionMnist:
