@@ -13,6 +13,7 @@ from gumbel_plugin.config import PruningConfig  # noqa: E402
 from gumbel_plugin.errors import GumbelPluginError, MissingExtraError  # noqa: E402
 from gumbel_plugin.learning.session import MaskingSession  # noqa: E402
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence  # noqa: E402
+from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned  # noqa: E402
 from gumbel_plugin.shrinking.shrink import shrink  # noqa: E402
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = [
     "GumbelPruner",
     "MaskingSession",
     "PruningConfig",
+    "load_pruned",
+    "save_pruned",
     "shrink",
     "verify_equivalence",
 ]

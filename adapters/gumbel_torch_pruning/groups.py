@@ -100,8 +100,12 @@ class DependencyGroups:
         """Return Torch-Pruning's group that removes units of a group; prune it before the next is asked for."""
         return self._remover.group(self.graph, name, units)
 
+    def remover_of(self, model: nn.Module) -> Remover:
+        """Return what removes units of these groups from a copy of the model that nothing was removed from yet."""
+        return Remover(model, self._items)
+
     def _copy(self) -> Remover:
-        return Remover(copy.deepcopy(self.model), self._items)
+        return self.remover_of(copy.deepcopy(self.model))
 
     def _describe(self, group: Any, judge: Judge, parts: Callable[[Any], int] | None) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""

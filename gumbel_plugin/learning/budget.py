@@ -31,6 +31,7 @@ class Member:
         max_ratio: At most this fraction of the units goes.
         min_ratio: At least this fraction of the units goes.
         multiple: How many units stay is a multiple of this (as far as the mask has that many).
+        least: How many units stay at least: 1, or 0 where the network works without any, as around a residual block.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Member:
     max_ratio: float = 1.0
     min_ratio: float = 0.0
     multiple: int = 1
+    least: int = 1
 
     @property
     def weight(self) -> Tensor | None:
@@ -52,7 +54,7 @@ class Member:
         return math.prod(self.mask.shape)
 
     def removable(self) -> tuple[int, int]:
-        """Return the least and the most units that may go; the last one always stays."""
+        """Return the least and the most units that may go."""
         most = self.units - self._fewest()
         return min(portion(self.units, self.min_ratio), most), most
 
@@ -66,7 +68,7 @@ class Member:
 
     def _fewest(self) -> int:
         """Return how many units stay at least: a multiple, as far as the mask has that many."""
-        least = max(1, self.units - portion(self.units, self.max_ratio))
+        least = max(self.least, self.units - portion(self.units, self.max_ratio))
         return min(self.units, math.ceil(least / self.multiple) * self.multiple)
 
 
@@ -132,10 +134,15 @@ class Scope:
         The value is what the final cut will see, so that a met budget leaves the cut nothing to do. The mean
         probability would not do: at 0.5 % density the tails of thousands of closed gates use up the budget.
         """
-        soft = sum((m.mask.probability(m.weight).sum() * m.cost for m in self.members), start=torch.zeros(()))
+        soft = self.usage([m.mask.probability(m.weight) for m in self.members])
         with torch.no_grad():
-            hard = sum((m.mask.decide(m.weight).sum() * m.cost for m in self.members), start=torch.zeros(()))
-        return (hard + (soft - soft.detach())) / self.total
+            hard = self.usage([m.mask.decide(m.weight).float() for m in self.members])
+        return hard + (soft - soft.detach())
+
+    def usage(self, gates: Sequence[Tensor]) -> Tensor:
+        """Return the fraction of the dense cost that stays under gates (soft or hard), one tensor a member."""
+        costs = (gate.sum() * member.cost for gate, member in zip(gates, self.members, strict=True))
+        return sum(costs, start=torch.zeros(())) / self.total
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:
@@ -159,8 +166,9 @@ class Scope:
         highest = self._remove(candidates, keep, self._to_remove(self.ratio) - gone)
         for member, kept, score in zip(self.members, keep, scores, strict=True):
             member.round_down(kept, score)
-            spared = self.ratio * member.units > member.units - 1 or float(score[kept].max()) < highest
-            if int(kept.sum()) == 1 < member.units and spared:
+            if int(kept.sum()) != 1 or member.units == 1:
+                continue
+            if self.ratio * member.units > member.units - 1 or float(score[kept].max()) < highest:
                 _logger.warning("%s would lose its last unit; it keeps one", member.name)
         return {m.name: kept.reshape(m.mask.shape) for m, kept in zip(self.members, keep, strict=True)}
 
@@ -200,7 +208,7 @@ class Scope:
             kept = member.mask.decide(member.weight)
         else:
             kept = member.mask.probability(member.weight) >= self.threshold
-        if not bool(kept.any()):
+        if member.least and not bool(kept.any()):
             kept.view(-1)[member.mask.scores(member.weight).argmax()] = True
             _logger.warning("%s would lose its last unit; it keeps one", member.name)
         return kept
@@ -252,7 +260,7 @@ class BudgetController:
 
 def _own_loss(scope: Scope) -> Tensor | None:
     masks, weights = [m.mask for m in scope.members], [m.weight for m in scope.members]
-    return None if scope.ratio is None else masks[0].budget_loss(masks, weights, scope.ratio)
+    return None if scope.ratio is None else masks[0].budget_loss(masks, weights, scope.ratio, scope.usage)
 
 
 def _at_least(value: Tensor, floor: float) -> Tensor:

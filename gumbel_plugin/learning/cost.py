@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.learning.budget import Scope
@@ -107,12 +108,9 @@ class CostScope(Scope):
         """The dense network's cost."""
         return self._dense
 
-    def density(self) -> Tensor:
-        """Return the cost as a fraction of the dense one: the value is the hard masks', the gradient the mean's."""
-        soft = self._cost({m.name: m.mask.probability(m.weight) for m in self.members})
-        with torch.no_grad():
-            hard = self._cost({m.name: m.mask.decide(m.weight).float() for m in self.members})
-        return (hard + (soft - soft.detach())) / self.total
+    @override
+    def usage(self, gates: Sequence[Tensor]) -> Tensor:
+        return self._cost({m.name: gate for m, gate in zip(self.members, gates, strict=True)}) / self.total
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:

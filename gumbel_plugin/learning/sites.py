@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,8 +66,15 @@ class ColumnGates:
     def vector(self) -> Tensor:
         """Return one gate per input channel, shape (in_channels,)."""
         gates = [mask.gates() for mask in self.masks]
+        if self._in_order:
+            return gates[0]
         one = torch.ones(1, device=gates[0].device, dtype=gates[0].dtype)
         return torch.cat([*gates, one])[self.index.to(gates[0].device)]
+
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether the channels are one mask's gates as they come, so that nothing needs to be gathered."""
+        return len(self.masks) == 1 and torch.equal(self.index.cpu(), torch.arange(self.masks[0].shape[0]))
 
 
 @dataclass(eq=False)
@@ -136,7 +144,9 @@ class WeightSite:
         if self.mask is not None:
             weight = self.mask.mask_weight(weight)
         if self.columns is not None:
-            weight = weight * columns_view(self.module, self.columns.vector()).to(weight.dtype)
+            columns = columns_view(self.module, self.columns.vector()).to(weight.dtype)
+            one_row = columns.shape[0] == 1  # not so in a grouped or transposed convolution
+            weight = scale_channels(weight, columns.flatten(), weight.dim() - 2) if one_row else weight * columns
         if self.scale is not None and not self.folded:
             weight = weight * self.scale
         return weight
@@ -146,7 +156,7 @@ class WeightSite:
         assert self.columns is not None
         gates = self.columns.vector().to(inputs.dtype)
         spatial = 0 if isinstance(self.module, nn.Linear) else len(self.module.kernel_size)  # type: ignore[arg-type]
-        return inputs * gates.reshape(-1, *(1,) * spatial)
+        return scale_channels(inputs, gates, spatial)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -192,6 +202,21 @@ class SiteHooks:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.site.module.__dict__.pop("weight", None)
+
+
+def scale_channels(tensor: Tensor, factors: Tensor, spatial: int) -> Tensor:
+    """Multiply every channel by its factor.
+
+    Args:
+        tensor: Shape (..., channels, *spatial dimensions).
+        factors: Shape (channels,).
+        spatial: How many dimensions follow the channels.
+    """
+    if spatial and tensor.is_contiguous():
+        # One long row a sample: torch's kernels are several times slower where the innermost dimension is short.
+        row = factors.unsqueeze(-1).expand(-1, tensor.shape[-spatial:].numel()).flatten()
+        return (tensor.flatten(-1 - spatial) * row).view(tensor.shape)
+    return tensor * factors.reshape(-1, *(1,) * spatial)
 
 
 def _smaller(inputs: Any, weight: Tensor) -> bool:

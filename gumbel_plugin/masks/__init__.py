@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gumbel_plugin.errors import ConfigError, nearest
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
+from gumbel_plugin.masks.consensus import ConsensusMask
 from gumbel_plugin.masks.edge_popup import EdgePopupMask
 from gumbel_plugin.masks.gibbs import GibbsMask
 from gumbel_plugin.masks.gumbel_softmax import GumbelSoftmaxMask
@@ -42,6 +43,7 @@ def name_of(method: type[LearntMask]) -> str:
 
 __all__ = [
     "METHODS",
+    "ConsensusMask",
     "EdgePopupMask",
     "GibbsMask",
     "GumbelSoftmaxMask",

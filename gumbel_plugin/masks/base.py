@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Literal
@@ -63,10 +63,19 @@ class NoiseSource:
         )
 
 
+Usage = Callable[[Sequence[Tensor]], Tensor]
+"""Returns the fraction of a budget's dense cost that stays under gates, one tensor (soft or hard) for each mask."""
+
+
 class MaskOptions(BaseModel):
     """Base of the options of a method: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def gates_blocks(self) -> bool:
+        """Whether a rule names whole residual blocks, each with one gate, instead of layers."""
+        return False
 
     def for_weights(self, weights: WeightMode) -> Self:
         """Return the options with defaults filled in that depend on whether the weights are trained too."""
@@ -103,11 +112,15 @@ class LearntMask(nn.Module):
         shares_budget: Whether several masks can be ranked together under one ratio.
         reads_weight: Whether the gates are functions of the weight that they multiply.
         needs_trained_weights: Whether nothing worth learning is left if the weights are frozen.
+        per_sample: Whether each sample has gates of its own until they are decided. These multiply activations, not
+            weights, see `gumbel_plugin.learning.samples`.
+        counts_macs: Whether a unit costs its multiply-accumulates, where they are known, and not its weights.
         published_optimizer: The settings of the gates' optimizer that the method was published with; None leaves them
             to the configuration.
         shape: The gates' shape.
         granularity: How the gates spread over the weight; None for channel groups, whose gates are per channel.
         phase: Whether the gates are open, learnt or fixed.
+        polled: Whether each sample is asked for its own gates outside of training (if it has any).
         hard: The decided gates, bool, used when the phase is `FIXED`.
         sparsity: The fraction of these gates that their budget will close; set by the budget, and kept up to date.
     """
@@ -117,6 +130,8 @@ class LearntMask(nn.Module):
     shares_budget: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
     needs_trained_weights: ClassVar[bool] = False
+    per_sample: ClassVar[bool] = False
+    counts_macs: ClassVar[bool] = False
     published_optimizer: ClassVar[Mapping[str, str | float] | None] = None
     hard: Tensor
 
@@ -141,6 +156,7 @@ class LearntMask(nn.Module):
         self.stream = stream
         self.granularity = granularity
         self.phase = Phase.OPEN
+        self.polled = False
         self.sparsity: float | None = None
         self.register_buffer("hard", torch.ones(self.shape, dtype=torch.bool))
         self._drawn: tuple[int, Tensor] | None = None
@@ -166,15 +182,29 @@ class LearntMask(nn.Module):
         """Return the method's own extra loss, if it has one."""
         return None
 
-    def budget_loss(self, masks: Sequence[LearntMask], weights: Sequence[Tensor | None], ratio: float) -> Tensor | None:
+    def budget_loss(
+        self, masks: Sequence[LearntMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
+    ) -> Tensor | None:
         """Return a self-steering method's own loss over all masks that share one budget; asked of the first of them.
 
         Args:
             masks: The masks.
             weights: The weights that they read.
             ratio: The fraction to remove.
+            usage: What gates of these masks leave of the cost.
         """
         return None
+
+    def gates_of_samples(self, features: Callable[[], Tensor], layer: nn.Module) -> Tensor:
+        """Return the gates of the samples that are in the network now, (samples, units), if `per_sample`.
+
+        They are computed once in a forward, by whoever asks first, and shared by all that ask later.
+
+        Args:
+            features: Computes what the unit reads, averaged over positions, (samples, features).
+            layer: Who asks.
+        """
+        raise NotImplementedError
 
     def share(self, first: LearntMask) -> None:
         """Take over what all masks of one network have in common from the first of them."""
@@ -183,6 +213,11 @@ class LearntMask(nn.Module):
     def fan_factor(self) -> float:
         """What a layer's fan is multiplied by when its weights are drawn."""
         return 1.0
+
+    @property
+    def follows_samples(self) -> bool:
+        """Whether each sample's own gates act now."""
+        return self.per_sample and (self.polled or (self.training and self.phase is Phase.LEARNING))
 
     # What the session uses ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
+from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase, Usage
 from gumbel_plugin.masks.targets import ELEMENT, Granularity
 
 _FAR = 1e3
@@ -122,7 +122,9 @@ class ReparametrizationMask(LearntMask):
         super().fix(hard, weight)
 
     @override
-    def budget_loss(self, masks: Sequence[LearntMask], weights: Sequence[Tensor | None], ratio: float) -> Tensor | None:
+    def budget_loss(
+        self, masks: Sequence[LearntMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
+    ) -> Tensor | None:
         kept = torch.stack([m.probability(weight).sum() for m, weight in zip(masks, weights, strict=True)]).sum()
         self.initial_kept.copy_(torch.where(self.initial_kept > 0, self.initial_kept, kept.detach()))
         target = (1 - ratio) * sum(math.prod(mask.shape) for mask in masks)

@@ -85,6 +85,7 @@ ELEMENT = Granularity((1,))
 KERNEL = Granularity((1, 1), "back", FULL)
 OUT_CHANNEL = Granularity((1,), "back", FULL)
 IN_CHANNEL = Granularity((FULL, 1), "back", FULL)
+WHOLE = Granularity((FULL,), "front", FULL)
 
 _NAMED = {
     "element": ELEMENT,

@@ -14,6 +14,7 @@ from gumbel_plugin.errors import ConfigError, MissingExtraError, TargetError, ne
 from gumbel_plugin.learning.session import plain_copy
 from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
+from gumbel_plugin.shrinking.kept import find_kept, note_kept
 
 _logger = logging.getLogger(__name__)
 
@@ -93,12 +94,15 @@ def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend =
     small = copy.deepcopy(masked)
     dependency = DependencyGroups(small, example_inputs)
     dead = find_dead_units(small, dependency.groups)
+    kept = find_kept(small, lambda copied: dependency.remover_of(copied).remove(dead))
     if backend == "nni":
         from gumbel_nni.speedup import speedup
 
         masks = column_masks(masked, dependency.groups, dead)
-        return speedup(masked, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
-    dependency.remove_all(dead)
+        small = speedup(masked, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
+    else:
+        dependency.remove_all(dead)
+    note_kept(small, kept)
     _logger.info("removed %d units in %d groups", sum(len(units) for units in dead.values()), len(dead))
     return small
 

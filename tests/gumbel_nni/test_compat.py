@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gumbel_nni
 from gumbel_nni import compat
+from gumbel_nni.compat import evaluators, tracing
+from gumbel_nni.compat import speedup as repairs
 from gumbel_plugin.errors import MissingExtraError
 
 ALL_REPAIRS = (
@@ -116,7 +118,7 @@ def test_tracer_knows_tensor_methods(monkeypatch: pytest.MonkeyPatch) -> None:
             concrete_trace(two_layers(), (torch.ones(2, 4),))
     table[torch._C.TensorBase._make_subclass] = ([], False, None)
     table[torch.Tensor.add] = ([], False, None)
-    assert compat.tensor_methods_in_tracer()
+    assert tracing.tensor_methods_in_tracer()
     assert torch._C.TensorBase._make_subclass not in table
     assert table[torch.Tensor.add][0] == [(torch.Tensor, "add")]
     assert torch.Tensor.split in table  # the Python override, not TensorBase's
@@ -128,7 +130,7 @@ def test_tracing_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None
     tracer = concrete_tracer.ConcreteTracer
     classes = (torch.Tensor, nn.Module, torch.autograd.Function)
     before = {cls: dict(vars(cls)) for cls in classes}
-    with monkeypatch.context() as undo, compat._class_attributes_kept(*classes):
+    with monkeypatch.context() as undo, tracing._class_attributes_kept(*classes):
         undo.setattr(tracer, "trace", tracer.trace.__wrapped__)
         concrete_trace(two_layers(), (torch.ones(2, 4),))
         assert "apply" not in vars(torch.autograd.Function)
@@ -148,7 +150,7 @@ def test_new_class_attributes_go_again() -> None:
     class Child(Parent):
         own = 1
 
-    with compat._class_attributes_kept(Child):
+    with tracing._class_attributes_kept(Child):
         Child.method = Child.method  # what the fx patcher leaves
         Child.new = 2
         del Child.own
@@ -161,7 +163,7 @@ def test_dead_code_elimination_may_pass_two_arguments(monkeypatch: pytest.Monkey
     monkeypatch.setattr(concrete_tracer, "node_is_impure_wrapper", repaired.__wrapped__)
     with pytest.raises(TypeError, match="positional argument"):
         concrete_trace(two_layers(), (torch.ones(2, 4),))
-    assert compat.impure_with_two_arguments()
+    assert tracing.impure_with_two_arguments()
     assert concrete_tracer.node_is_impure_wrapper is not repaired.__wrapped__
     concrete_trace(two_layers(), (torch.ones(2, 4),))
 
@@ -174,7 +176,7 @@ def test_proxies_find_their_instruction(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(proxy, "jump_opcodes", tuple(dis.opmap[name] for name in old_names))
     with pytest.raises((TypeError, IndexError)):
         concrete_trace(Branches(), (x,))
-    assert compat.bytecode_caches_in_proxy()
+    assert tracing.bytecode_caches_in_proxy()
     traced = concrete_trace(Branches(), (x,))
     other = torch.randn(5, 3, 4, 4)
     torch.testing.assert_close(traced(other), Branches()(other), rtol=0, atol=0)
@@ -182,7 +184,7 @@ def test_proxies_find_their_instruction(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_there_is_one_instruction_a_code_unit() -> None:
     code = Branches.forward.__code__
-    units = list(compat._one_instruction_a_unit(code))
+    units = list(tracing._one_instruction_a_unit(code))
     for instruction in dis.get_instructions(code):
         assert units[instruction.offset // 2] == instruction
     assert len(units) <= len(code.co_code) // 2
@@ -200,7 +202,7 @@ def test_size_is_one_leaf_in_every_module_of_speedup(monkeypatch: pytest.MonkeyP
             undo.setattr(module, "tree_map_zip", original)
         with pytest.raises(AttributeError, match="numel"):
             ModelSpeedup(Reshaping(), torch.ones(2, 3, 2), copy.deepcopy(masks)).speedup_model()
-        assert compat.size_is_a_leaf()
+        assert repairs.size_is_a_leaf()
         assert model_speedup.tree_map_zip is mask_updater.tree_map_zip is utils.tree_map_zip
         small = ModelSpeedup(Reshaping(), torch.ones(2, 3, 2), copy.deepcopy(masks)).speedup_model()
         assert small.first.weight.shape == (4, 6)
@@ -222,7 +224,7 @@ def test_fx_collections_keep_their_key_paths() -> None:
         utils._register_pytree_node(immutable_dict, utils._idict_flatten, utils._idict_unflatten)
     with pytest.raises(ValueError, match="flatten_with_keys_fn"):
         pytree.tree_flatten_with_path(tree)
-    assert compat.pytree_nodes_of_fx()
+    assert repairs.pytree_nodes_of_fx()
     paths, spec = pytree.tree_flatten_with_path(tree)
     assert [pytree.keystr(path) for path, _ in paths] == ["[0]", "[1]['a']"]
     assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
@@ -256,7 +258,7 @@ def test_lightning_steps_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None
     instance.epoch_loop = SimpleNamespace(max_steps=-1)
     with pytest.raises(AttributeError, match="setter"):
         instance.max_steps = 3
-    assert compat.settable_max_steps()
+    assert evaluators.settable_max_steps()
     instance.max_steps = 3
     assert instance.epoch_loop.max_steps == instance.max_steps == 3
 
@@ -302,7 +304,7 @@ def test_python_functions_run_inside_leaves() -> None:
     table[torch._C._VariableFunctions.norm] = ([], False, torch.norm)
     with pytest.raises(TypeError, match="norm"):
         concrete_trace(Normalised(), (x,))
-    assert compat.python_functions_in_tracer()
+    assert tracing.python_functions_in_tracer()
     traced = concrete_trace(Normalised(), (x,))
     torch.testing.assert_close(traced(2 * x), Normalised()(2 * x), rtol=0, atol=0)
 

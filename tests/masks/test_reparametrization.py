@@ -128,7 +128,7 @@ def test_the_budget_loss_is_the_published_one_with_the_first_sum_as_its_scale() 
 
     initial = kept()
     for _ in range(2):
-        loss = masks[0].budget_loss(masks, weights, 0.9)
+        loss = masks[0].budget_loss(masks, weights, 0.9, torch.stack)
         assert loss is not None
         assert loss.item() == pytest.approx(3.0 * ((kept() - 0.1 * 54) / initial) ** 2, rel=1e-5)
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_the_budget_loss_is_the_published_one_with_the_first_sum_as_its_scale() 
 @pytest.mark.parametrize(("ratio", "grows"), [(0.99, False), (0.01, True)])
 def test_the_budget_drives_the_weights_and_t(ratio: float, grows: bool) -> None:
     mask, weight = make((10, 10)), torch.nn.Parameter(torch.full((10, 10), 0.011))
-    loss = mask.budget_loss([mask], [weight], ratio)
+    loss = mask.budget_loss([mask], [weight], ratio, torch.stack)
     assert loss is not None
     to_weight, to_t = torch.autograd.grad(loss, (weight, mask.t))
     assert bool(((to_weight < 0) == grows).all())
@@ -150,7 +150,7 @@ def test_the_budget_drives_the_weights_and_t(ratio: float, grows: bool) -> None:
 
 def test_a_network_whose_gates_are_all_closed_has_a_finite_budget_loss() -> None:
     mask = make((3, 3))
-    loss = mask.budget_loss([mask], [torch.zeros(3, 3)], 0.5)
+    loss = mask.budget_loss([mask], [torch.zeros(3, 3)], 0.5, torch.stack)
     assert loss is not None
     assert bool(torch.isfinite(loss))
 

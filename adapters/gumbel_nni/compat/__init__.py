@@ -1,0 +1,58 @@
+"""NNI 3.0 on today's torch, Python, Lightning and Transformers, repaired from outside.
+
+NNI's last release dates from 2023; on torch 2.13 its QuickStart fails at ``ModelSpeedup`` (microsoft/nni#5768). Each
+function below repairs one breakage. It looks for the breakage first, does nothing where there is none, may be called
+again, and returns whether its repair is in force. Replaced functions carry NNI's own as ``__wrapped__``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from gumbel_nni.compat import evaluators, speedup, tracing
+from gumbel_plugin.compat import make_torchvision_importable
+from gumbel_plugin.errors import MissingExtraError
+
+_REPAIRS: tuple[Callable[[], bool], ...] = (
+    tracing.tensor_methods_in_tracer,
+    tracing.python_functions_in_tracer,
+    tracing.classes_after_tracing,
+    tracing.impure_with_two_arguments,
+    tracing.bytecode_caches_in_proxy,
+    speedup.size_is_a_leaf,
+    speedup.values_last_used_by_size,
+    speedup.pytree_nodes_of_fx,
+    speedup.masks_by_path,
+    evaluators.settable_max_steps,
+    evaluators.loss_with_item_count,
+    evaluators.default_optimizer_of_trainer,
+)
+
+
+def apply() -> tuple[str, ...]:
+    """Make NNI work here; call it before NNI is imported, or at any time after. Idempotent.
+
+    Returns:
+        The names of the repairs that are in force.
+
+    Raises:
+        MissingExtraError: If NNI is not installed.
+    """
+    make_torchvision_importable()  # nni.compression imports it, and catches ImportError only
+    _import_nni()
+    return tuple(repair.__name__ for repair in _REPAIRS if repair())
+
+
+def _import_nni() -> None:
+    """Import NNI without the warnings of its own import: they are errors under ``-W error``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import nni.common.concrete_trace_utils
+            import nni.compression.pruning
+            import nni.compression.speedup  # noqa: F401
+        except ImportError as error:
+            if (error.name or "").split(".")[0] == "nni":
+                raise MissingExtraError("nni", "nni") from error
+            raise

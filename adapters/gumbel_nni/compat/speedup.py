@@ -1,0 +1,110 @@
+"""Repairs of NNI's ModelSpeedup."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gumbel_nni.compat.patching import replace_once
+
+_SPEEDUP_MODULES = ("utils", "mask_updater", "model_speedup")
+
+
+def size_is_a_leaf() -> bool:
+    """Keep a torch.Size in one piece in speedup's trees.
+
+    Cause: torch.fx.experimental.proxy_tensor registers torch.Size as a pytree node, and recent torch imports it for its
+    own ends (an older one where torch.compile was used). A mask tree then has one leaf where the value tree has four:
+    "'tuple' object has no attribute 'numel'", or "Inconsistent tree nodes length". As the import may still
+    come, the repair is made everywhere.
+    """
+    import nni.compression.speedup as package
+
+    for name in _SPEEDUP_MODULES:
+        module = getattr(package, name)
+        if not hasattr(module.tree_map_zip, "__wrapped__"):
+            module.tree_map_zip = functools.update_wrapper(_tree_map_zip, module.tree_map_zip)
+    return True
+
+
+def values_last_used_by_size() -> bool:
+    """Let speedup forget a value whose last use is ``x.size()`` or ``x.dim()``.
+
+    Cause (a slip, whatever the versions): it deletes ``_output_randomize``; the attribute is ``output_randomize``.
+    """
+    from nni.compression.speedup.container import NodeInfo
+
+    def forget(info: Any) -> None:
+        del info.output_randomize
+
+    NodeInfo._output_randomize = property(fdel=forget)
+    return True
+
+
+def pytree_nodes_of_fx() -> bool:
+    """Give torch back its own registration of fx's immutable list and dict.
+
+    Cause: speedup registers them as pytree nodes over torch's own registration, without key paths and serialised names.
+    ``tree_flatten_with_path`` and ``treespec_dumps``, which torch.export uses, then fail in the whole process.
+    """
+    from torch.fx import immutable_collections as fx
+
+    if not hasattr(fx, "_immutable_list_flatten"):
+        return False
+    functions: dict[type, tuple[Any, ...]] = {
+        fx.immutable_list: (fx._immutable_list_flatten, fx._immutable_list_unflatten, pytree._list_flatten_with_keys),
+        fx.immutable_dict: (fx._immutable_dict_flatten, fx._immutable_dict_unflatten, pytree._dict_flatten_with_keys),
+    }
+    for cls, (flatten, unflatten, with_keys) in functions.items():
+        if pytree.SUPPORTED_NODES[cls].flatten_fn is not flatten:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "already registered": that is the point
+                pytree._private_register_pytree_node(
+                    cls,
+                    flatten,
+                    unflatten,
+                    serialized_type_name=f"torch.fx.immutable_collections.{cls.__name__}",
+                    flatten_with_keys_fn=with_keys,
+                )
+    return True
+
+
+def masks_by_path() -> bool:
+    """Let ModelSpeedup load masks that were saved as ``torch.save(pruner.get_masks())``.
+
+    Cause: torch.load builds only what is on its list (torch 2.6 and later); a pruner's masks are a
+    ``defaultdict(dict)``. Remedy: while ModelSpeedup reads its file, and only then, a defaultdict loads as a dict.
+    """
+    from nni.compression.speedup import ModelSpeedup
+
+    if not hasattr(torch.serialization, "safe_globals"):
+        return False
+    replace_once(ModelSpeedup, "__init__", _init_speedup)
+    return True
+
+
+def _tree_map_zip(function: Callable[..., Any], *trees: Any) -> Any:
+    flat = [pytree.tree_flatten(tree, is_leaf=lambda node: isinstance(node, torch.Size)) for tree in trees]
+    leaves = zip(*(leaves for leaves, _ in flat), strict=True)
+    return pytree.tree_unflatten([function(*values) for values in leaves], flat[0][1])
+
+
+def _init_speedup(
+    self: Any, model: Any, dummy_input: Any, masks_or_file: Any, map_location: Any = None, *args: Any, **kwargs: Any
+) -> None:
+    if isinstance(masks_or_file, (str, Path)):
+        allowed: list[Any] = [(_plain_dict, "collections.defaultdict"), dict]
+        with torch.serialization.safe_globals(allowed):
+            masks_or_file = torch.load(masks_or_file, map_location)
+    original = _init_speedup.__wrapped__  # type: ignore[attr-defined]
+    original(self, model, dummy_input, masks_or_file, map_location, *args, **kwargs)
+
+
+def _plain_dict(factory: type) -> dict[str, Any]:
+    return {}

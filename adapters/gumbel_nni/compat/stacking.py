@@ -1,0 +1,121 @@
+"""Several pruners on one tensor: each has a target space of its own, and the tensor sees the product of their masks.
+
+NNI keeps one pruning target space a tensor; a second pruner's settings are dropped with a warning, and its masks then
+overwrite the first one's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from nni.compression.base.compressor import Pruner
+from nni.compression.base.setting import canonicalize_settings
+from nni.compression.base.target_space import PruningTargetSpace
+from nni.compression.base.wrapper import ModuleWrapper
+from torch import Tensor
+
+from gumbel_nni.compat.patching import replace_once
+
+_logger = logging.getLogger(__name__)
+_STACK = "_stacked_target_spaces"
+
+
+class StackedTargetSpace(PruningTargetSpace):  # type: ignore[misc]
+    """The target space of a second (third, ...) pruner of a tensor: the same tensor, another mask."""
+
+    def __init__(self, number: int, *args: Any) -> None:
+        self._number = number
+        super().__init__(*args)
+
+    @property
+    def _mask_name(self) -> str:
+        return f"{self._target_name}_mask_{self._number}"
+
+
+def install() -> None:
+    """Let NNI's wrappers and pruners know stacked target spaces. Idempotent."""
+    replace_once(ModuleWrapper, "extend_target_spaces", _extend_target_spaces)
+    replace_once(ModuleWrapper, "_apply_mask_helper", _apply_all_masks)
+    replace_once(Pruner, "get_masks", _get_masks)
+    replace_once(Pruner, "update_masks", _update_masks)
+
+
+def hide(space: PruningTargetSpace) -> None:
+    """Keep a target space's mask out of `get_masks`: nobody asked for it by a config list."""
+    space.is_hidden = True
+
+
+def spaces_of(wrapper: ModuleWrapper, target: str) -> Iterator[PruningTargetSpace]:
+    """Yield all pruning target spaces of one tensor, the first pruner's first."""
+    if target in wrapper.pruning_target_spaces:
+        yield wrapper.pruning_target_spaces[target]
+        yield from getattr(wrapper, _STACK, {}).get(target, ())
+
+
+def _extend_target_spaces(self: ModuleWrapper, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
+    original = _extend_target_spaces.__wrapped__  # type: ignore[attr-defined]
+    known = set(self.pruning_target_spaces) if mode == "pruning" else set()
+    settings = canonicalize_settings(self.module, sub_config, mode) if known else {}
+    twice = {name: settings[name] for name in settings if name in known}
+    fresh = [name for name in settings if name not in known]
+    spaces: dict[str, Any] = {}
+    if fresh or not twice:
+        spaces.update(original(self, {**sub_config, "target_names": fresh} if twice else sub_config, mode))
+    stack: dict[str, list[PruningTargetSpace]] = self.__dict__.setdefault(_STACK, {}) if twice else {}
+    for name, setting in twice.items():
+        others = stack.setdefault(name, [])
+        kind = self.pruning_target_spaces[name].type
+        spaces[name] = StackedTargetSpace(len(others) + 2, self, name, kind, setting)
+        others.append(spaces[name])
+    visible = [name for name in twice if any(not _is_hidden(space) for space in [*spaces_of(self, name)][:-1])]
+    if visible:
+        _logger.warning("%s: %s has an earlier pruner's mask too; the masks multiply", self.name, " and ".join(visible))
+    return spaces
+
+
+def _apply_all_masks(self: ModuleWrapper, target: Tensor, target_space: PruningTargetSpace) -> Tensor:
+    original = _apply_all_masks.__wrapped__  # type: ignore[attr-defined]
+    result: Tensor = original(self, target, target_space)
+    for space in getattr(self, _STACK, {}).get(target_space._target_name, ()):
+        result = original(self, result, space)
+    return result
+
+
+def _get_masks(self: Pruner) -> dict[str, dict[str, Tensor | None]]:
+    masks: dict[str, dict[str, Tensor | None]] = {}
+    for name, wrapper in self._module_wrappers.items():
+        for target in wrapper.pruning_target_spaces:
+            shown = [space for space in spaces_of(wrapper, target) if not _is_hidden(space)]
+            if shown:
+                masks.setdefault(name, {})[target] = _product([space.mask for space in shown])
+    return masks
+
+
+def _update_masks(self: Pruner, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+    """Write each mask to this pruner's own target space; what it was not configured for goes where NNI puts it."""
+    own: dict[str, dict[str, Tensor | None]] = {}
+    others: dict[str, dict[str, Tensor | None]] = {}
+    for name, targets in masks.items():
+        for target, mask in targets.items():
+            stacked = isinstance(self._target_spaces.get(name, {}).get(target), StackedTargetSpace)
+            (own if stacked else others).setdefault(name, {})[target] = mask
+    with torch.no_grad():
+        for name, targets in own.items():
+            for target, mask in targets.items():
+                space = self._target_spaces[name][target]
+                space.mask = None if mask is None else mask.to(space.target.device)
+    original = _update_masks.__wrapped__  # type: ignore[attr-defined]
+    original(self, others)
+
+
+def _product(masks: list[Tensor | None]) -> Tensor | None:
+    given = [mask for mask in masks if mask is not None]
+    return reduce(torch.mul, given).clone() if given else None
+
+
+def _is_hidden(space: PruningTargetSpace) -> bool:
+    return getattr(space, "is_hidden", False)

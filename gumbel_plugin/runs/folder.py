@@ -1,0 +1,168 @@
+"""A run's folder: what lies in it, how it is written, and how it is read again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gumbel_plugin.config import PruningConfig
+from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError
+from gumbel_plugin.shrinking.mask_file import load_masks
+from gumbel_plugin.shrinking.pruned_file import read_header
+
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+MASKS = "masks.safetensors"
+SMALL = "small.safetensors"
+LOG = "log.csv"
+GATES = "gates.jsonl"
+REPORT = "report.html"
+FORMAT = 1
+"""The format of `SUMMARY`; a folder with another one was written by another version of this project."""
+
+
+@dataclass
+class RunFolder:
+    """What could be read of a run's folder.
+
+    Attributes:
+        path: The folder.
+        contents: By file name; a file that is missing or damaged is not in it.
+        problems: What is wrong, by file name.
+    """
+
+    path: Path
+    contents: dict[str, Any] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> RunFolder:
+        """Read every file of a run's folder, as far as they can be read.
+
+        Raises:
+            DataError: If there is no such folder.
+        """
+        if not path.is_dir():
+            raise DataError(f"run folder {str(path)!r} does not exist")
+        folder = cls(path)
+        for name, reader in _READERS.items():
+            file = path / name
+            if not file.is_file():
+                folder.problems[name] = "is missing"
+                continue
+            try:
+                folder.contents[name] = reader(file)
+            except (GumbelPluginError, OSError, ValueError, KeyError) as error:
+                folder.problems[name] = f"cannot be read: {error}"
+        return folder
+
+    def require(self, *names: str) -> None:
+        """Refuse a folder that lacks what is needed.
+
+        Raises:
+            DataError: With the file, what is wrong with it, and what can still be read.
+        """
+        wrong = next((name for name in names if name in self.problems), None)
+        if wrong is None:
+            return
+        readable = ", ".join(self._described(name) for name in self.contents) or "nothing"
+        problem = f"{wrong} {self.problems[wrong]}"
+        if self.problems.get(SUMMARY) == "is missing" and CONFIG in self.contents:
+            problem = f"the run is not finished ({problem}); gumbel-prune run --resume {self.path} goes on with it"
+        raise DataError(f"run folder {str(self.path)!r}: {problem}; what can be read: {readable}")
+
+    def _described(self, name: str) -> str:
+        return f"{name} ({len(self.contents[name])} epochs)" if name in (LOG, GATES) else name
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Read an epoch log; empty cells become NaN, and a last line that was cut off is left out."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    heading = rows[0] if rows else []
+    whole = [row for row in rows[1:] if len(row) == len(heading)]
+    return [{k: float(cell) if cell else math.nan for k, cell in zip(heading, row, strict=True)} for row in whole]
+
+
+def read_gates(path: Path) -> list[dict[str, Any]]:
+    """Read the histograms of the gates, an entry an epoch; a last line that was cut off is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def refuse_finished(output: Path, force: bool) -> None:
+    """Refuse to replace a finished run without being told to.
+
+    Raises:
+        ConfigError: If the folder holds one, or cannot be read.
+    """
+    try:
+        finished = (output / SUMMARY).exists()
+    except OSError as error:
+        raise ConfigError(f"output {str(output)!r} cannot be read: {error}") from error
+    if finished and not force:
+        raise ConfigError(f"output {str(output)!r} holds a finished run; pass --force to replace it")
+
+
+def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftovers: Sequence[str] = ()) -> None:
+    """Create a run's folder without an older run's results, and note the resolved configuration in it.
+
+    Args:
+        output: The folder.
+        config: What is noted.
+        keep: Files of an older run that stay, those of a run that is resumed.
+        leftovers: More files that an older run may have left.
+
+    Raises:
+        ConfigError: If the folder cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name in (SUMMARY, MASKS, SMALL, LOG, GATES, REPORT, *leftovers):  # without a summary no run is finished
+            if name not in keep:
+                (output / name).unlink(missing_ok=True)
+        write_bytes(output / CONFIG, config.to_yaml().encode())
+    except OSError as error:
+        raise ConfigError(f"output {str(output)!r} cannot be written: {error}") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that appears whole or not at all; NaN and infinities, which JSON does not have, become null."""
+    write_bytes(path, json.dumps(_json_ready(value), indent=2, allow_nan=False).encode())
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        found = summary.get("format", "none") if isinstance(summary, dict) else "none"
+        raise DataError(f"its format is {found}, this version of gumbel-plugin reads format {FORMAT}")
+    return summary
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    CONFIG: PruningConfig.load,
+    SUMMARY: _read_summary,
+    MASKS: load_masks,
+    SMALL: read_header,
+    LOG: read_log,
+    GATES: read_gates,
+}
