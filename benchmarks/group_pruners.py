@@ -89,10 +89,13 @@ class Task:
 def gumbel(task: Task) -> dict[float, dict[str, float]]:
     """Gates are learnt in one pass with the weights, to the MAC budget; then the small network trains on."""
     results = {}
-    for target in TARGETS:
+    for target in task.options.targets:
         model = copy.deepcopy(task.model)
         steps = task.before * len(task.train)
-        settings = PruningSection(phases=PhaseConfig(dense=0.25))
+        settings = PruningSection(
+            phases=PhaseConfig(dense=task.options.dense, fixed=task.options.fixed),
+            options={"initial_logit": task.options.initial_logit},
+        )
         pruner = GumbelGroupPruner(
             model,
             task.example,
@@ -154,7 +157,7 @@ def torch_pruning_method(name: str) -> Callable[[Task], dict[float, dict[str, fl
             pruner.update_regularizer()
             task.fit(trained, optimizer, epoch, epoch + 1, regularize)
         results = {}
-        for target in TARGETS:
+        for target in task.options.targets:
             model = copy.deepcopy(trained)
             pruner = build(model, task)
             while count_macs(model, task.example) > target * task.macs:
@@ -203,6 +206,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--gate-lr", type=float, default=0.05)
+    parser.add_argument("--initial-logit", type=float, default=3.0)
+    parser.add_argument("--dense", type=float, default=0.25, help="share of the epochs before pruning without gates")
+    parser.add_argument("--fixed", type=float, default=0.0, help="share of them with gates decided but not removed")
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, help="fractions of the MACs that stay")
     parser.add_argument("--reg", type=float, default=1e-4, help="strength of the baselines' sparse training")
     parser.add_argument("--output", type=Path, default=Path("docs/data/group_pruners.json"))
     options = parser.parse_args()

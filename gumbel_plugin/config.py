@@ -74,6 +74,31 @@ class TrainingConfig(_Section):
     patience: int | None = Field(default=None, ge=1)
 
 
+class ReportConfig(_Section):
+    """What a run measures and writes beside its result.
+
+    Attributes:
+        html: Write ``report.html`` (needs the extra ``report``).
+        latency_batches: Batch sizes at which the networks are timed; none, no timing.
+        latency_seconds: How long each is timed, at least.
+        tensorboard: Write TensorBoard's event files, where TensorBoard is installed.
+        mlflow: MLflow's tracking URI, to log there too (needs the extra ``mlflow``).
+    """
+
+    html: bool = True
+    latency_batches: tuple[int, ...] = (1, 8, 64)
+    latency_seconds: float = Field(default=0.2, gt=0)
+    tensorboard: bool = True
+    mlflow: str | None = None
+
+    @field_validator("latency_batches")
+    @classmethod
+    def _are_sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in sizes):
+            raise ValueError("a batch has at least one sample")
+        return sizes
+
+
 class LayerRule(_Section):
     """One entry of an NNI config list: which layers, and how much of them may go.
 
@@ -221,6 +246,15 @@ class PruningSection(_Section):
         return self
 
     @model_validator(mode="after")
+    def _gate_weights_or_samples(self) -> PruningSection:
+        if self.rescale != "none" and method_named(self.method).per_sample:
+            raise ValueError(
+                f"rescale {self.rescale!r} follows gates that act on weights, but those of method {self.method!r} act "
+                "on the activations of each sample; use 'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _train_something_in_every_phase(self) -> PruningSection:
         if self.weights == "frozen" and method_named(self.method).needs_trained_weights:
             raise ValueError(
@@ -251,12 +285,13 @@ class PruningSection(_Section):
 
 
 class PruningConfig(_Section):
-    """A whole run: network, data, training and pruning."""
+    """A whole run: network, data, training, pruning and report."""
 
     pruning: PruningSection
     model: ModelConfig | None = None
     data: DataConfig | None = None
     training: TrainingConfig = TrainingConfig()
+    report: ReportConfig = ReportConfig()
     example_shape: tuple[int, ...] | None = None
     seed: int = 0
 

@@ -4,6 +4,7 @@ from gumbel_nni import compat
 
 compat.apply()
 
-from gumbel_nni.pruner import GumbelPruner, unwrapped_copy  # noqa: E402
+from gumbel_nni.pruner import GumbelPruner  # noqa: E402
+from gumbel_nni.unwrapping import unwrapped_copy  # noqa: E402
 
 __all__ = ["GumbelPruner", "compat", "unwrapped_copy"]

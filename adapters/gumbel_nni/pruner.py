@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,24 +17,25 @@ from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
+from gumbel_nni.compat.stacking import add_space, hide, masks_of
+from gumbel_nni.schedules import Goals, TrainingLength
+from gumbel_nni.unwrapping import SITE, refuse_wrapped, unwrapped_copy, wrappers_of
 from gumbel_plugin.config import ConfigLike, PruningConfig
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
 from gumbel_plugin.learning.plan import needs_groups
-from gumbel_plugin.learning.session import MaskingSession, Masks, remove_gates
+from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.learning.sites import WeightSite
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.shrink import Backend, shrink
 from gumbel_torch_pruning.groups import find_groups
 
-_logger = logging.getLogger(__name__)
-
 APPLY_METHOD = "gumbel_mul"
-_SITE = "gumbel_site"
+_HIDDEN_SETTING = {"sparse_ratio": None, "granularity": None}
 
 
 def gumbel_mul(target: Tensor, target_space: PruningTargetSpace) -> Tensor:
     """NNI apply method: the weight as its site gates it now, times the mask that NNI knows of."""
-    site: WeightSite = getattr(target_space._wrapper, _SITE)
+    site: WeightSite = getattr(target_space, SITE)
     mask: Tensor = target_space.mask
     return site.apply(target) * mask
 
@@ -43,6 +44,12 @@ pruning_apply_methods[APPLY_METHOD] = gumbel_mul
 # Heads of an attention layer are selected by the layer's name; NNI itself has nothing to mask there but its projection.
 PruningSetting.register("MultiheadAttention", {})
 PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
+
+
+# NNI's schedulers know five pruners by name, and warn of others; this one is tested.
+logging.getLogger("nni.compression.pruning.scheduled_pruner").addFilter(
+    lambda record: "pruner type GumbelPruner" not in record.getMessage()
+)
 
 
 class GumbelPruner(Pruner):  # type: ignore[misc]
@@ -85,8 +92,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             TargetError: If an entry matches no layer, or nothing can be gated.
             GraphError: If the model's forward fails on the example inputs.
         """
-        if any(isinstance(module, ModuleWrapper) for module in model.modules()):
-            raise LifecycleError("the model is wrapped by a compressor already; call its unwrap_model() first")
+        refuse_wrapped(model, "GumbelPruner")
         if isinstance(config_list, list):
             config_list = trans_legacy_config_list(config_list)
         self.config = PruningConfig.load(config_list)
@@ -94,29 +100,39 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         pruning = self.config.pruning
         groups = find_groups(model, self._example_inputs) if needs_groups(pruning) else []
         self.session = MaskingSession(model, pruning, groups, self.config.seed)
-        self._planned_steps: int | None = None
-        self._own_wrappers: set[str] = set()
+        # What a scheduler of NNI's sets: every so many steps, and how often, it changes the sparse ratios.
+        self.interval_steps = -1
+        self.total_times = 1
         super().__init__(model, [rule.as_nni() for rule in pruning.config_list], evaluator, existed_wrappers)
         for site in self.session.plan.sites.values():
-            self._wrap_site(site)
+            self._place(site)
+        self._goals = Goals(self.session.plan, self._target_spaces)
 
-    def _wrap_site(self, site: WeightSite) -> None:
-        """Let the site act inside NNI's wrapper, with a wrapper of our own where NNI was not asked for one."""
+    def _place(self, site: WeightSite) -> None:
+        """Let a site act in a target space: the configured one, or a hidden one where NNI was not asked for any."""
+        space = self._target_spaces.get(site.name, {}).get("weight")
         wrapper = self._module_wrappers.get(site.name)
-        if wrapper is None or "weight" not in wrapper.pruning_target_spaces:
-            if wrapper is not None:
-                wrapper.unwrap()
-            weight_only = {"target_names": ["weight"]}
-            wrapper, _ = create_module_wrapper(
-                self.bound_model, site.module, site.name, "pruning", weight_only, wrapper
-            )
-            self._module_wrappers[site.name] = wrapper
-            self._own_wrappers.add(site.name)
-            wrapper.wrap()
-        wrapper.pruning_target_spaces["weight"].apply_method = APPLY_METHOD
-        # Set past nn.Module's bookkeeping: the site is not a submodule, its masks are registered at the model's root.
-        object.__setattr__(wrapper, _SITE, site)
-        site.owner = wrapper
+        if space is None:
+            if wrapper is not None and "weight" in wrapper.pruning_target_spaces:
+                space = add_space(wrapper, "weight", _HIDDEN_SETTING)
+            else:
+                space = self._wrap_weight(site, wrapper)
+            hide(space)
+        space.apply_method = APPLY_METHOD
+        setattr(space, SITE, site)
+        space.before_unwrap = partial(self._let_go, site)
+        site.owner = space._wrapper
+
+    def _wrap_weight(self, site: WeightSite, wrapper: ModuleWrapper | None) -> PruningTargetSpace:
+        if wrapper is not None:
+            wrapper.unwrap()
+        weight_only = {"target_names": ["weight"]}
+        wrapper, spaces = create_module_wrapper(
+            self.bound_model, site.module, site.name, "pruning", weight_only, wrapper
+        )
+        self._module_wrappers[site.name] = wrapper
+        wrapper.wrap()
+        return spaces["weight"]
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -139,7 +155,6 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             raise LifecycleError("the masks were decided already; a new GumbelPruner learns new ones")
         if max_steps is None and max_epochs is None:
             max_epochs = self.config.training.max_epochs
-        self._planned_steps = max_steps
         if self.evaluator is not None:
             super().compress(max_steps, max_epochs)
         elif self.config.data is not None:
@@ -166,18 +181,48 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
         session = self.session
-        session.start(self._planned_steps, hooks=False)
+        if session.phase is Phase.FIXED:  # decided in an earlier training; unwrapping has detached it
+            session.attach(hooks=False)
+            return
+        length = TrainingLength(evaluator)
+        if self.interval_steps > 0:
+            self._follow_schedule(length)
+        session.start(length.planned, hooks=False)
         optimizers = session.optimizers()
+
+        def add_loss(loss: Tensor, batch: Any) -> Tensor:
+            self._goals.read()
+            session.total_steps = length.known(session.total_steps)
+            return session.guard(loss) + session.loss()
 
         def step_gates() -> None:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
 
-        evaluator.patch_loss(lambda loss, batch: session.guard(loss) + session.loss())
-        evaluator.patch_optimizer_step(before_step_tasks=[step_gates], after_step_tasks=[session.step])
+        def after_step() -> None:
+            session.step()
+            if session.steps == session.total_steps and session.phase is not Phase.FIXED:
+                self._goals.read()  # decided before what calibrates itself at the end, such as a PTQ quantizer
+                session.decide()
+
+        evaluator.patch_loss(add_loss)
+        evaluator.patch_optimizer_step(before_step_tasks=[step_gates], after_step_tasks=[after_step])
+
+    def _follow_schedule(self, length: TrainingLength) -> None:
+        """Leave the way to the target to NNI's scheduler, which bound this pruner."""
+        controller = self.session.controller
+        controller.config = controller.config.model_copy(update={"ramp": 0.0})
+        reached = self.interval_steps * self.total_times
+        fixed = self.session.config.phases.fixed
+        if length.planned is not None and fixed and reached > length.planned * (1 - fixed):
+            raise ConfigError(
+                f"phases.fixed = {fixed}: the masks would be decided before the schedule reaches its goal at step "
+                f"{reached} of {length.planned}; lower it, or total_times * interval_steps"
+            )
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        self._goals.read()
         self._take_over_masks()
 
     def _take_over_masks(self) -> None:
@@ -194,9 +239,9 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
     # NNI's verbs --------------------------------------------------------------------------------------------------
 
     def get_masks(self) -> Masks:
-        """Return the masks of the layers that the configuration names: ``{module: {target: 0/1 tensor}}``."""
-        known: Mapping[str, Mapping[str, Tensor]] = super().get_masks()
-        return {name: dict(targets) for name, targets in known.items() if name not in self._own_wrappers}
+        """Return the masks of all layers that a configuration names: ``{module: {target: 0/1 tensor}}``."""
+        masks: Masks = super().get_masks()
+        return masks
 
     def update_masks(self, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
         """Take over masks: from now on they are fixed, and what they close is zero in the weights.
@@ -223,13 +268,10 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         if self.session.phase is Phase.FIXED:
             self._show(self.session.extract())
 
-    def unwrap_model(self) -> None:
-        """Give the plain model back, its closed weights at zero if the masks were decided."""
+    def _let_go(self, site: WeightSite) -> None:
+        """Leave a layer that is about to be unwrapped, closed weights at zero if the masks were decided."""
         if self.session.phase is Phase.FIXED:
-            with torch.no_grad():
-                for site in self.session.plan.sites.values():
-                    site.fold()
-        super().unwrap_model()
+            site.fold()
         self.session.detach()
 
     def speedup(self, example_inputs: Any = None, backend: Backend = "torch_pruning") -> nn.Module:
@@ -248,27 +290,9 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         inputs = self._example_inputs if example_inputs is None else example_inputs
         if inputs is None:
             raise ConfigError("speedup needs example_inputs: a tensor, a tuple of them, or a dict")
-        return shrink(unwrapped_copy(self.bound_model), self.get_masks(), inputs, backend)
-
-
-def unwrapped_copy(model: nn.Module) -> nn.Module:
-    """Return a plain deep copy of a wrapped model: no wrappers, no gates; the model itself stays as it is."""
-    for wrapper in _wrappers(model):
-        for name, space in wrapper.pruning_target_spaces.items():
-            # After a forward the layer holds the masked weight with its graph, which cannot be copied.
-            if isinstance(space.target, Tensor) and name in wrapper.module._buffers:
-                wrapper.module._buffers[name] = space.target.detach()
-    duplicate = copy.deepcopy(model)
-    for wrapper in _wrappers(duplicate):
-        if hasattr(wrapper, _SITE) and getattr(wrapper, _SITE).phases == {Phase.FIXED}:
-            getattr(wrapper, _SITE).fold()
-        wrapper.unwrap()
-    remove_gates(duplicate)
-    return duplicate
-
-
-def _wrappers(model: nn.Module) -> list[ModuleWrapper]:
-    return [module for module in list(model.modules()) if isinstance(module, ModuleWrapper)]
+        wrappers = wrappers_of(self.bound_model)  # also those of what was fused with this pruner
+        masks = masks_of(wrappers) if wrappers else self.get_masks()
+        return shrink(unwrapped_copy(self.bound_model), masks, inputs, backend)
 
 
 def _example_inputs(config: PruningConfig, evaluator: Evaluator | None, given: Any) -> Any:

@@ -311,8 +311,11 @@ def _kept(part: ChannelSlice, gone: Tensor) -> Tensor:
 
 
 def _part(parameter: Tensor, dimension: int, kept: Tensor) -> nn.Parameter:
-    chosen = parameter.detach().index_select(dimension, kept.to(parameter.device))
-    return nn.Parameter(chosen, parameter.requires_grad)
+    kept = kept.to(parameter.device)
+    part = nn.Parameter(parameter.detach().index_select(dimension, kept), parameter.requires_grad)
+    if parameter.grad is not None:
+        part.grad = parameter.grad.index_select(dimension, kept)
+    return part
 
 
 def _keep_rows(linear: nn.Module, kept: Tensor) -> None:

@@ -82,15 +82,12 @@ class CompactMultiheadAttention(nn.Module):
                 dropout=attention.dropout,
                 batch_first=attention.batch_first,
             )
-        weights: Any = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-        trainable = [weight is not None and weight.requires_grad for weight in weights]
-        if attention.in_proj_weight is not None:
-            weights = attention.in_proj_weight.chunk(3)
-            trainable = [attention.in_proj_weight.requires_grad] * 3
+        packed = attention.in_proj_weight
+        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
         for number, linear in enumerate((made.q_proj, made.k_proj, made.v_proj)):
-            linear.weight = nn.Parameter(weights[number].detach().clone(), trainable[number])
+            linear.weight = _third(packed, number) if packed is not None else weights[number]
             if packed_bias is not None:
-                linear.bias = nn.Parameter(packed_bias.detach().chunk(3)[number].clone(), packed_bias.requires_grad)
+                linear.bias = _third(packed_bias, number)
         made.out_proj = attention.out_proj
         made.mask_heads = torch.arange(made.num_heads, device=attention.out_proj.weight.device)
         return made.train(attention.training)
@@ -155,6 +152,14 @@ class CompactMultiheadAttention(nn.Module):
     def extra_repr(self) -> str:
         """Say what the children do not show."""
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, batch_first={self.batch_first}"
+
+
+def _third(packed: nn.Parameter, number: int) -> nn.Parameter:
+    """Return the part of a packed parameter that belongs to queries (0), keys (1) or values (2), gradient included."""
+    part = nn.Parameter(packed.detach().chunk(3)[number].clone(), packed.requires_grad)
+    if packed.grad is not None:
+        part.grad = packed.grad.chunk(3)[number].clone()
+    return part
 
 
 @torch.fx.wrap

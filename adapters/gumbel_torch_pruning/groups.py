@@ -50,6 +50,7 @@ class DependencyGroups:
         ignored_layers: Sequence[nn.Module] = (),
         root_module_types: Sequence[type[nn.Module]] = _ROOTS,
         parts: Callable[[Any], int] | None = None,
+        own_attention: bool = False,
     ) -> None:
         """Trace the model.
 
@@ -61,6 +62,8 @@ class DependencyGroups:
             root_module_types: Layers whose output channels define a group.
             parts: Says of one of Torch-Pruning's groups into how many equal parts its channels fall that lose the same
                 members, in addition to what grouped layers demand.
+            own_attention: The graph shows what attention layers of a known class do inside; otherwise such a layer is
+                one operation, and its heads are a group.
 
         Raises:
             GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
@@ -69,12 +72,13 @@ class DependencyGroups:
         self._names = {module: name for name, module in model.named_modules()}
         self.graph = graph or _build_graph(model, example_inputs)
         self._items: dict[str, list[Item]] = {}
-        judge = Judge(model, example_inputs, self._parameters(), self._treatments(opaque_attention=graph is None))
+        judge = Judge(model, example_inputs, self._parameters(), self._treatments(not own_attention))
         with unchanging_graph():
             found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
             self.groups = [self._describe(group, judge, parts) for group in found]
-        if graph is None:  # the heads of attention layers, which only `remove` can take out
-            self.groups += find_heads(model)
+        if not own_attention:
+            ignored = {self._names.get(part) for layer in ignored_layers for part in layer.modules()}
+            self.groups += [g for g in find_heads(model) if not ignored & {g.name, *(p.module for p in g.producers)}]
         self._remover = Remover(model, self._items)
         faults = tried(self._copy, example_inputs, [group for group in self.groups if group.safety == "exact"])
         self.groups = [faults.get(group.name, group) for group in self.groups]

@@ -1,14 +1,15 @@
-"""Whole attention heads of the layers that a user names with Torch-Pruning's ``num_heads``, as channel groups.
+"""Whole attention heads in `GumbelGroupPruner`: how Torch-Pruning's own way of pruning removes them.
 
-For attention that is written with linear layers of its own, as Torch-Pruning's users have it. Layers of a known class
-need no naming; see `attention`.
+`NamedHeads` are those of layers that a user names with Torch-Pruning's ``num_heads``, for attention that is written
+with linear layers of its own. `KnownHeads` are those of layers of a known class, which need no naming; see `attention`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch_pruning as tp
@@ -16,15 +17,67 @@ from torch import Tensor, nn
 
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
+from gumbel_torch_pruning.attention import kind_of, remove_heads
 from gumbel_torch_pruning.tracing import shared_parts
 
 # Where attention layers note how many heads they have; their forward may read any of them.
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 
 
+class Heads(Protocol):
+    """The heads of one attention layer."""
+
+    @property
+    def group(self) -> ChannelGroup:
+        """Their group; a unit is one head, or what must go together with it."""
+        ...
+
+    def removal(self, graph: Any, units: Tensor) -> Any:
+        """Return Torch-Pruning's group that removes these heads from the graph's model."""
+        ...
+
+    def note_removal(self, pruner: tp.pruner.BasePruner) -> None:
+        """Note how many heads are left, wherever Torch-Pruning or the model does."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
-class Heads:
-    """The heads of one attention layer.
+class KnownHeads:
+    """The heads of an attention layer of a known class; to the graph the layer is one operation.
+
+    Attributes:
+        group: Their group, named like the layer.
+    """
+
+    group: ChannelGroup
+
+    def removal(self, graph: Any, units: Tensor) -> Any:
+        """See `Heads.removal`."""
+        return _HeadRemoval(graph, self.group.name, units)
+
+    def note_removal(self, pruner: tp.pruner.BasePruner) -> None:
+        """See `Heads.note_removal`: the layer knows it itself."""
+
+
+class _HeadRemoval(tp.dependency.Group):  # type: ignore[misc]
+    """What `GumbelGroupPruner.step` yields for heads that Torch-Pruning knows nothing of: to be pruned like a group."""
+
+    def __init__(self, graph: Any, name: str, units: Tensor) -> None:
+        super().__init__()
+        self._DG = graph
+        self._name, self._units = name, units.cpu()
+
+    def prune(self, idxs: Sequence[int] | None = None, record_history: bool = True) -> None:
+        """Remove the heads, or those of them that are given."""
+        units = self._units if idxs is None else torch.tensor(idxs, dtype=torch.int64)
+        remove_heads(self._DG.model, self._name, units)
+        if record_history:
+            self._DG._pruning_history.append((self._name, True, units.tolist()))
+
+
+@dataclass(frozen=True, eq=False)
+class NamedHeads:
+    """The heads of one attention layer that is written with linear layers of its own.
 
     Attributes:
         group: Their group; a unit is one head.
@@ -64,7 +117,24 @@ class Heads:
                     setattr(owner, attribute, self.reader.in_features // self.size)
 
 
-def find_named_heads(pruner: tp.pruner.BasePruner, example_inputs: Any) -> dict[str, Heads]:
+def find_heads_to_prune(
+    pruner: tp.pruner.BasePruner, groups: Sequence[ChannelGroup], example_inputs: Any
+) -> dict[str, Heads]:
+    """Return the heads that a pruner may remove, by group name: named ones where ``num_heads`` names some, else known.
+
+    Args:
+        pruner: A pruner of Torch-Pruning, on a model without gates.
+        groups: The model's groups, known heads among them.
+        example_inputs: What the model is tried with.
+    """
+    if not pruner.prune_num_heads:
+        return {}
+    if pruner.num_heads:
+        return dict(_find_named_heads(pruner, example_inputs))
+    return {g.name: KnownHeads(g) for g in groups if kind_of(pruner.model.get_submodule(g.name)) is not None}
+
+
+def _find_named_heads(pruner: tp.pruner.BasePruner, example_inputs: Any) -> dict[str, NamedHeads]:
     """Return the heads of the attention layers that a pruner's ``num_heads`` names, by group name.
 
     Args:
@@ -82,7 +152,7 @@ def find_named_heads(pruner: tp.pruner.BasePruner, example_inputs: Any) -> dict[
     return found
 
 
-def _describe(pruner: tp.pruner.BasePruner, name: str, group: Any, layers: list[nn.Module]) -> Heads:
+def _describe(pruner: tp.pruner.BasePruner, name: str, group: Any, layers: list[nn.Module]) -> NamedHeads:
     """Translate a group whose root is the output projection: what reads and computes each head."""
     reader = group[0].dep.target.module
     count = max(pruner.num_heads[layer] for layer in layers)
@@ -97,10 +167,10 @@ def _describe(pruner: tp.pruner.BasePruner, name: str, group: Any, layers: list[
         part = ChannelSlice(known, torch.tensor(item.idxs), torch.tensor(item.root_idxs) // size)
         reads = pruner.DG.is_in_channel_pruning_fn(item.dep.handler) and isinstance(module, nn.Linear)
         (consumers if reads else producers).append(part)
-    return Heads(ChannelGroup(name, count, tuple(producers), tuple(consumers)), reader, size, tuple(layers))
+    return NamedHeads(ChannelGroup(name, count, tuple(producers), tuple(consumers)), reader, size, tuple(layers))
 
 
-def _judge(pruner: tp.pruner.BasePruner, heads: Heads, example_inputs: Any) -> tuple[Any, str]:
+def _judge(pruner: tp.pruner.BasePruner, heads: NamedHeads, example_inputs: Any) -> tuple[Any, str]:
     """Return how safe it is to remove heads, after a trial on a copy of the model."""
     counts = {pruner.num_heads[layer] for layer in heads.layers}
     if len(counts) > 1:
@@ -123,7 +193,7 @@ def _judge(pruner: tp.pruner.BasePruner, heads: Heads, example_inputs: Any) -> t
 
 
 @torch.no_grad()
-def _close(model: nn.Module, heads: Heads, gone: Tensor) -> None:
+def _close(model: nn.Module, heads: NamedHeads, gone: Tensor) -> None:
     """Shake what the heads compute and zero what is read of some of them: nothing may hide behind a zero."""
     generator = torch.Generator().manual_seed(0)
     for part in (*heads.group.producers, *heads.group.consumers):
@@ -136,4 +206,4 @@ def _close(model: nn.Module, heads: Heads, gone: Tensor) -> None:
         weight[:, part.positions[torch.isin(part.units, gone)].to(weight.device)] = 0.0
 
 
-__all__ = ["Heads", "find_named_heads"]
+__all__ = ["Heads", "find_heads_to_prune"]

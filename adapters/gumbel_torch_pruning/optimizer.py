@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -60,7 +60,9 @@ class ParameterChanges:
         Raises:
             LifecycleError: If something changed, but the optimizer has none of the parameters from before or after.
         """
-        by_old = {id(change.old): change for change in self.changes}
+        by_old: dict[int, list[Change]] = {}
+        for change in self.changes:
+            by_old.setdefault(id(change.old), []).append(change)
         gone = {id(parameter) for parameter in self.gone}
         known = {*by_old, *gone, *(id(change.new) for change in self.changes)}
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -73,12 +75,11 @@ class ParameterChanges:
             parameters = [parameter for parameter in group["params"] if id(parameter) not in gone]
             for parameter in self.gone:
                 optimizer.state.pop(parameter, None)
-            for place, parameter in enumerate(parameters):
-                change = by_old.get(id(parameter))
-                if change is not None:
-                    parameters[place] = change.new
-                    _move_state(optimizer, change)
-            group["params"][:] = parameters
+            group["params"][:] = [
+                successor
+                for parameter in parameters
+                for successor in _move(optimizer, parameter, by_old.get(id(parameter), ()))
+            ]
 
 
 @contextmanager
@@ -102,14 +103,29 @@ def tracked(model: nn.Module) -> Iterator[ParameterChanges]:
     finally:
         for name, old in before.items():
             old.grad = gradients[name]
-        for name, new in model.named_parameters():
-            if name in before and new is not before[name]:
+        now = dict(model.named_parameters())
+        for name, new in now.items():
+            origin = name if name in before else _origin(name, new, {k: v for k, v in before.items() if k not in now})
+            if origin is not None and new is not before[origin]:
                 kept = None if new.grad is None else _read(new.grad)
-                new.grad = None if kept is None else _cut(gradients[name], before[name], new, kept)
-                new.requires_grad_(flags[name])
-                result.add(before[name], new, kept)
+                new.grad = None if kept is None else _cut(gradients[origin], before[origin], new, kept)
+                new.requires_grad_(flags[origin])
+                result.add(before[origin], new, kept)
         for module, mode in training.items():
             module.training = mode
+
+
+def _origin(name: str, new: Tensor, lost: Mapping[str, nn.Parameter]) -> str | None:
+    """Return which lost parameter a new one was cut from, such as ``in_proj_weight`` for ``q_proj.weight``.
+
+    It hangs one module higher, on the layer that was replaced, and has as many dimensions.
+    """
+    module, _, leaf = name.rpartition(".")
+    layer, _, child = module.rpartition(".")
+    prefix = f"{layer}." if layer else ""
+    named = f"{prefix}{child}_{leaf}"  # k_proj_weight, where queries, keys and values have different widths
+    packed = [each for each, old in lost.items() if each.rpartition(".")[0] == layer and old.dim() == new.dim()]
+    return named if named in lost else next(iter(packed), None)
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -131,18 +147,21 @@ def _read(marks: Tensor) -> Tensor:
     return positions % 2**bits if bits < 64 else positions
 
 
-def _move_state(optimizer: torch.optim.Optimizer, change: Change) -> None:
-    state = optimizer.state.pop(change.old, None)
-    if not state:
-        return
-    if change.kept is None:
-        _logger.warning("the optimizer's state of a parameter of shape %s starts anew", tuple(change.new.shape))
-        return
-    kept = change.kept
-    optimizer.state[change.new] = {
-        key: _cut(value, change.old, change.new, kept) if isinstance(value, Tensor) else value
-        for key, value in state.items()
-    }
+def _move(optimizer: torch.optim.Optimizer, old: nn.Parameter, changes: Sequence[Change]) -> list[nn.Parameter]:
+    """Give a parameter's state to what took its place, cut alike, and return that: itself if nothing did."""
+    if not changes:
+        return [old]
+    state = optimizer.state.pop(old, None)
+    for change in changes if state else ():
+        kept = change.kept
+        if kept is None:
+            _logger.warning("the optimizer's state of a parameter of shape %s starts anew", tuple(change.new.shape))
+            continue
+        optimizer.state[change.new] = {
+            key: _cut(value, old, change.new, kept) if isinstance(value, Tensor) else value
+            for key, value in state.items()
+        }
+    return [change.new for change in changes]
 
 
 def _cut(value: Tensor | None, old: Tensor, new: Tensor, kept: Tensor) -> Tensor | None:

@@ -21,9 +21,10 @@ from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.dead_units import find_dead_units
 from gumbel_plugin.shrinking.inputs import call_model
 from gumbel_torch_pruning.arguments import check_arguments, check_layers, check_model, forward_of, own_copies
+from gumbel_torch_pruning.attention import kind_of
 from gumbel_torch_pruning.gradients import EvenGradients
 from gumbel_torch_pruning.groups import DependencyGroups, check_forward, mark_outputs
-from gumbel_torch_pruning.heads import find_named_heads
+from gumbel_torch_pruning.heads import KnownHeads, find_heads_to_prune
 from gumbel_torch_pruning.importance import GateImportance
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
@@ -289,13 +290,17 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise LifecycleError("this pruner pruned something already; replay a history on the unpruned network")
         modules = dict(self.model.named_modules())
         for name, *_ in pruning_history:
-            if modules.get(name) not in self.DG.module2node:
+            if modules.get(name) not in self.DG.module2node and name not in self._heads:
                 raise TargetError(f"pruning history: layer {name!r} is not in the graph{nearest(str(name), modules)}")
         self._detach()
         with tracked(self.model) as self._changes:
-            for entry in pruning_history:
-                super().load_pruning_history([copy.deepcopy(entry)])
-                catch_up(self.DG, {})
+            for name, reads, positions in copy.deepcopy(pruning_history):
+                known = isinstance(self._heads.get(name), KnownHeads)
+                if known:
+                    self._heads[name].removal(self.DG, torch.tensor(positions)).prune()
+                else:
+                    super().load_pruning_history([(name, reads, positions)])
+                    catch_up(self.DG, {})
         self.DG._pruning_history = copy.deepcopy(list(pruning_history))
         self._update_graph()
         self.current_step = self.iterative_steps
@@ -319,10 +324,12 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 ignored_layers=self.ignored_layers,
                 root_module_types=self.root_module_types,
                 parts=self._get_channel_groups,
+                own_attention=bool(self.num_heads),
             )
-            heads = find_named_heads(self, self.example_inputs) if self.prune_num_heads else {}
-        self._heads = heads
-        self._groups = [heads[g.name].group if g.name in heads else g for g in self._dependency.groups]
+            self._heads = find_heads_to_prune(self, self._dependency.groups, self.example_inputs)
+        groups = {group.name: group for group in self._dependency.groups}
+        groups.update({name: each.group for name, each in self._heads.items()})
+        self._groups = list(groups.values())
 
     def _update_graph(self) -> None:
         """Catch up with what was removed: heads, parameters outside of layers, groups."""
@@ -362,11 +369,15 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _gated_groups(self) -> list[ChannelGroup]:
         """Return the groups of which something may go: exact ones, unless their ratio is 0."""
         allowed = ("exact", "inexact") if self._inexact else ("exact",)
-        groups = [group for group in self._groups if group.safety in allowed]
+        groups = [group for group in self._groups if group.safety in allowed and self._may_go(group)]
         if self._target == "channels":
             ratios = rank(self, groups, self._heads, -1).ratios
             groups = [group for group in groups if ratios[group.name] > 0]
         return groups
+
+    def _may_go(self, group: ChannelGroup) -> bool:
+        """Whether the arguments let units of a group go: heads stay unless ``prune_num_heads`` says otherwise."""
+        return group.name in self._heads or kind_of(self.model.get_submodule(group.name)) is None
 
     def _budget(self, step: int, groups: Sequence[ChannelGroup]) -> Budget:
         return Budget(

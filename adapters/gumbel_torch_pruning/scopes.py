@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.insight.profile import count_macs, count_parameters
 from gumbel_plugin.learning.budget import Member, Scope
-from gumbel_plugin.learning.cost import CostScope, count_cost
+from gumbel_plugin.learning.cost import CostModel, CostScope, count_cost, unit_cost
 from gumbel_plugin.learning.latency import LatencyTable, latency_cost
 from gumbel_plugin.learning.plan import Plan
 from gumbel_plugin.masks.targets import ChannelGroup
+from gumbel_plugin.shrinking.inputs import ExampleInputs
+from gumbel_torch_pruning.attention import kind_of, remove_heads
 
 Target = Literal["channels", "macs", "parameters", "latency"]
 
@@ -174,10 +177,35 @@ def _cost_scope(model: nn.Module, plan: Plan, members: list[Member], budget: Bud
     else:
         count = count_macs(model, example_inputs) if budget.target == "macs" else count_parameters(model)
         cost_model = count_cost(model, plan.groups, example_inputs, budget.target, count)
+        if budget.target == "macs":
+            _count_heads(cost_model, model, plan.groups, example_inputs)
     present = float(cost_model({member.name: torch.ones(member.units, dtype=torch.float64) for member in members}))
     dense = budget.dense_cost or present  # an earlier step removed something already
     ratio = max(0.0, 1 - dense * (1 - budget.ratio) / present)
     return CostScope(f"the network's {budget.target}", members, ratio, model=cost_model)
+
+
+def _count_heads(
+    cost: CostModel, model: nn.Module, groups: Mapping[str, ChannelGroup], example_inputs: ExampleInputs
+) -> None:
+    """Add, in place, what an attention layer spends on each head beside its listed layers: scores, packed projections.
+
+    That is what the layer's MACs fall by when a head leaves, less what the cost model has already.
+    """
+    heads = {name: group for name, group in groups.items() if kind_of(model.get_submodule(name)) is not None}
+    if not heads:
+        return
+    smaller = copy.deepcopy(model)
+    before = count_macs(smaller, example_inputs)
+    gates = {name: torch.ones(group.size, dtype=torch.float64) for name, group in groups.items()}
+    for name, group in heads.items():
+        remove_heads(smaller, name, torch.tensor([group.size - 1]))
+        after = count_macs(smaller, example_inputs)
+        fewer = {**gates, name: gates[name].index_fill(0, torch.tensor([group.size - 1]), 0.0)}
+        rest = before - after - float(cost(gates) - cost(fewer))
+        cost.layers.append(unit_cost(name, group.size, rest))
+        cost.constant -= rest * group.size
+        before = after
 
 
 def _channels_of_a_unit(group: ChannelGroup) -> int:

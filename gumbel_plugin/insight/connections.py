@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +38,9 @@ class Layer:
         """
         link = self.sources[source]
         fan = int((link != 0).sum(0).max())
-        if fan == 1:  # each unit stands in one channel: pick its kernel
-            channel = link.argmax(0)
-            return self.weight[:, channel] * link.amax(0)[None, :, None]
-        return torch.einsum("ock,cu->ouck", self.weight, link).flatten(2)
+        channels = (link != 0).int().argsort(dim=0, descending=True, stable=True)[:fan].T  # (units, fan)
+        reaching = link.gather(0, channels.T).T  # 0 where a unit stands in fewer channels
+        return (self.weight[:, channels] * reaching[None, :, :, None]).flatten(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +51,13 @@ class Connections:
         layers: In the order of their calls.
         outputs: By the name of a layer, how much of each of its units reaches each output, (outputs, units).
         input_units: How many input units there are: numbers, or channels where a convolution reads the input.
+        output_units: How many numbers the network gives for one input.
     """
 
     layers: list[Layer]
     outputs: dict[str, Tensor]
     input_units: int
+    output_units: int
 
 
 def find_connections(network: nn.Module, input_shape: Sequence[int]) -> Connections:
@@ -69,18 +70,18 @@ def find_connections(network: nn.Module, input_shape: Sequence[int]) -> Connecti
     Raises:
         GraphError: If the forward fails, or gives something else than one tensor.
     """
-    network = copy.deepcopy(network).cpu().double().eval()
+    network = copy.deepcopy(network).cpu().double().eval().requires_grad_(False)
     batch = torch.ones(1, *input_shape, dtype=torch.float64, requires_grad=True)
     recorder = _Recorder(network, batch)
     outputs = run_as_paths(network, batch, recorder).flatten()
     links = recorder.links(outputs, torch.arange(len(outputs)))
     images = any(INPUT in layer.sources and layer.weight.shape[2] > 1 for layer in recorder.layers)
     if not images:
-        return Connections(recorder.layers, links, batch.numel())
+        return Connections(recorder.layers, links, batch.numel(), len(outputs))
     for found in (links, *(layer.sources for layer in recorder.layers)):
         if INPUT in found:  # (values, channels * positions) to (values, channels)
             found[INPUT] = found[INPUT].reshape(len(found[INPUT]), input_shape[0], -1).sum(2)
-    return Connections(recorder.layers, links, input_shape[0])
+    return Connections(recorder.layers, links, input_shape[0], len(outputs))
 
 
 class _Recorder(PathNetwork):

@@ -28,9 +28,12 @@ KERNEL_DIMENSIONS = {
 """The functions that layers call, and how many trailing dimensions of their weight are a kernel's."""
 
 _PASS_THROUGH = frozenset(
-    "relu relu6 leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish hardtanh hardsigmoid softplus softsign "
-    "logsigmoid log_sigmoid sigmoid tanh softmax log_softmax dropout dropout1d dropout2d dropout3d alpha_dropout "
-    "feature_alpha_dropout".split()
+    (
+        *("relu", "relu6", "leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish"),
+        *("hardswish", "hardtanh", "hardsigmoid", "softplus", "softsign", "logsigmoid", "log_sigmoid", "sigmoid"),
+        *("tanh", "softmax", "log_softmax", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
+        "feature_alpha_dropout",
+    )
 )
 _SCALES = {"batch_norm": 3, "layer_norm": 2, "group_norm": 2, "instance_norm": 3}  # where the weight stands in a call
 _POOLS = {
@@ -77,8 +80,8 @@ class PathNetwork(TorchFunctionMode):
 
 
 def _layer_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("input", "weight", "bias", "stride", "padding")
-    names += ("output_padding", "groups", "dilation") if "transpose" in name else ("dilation", "groups")
+    last = ("output_padding", "groups", "dilation") if "transpose" in name else ("dilation", "groups")
+    names = ("input", "weight", "bias", "stride", "padding", *last)
     return {**dict(zip(names, args, strict=False)), **kwargs, "bias": None}
 
 
@@ -120,7 +123,7 @@ def path_gradients(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
         GraphError: If the network multiplies what it computes (attention, gates): no product of weights says what a
             path is worth there. Or if its forward fails, or returns something else than one tensor a sample.
     """
-    network = copy.deepcopy(model).cpu().double().eval()
+    network = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
     first, second = (
         _jacobian(network, torch.rand(input_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
         for seed in (0, 1)

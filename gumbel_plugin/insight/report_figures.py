@@ -13,6 +13,7 @@ try:
     import matplotlib
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 except ImportError as error:
     raise MissingExtraError("matplotlib", "report") from error
 
@@ -160,7 +161,9 @@ def comparison_figure(points: Sequence[tuple[str, str, float, float]], score: st
                 axis.annotate(run, (macs, value), xytext=(7, -3), textcoords="offset points", fontsize=8)
         axis.set_xscale("log")
         axis.margins(x=0.18, y=0.15)
-        axis.set_xlabel("multiply-accumulates (log)")
+        for formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            formatter(EngFormatter(sep=""))  # 500k, 2M
+        axis.set_xlabel("multiply-accumulates")
         axis.set_ylabel(score)
         axis.grid(color="#e5e9f0", linewidth=0.8, zorder=0)
         axis.legend(loc="best")

@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gumbel_plugin.masks.targets import input_channels
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from gumbel_plugin.learning.cost import is_matrix, layer_channels
 
 
 @dataclass(frozen=True)
@@ -39,19 +37,12 @@ def layer_widths(dense: nn.Module, small: nn.Module) -> list[LayerWidth]:
     left = dict(small.named_modules())
     found = []
     for name, module in dense.named_modules():
-        before = _width(module)
-        if before is not None:
-            after = _width(left[name]) if name in left else None
-            found.append(LayerWidth(name, type(module).__name__, before, after))
+        if is_matrix(module):
+            after = layer_channels(left[name]) if name in left and is_matrix(left[name]) else None
+            found.append(LayerWidth(name, type(module).__name__, layer_channels(module), after))
     return found
 
 
 def ragged(widths: Sequence[LayerWidth], multiple: int = 8) -> list[LayerWidth]:
     """Return the layers that lost output channels and kept a number which is no multiple of what kernels like."""
     return [w for w in widths if w.after and w.after[1] != w.before[1] and w.after[1] % multiple]
-
-
-def _width(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return (input_channels(module), module.out_channels) if isinstance(module, _CONVOLUTIONS) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-
-from gumbel_plugin.masks.targets import output_dimension
 
 _ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ACTIVATIONS: dict[Any, Callable[[], nn.Module]] = {
@@ -49,11 +48,9 @@ class ResidualBlock:
     def channels(self) -> int:
         """How many channels go in and come out."""
         layer = self.module.get_submodule(self.last)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        if isinstance(layer, nn.LayerNorm):
-            return weight.shape[-1]
-        return weight.shape[output_dimension(layer) or 0]
+        names = ("out_channels", "out_features", "num_features", "num_channels")
+        known = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+        return int(known if known is not None else layer.normalized_shape[-1])  # type: ignore[index]
 
     @property
     def channels_last(self) -> bool:
@@ -67,8 +64,11 @@ class ResidualBlock:
 
     def remainder(self) -> nn.Module:
         """Return what is left of the block without its branch, in the block's train or eval mode."""
-        parts = [self.module.get_submodule(part) if isinstance(part, str) else part() for part in self.after]
+        parts = [copy.deepcopy(self.module.get_submodule(p)) if isinstance(p, str) else p() for p in self.after]
         left = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
+        for part in left.modules():
+            if hasattr(part, "inplace"):
+                part.inplace = False  # it would overwrite the block's input, which others may read
         return left.train(self.module.training)
 
 
@@ -104,9 +104,7 @@ def residual_block(module: nn.Module) -> ResidualBlock | str:
     return _described(module, last, after)
 
 
-def _described(
-    module: nn.Module, last: Any, after: Sequence[str | Callable[[], nn.Module]]
-) -> ResidualBlock | str:
+def _described(module: nn.Module, last: Any, after: Sequence[str | Callable[[], nn.Module]]) -> ResidualBlock | str:
     """Return the block, if its branch ends in a layer that can be closed and belongs to nothing else."""
     if not isinstance(last, fx.Node) or last.op != "call_module" or len(last.users) != 1:
         return "its branch does not end in one layer"
@@ -126,7 +124,7 @@ def _is_addition(node: fx.Node) -> bool:
 
 def _activation(module: nn.Module, node: fx.Node) -> str | Callable[[], nn.Module] | None:
     """Return the step after the addition that a node is: a module without parameters or a known function."""
-    if len([part for part in node.all_input_nodes]) != 1 or not node.args or len(node.users) != 1:
+    if len(node.all_input_nodes) != 1 or not node.args or len(node.users) != 1:
         return None
     if node.op == "call_module":
         step = module.get_submodule(str(node.target))

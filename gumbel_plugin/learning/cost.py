@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -209,27 +209,32 @@ def count_cost(
         total: The dense network's whole cost, in that unit.
     """
     widths = layer_widths(model, groups)
-    applications = _applications(model, widths, example_inputs) if unit == "macs" else {}
+    positions = applications(model, widths, example_inputs) if unit == "macs" else {}
     layers = []
     for name, (inputs, outputs) in widths.items():
         module = model.get_submodule(name)
-        per_position = applications.get(name, 0.0)
-        function = _parameters_of(module) if unit == "parameters" else _macs_of(module, per_position)
+        function = _parameters_of(module) if unit == "parameters" else _macs_of(module, positions.get(name, 0.0))
         if function is not None:
             layers.append(LayerCost(name, inputs, outputs, function))
     if unit == "parameters":
-        layers += [_unlisted(group) for group in groups.values() if group.unlisted_weights]
+        unlisted = {name: group for name, group in groups.items() if group.unlisted_weights}
+        layers += [unit_cost(name, group.size, float(group.unlisted_weights)) for name, group in unlisted.items()]
     dense = {name: torch.ones(group.size, dtype=torch.float64) for name, group in groups.items()}
     gated = sum(float(layer(dense)) for layer in layers)
     return CostModel(unit, layers, total - gated)
 
 
-def _unlisted(group: ChannelGroup) -> LayerCost:
-    """Return the cost of the weights of a group's units that belong to none of its producers."""
-    width = Width(group.size)
-    width.add(group.name, group.size, torch.arange(group.size))
-    weights = float(group.unlisted_weights)
-    return LayerCost(group.name, width, width, lambda units, _: units * weights)
+def unit_cost(name: str, units: int, cost: float) -> LayerCost:
+    """Return a cost that every unit of a group has, whatever else stays.
+
+    Args:
+        name: The group's name.
+        units: How many units it has.
+        cost: What one of them costs.
+    """
+    width = Width(units)
+    width.add(name, units, torch.arange(units))
+    return LayerCost(name, width, width, lambda kept, _: kept * cost)
 
 
 def layer_widths(model: nn.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, tuple[Width, Width]]:
@@ -303,10 +308,11 @@ def _macs_of(module: nn.Module, applications: float) -> LayerFunction | None:
     return lambda inputs, outputs: inputs * outputs * per_pair
 
 
-def _applications(
-    model: nn.Module, widths: Mapping[str, tuple[Width, Width]], example_inputs: ExampleInputs
-) -> dict[str, float]:
-    """Return at how many positions each layer's weight is applied to one sample."""
+def applications(model: nn.Module, layers: Iterable[str], example_inputs: ExampleInputs) -> dict[str, float]:
+    """Return at how many positions the weight of each of these convolutions or linear layers is applied to a sample.
+
+    A layer's positions times the number of its weights are its multiply-accumulates.
+    """
     positions: dict[str, float] = {}
     batch = batch_size_of(example_inputs)
 
@@ -319,11 +325,11 @@ def _applications(
         return hook
 
     handles = []
-    for name, (_, outputs) in widths.items():
+    for name in layers:
         module = model.get_submodule(name)
         if is_matrix(module):
             transposed = bool(getattr(module, "transposed", False))
-            handles.append(module.register_forward_hook(record(name, outputs.channels, transposed)))
+            handles.append(module.register_forward_hook(record(name, layer_channels(module)[1], transposed)))
     try:
         with observing(model):
             call_model(model, example_inputs)

@@ -29,6 +29,8 @@ def masks_of(plan: Plan, modules: Mapping[str, nn.Module], hard: Mapping[str, Te
         if site.mask is not None:
             own = site.mask.spread(hard[names[id(site.mask)]].float(), site.weight)
             masks[name] = {"weight": own.expand_as(site.weight).clone()}
+            if site.block is not None and site.bias is not None:
+                masks[name]["bias"] = own.flatten()[:1].expand_as(site.bias).clone()
     for name, group in plan.groups.items():
         for part in group.producers:
             rows = _rows(modules[part.module], part.positions, hard[name][part.units])

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.config import LayerRule, PruningSection
-from gumbel_plugin.errors import ConfigError, TargetError, nearest
+from gumbel_plugin.errors import ConfigError, TargetError
+from gumbel_plugin.learning.blocks import ResidualBlock, residual_block
 from gumbel_plugin.learning.budget import Member, Scope
+from gumbel_plugin.learning.cost import applications, is_matrix
+from gumbel_plugin.learning.selection import excluded_names, is_excluded, select_modules
 from gumbel_plugin.learning.sites import ColumnGates, WeightSite, reader_of
 from gumbel_plugin.masks import LearntMask, NoiseSource, method_named, name_of
-from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, Granularity, granularity_of, output_dimension
+from gumbel_plugin.masks.targets import (
+    WHOLE,
+    ChannelGroup,
+    ChannelSlice,
+    Granularity,
+    granularity_of,
+    output_dimension,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -31,8 +41,15 @@ class Plan:
         noise: The random numbers that all masks share.
     """
 
-    def __init__(self, model: nn.Module, config: PruningSection, seed: int) -> None:
-        """Start an empty plan; `seed` seeds the noise that all masks share."""
+    def __init__(self, model: nn.Module, config: PruningSection, seed: int, example_inputs: Any = None) -> None:
+        """Start an empty plan.
+
+        Args:
+            model: The plain model.
+            config: What to prune.
+            seed: Seeds the noise that all masks share.
+            example_inputs: One batch, for methods that count multiply-accumulates; without it, each weight counts once.
+        """
         self.masks: dict[str, LearntMask] = {}
         self.sites: dict[str, WeightSite] = {}
         self.scopes: list[Scope] = []
@@ -40,6 +57,14 @@ class Plan:
         self._modules = dict(model.named_modules())
         self._config = config
         self.noise = NoiseSource(seed)
+        self._positions: dict[str, float] = {}
+        if method_named(config.method).counts_macs and example_inputs is not None:
+            layers = [name for name, module in self._modules.items() if is_matrix(module)]
+            self._positions = applications(model, layers, example_inputs)
+
+    def scales(self) -> list[nn.Parameter]:
+        """Return the scalars of smart rescale."""
+        return [site.scale for site in self.sites.values() if site.scale is not None]
 
     def gate_layer(self, name: str, granularity: Granularity) -> Member:
         """Gate the units of one layer's weight."""
@@ -48,20 +73,34 @@ class Plan:
         self.masks[name] = site.mask = self._new_mask(shape, granularity)
         return Member(name, site.mask, site, float(granularity.unit_size(site.weight.shape)))
 
+    def gate_block(self, name: str, block: ResidualBlock) -> Member:
+        """Gate a whole residual block; the gate acts on its branch, at the last layer."""
+        site = self.site(f"{name}.{block.last}")
+        mask = self._new_mask((1,) * site.weight.dim(), WHOLE)
+        mask.read(block.channels)
+        self.masks[name] = site.mask = mask
+        site.block = block
+        layers = {f"{name}.{inner}": module for inner, module in block.module.named_modules() if is_matrix(module)}
+        cost = sum(module.weight.numel() * self._positions.get(layer, 1.0) for layer, module in layers.items())
+        return Member(name, mask, None, cost or 1.0, least=0)
+
     def gate_group(self, group: ChannelGroup) -> Member:
         """Gate the units of a channel group; `join_consumers` must follow once all groups are gated."""
+        if self._config.method_options().gates_blocks:
+            raise ConfigError("options.unit 'block': whole channels are gated here, not blocks; use 'channel'")
         self.masks[group.name] = mask = self._new_mask((group.size,), None)
         self.groups[group.name] = group
         return Member(group.name, mask, None, self.unit_cost(group))
 
     def unit_cost(self, group: ChannelGroup) -> float:
-        """Return how many weights of convolutions and linear layers one unit of a group stands for."""
+        """Return how many weights (or multiply-accumulates) of convolutions and linear layers one unit stands for."""
         weights = 0.0
         for part in group.producers:
             module = self._modules[part.module]
             weight, dimension = module.weight, output_dimension(module)
             if isinstance(weight, Tensor) and weight.dim() > 1 and dimension is not None:
-                weights += weight.numel() / weight.shape[dimension] * len(part.positions)
+                each = weight.numel() / weight.shape[dimension] * self._positions.get(part.module, 1.0)
+                weights += each * len(part.positions)
         return weights / group.size + group.unlisted_weights or 1.0
 
     def join_consumers(self) -> None:
@@ -71,7 +110,13 @@ class Plan:
             for part in group.consumers:
                 feeds.setdefault(part.module, []).append((self.masks[name], part))
         for layer, parts in feeds.items():
-            self.site(layer).columns = ColumnGates.join(self._modules[layer], parts)
+            site = self.site(layer)
+            site.columns = ColumnGates.join(self._modules[layer], parts)
+            if site.read_by_parent and any(mask.per_sample for mask in site.masks):
+                raise TargetError(
+                    f"{layer!r} is never called, its parent reads its weight; method {self._config.method!r} gates the "
+                    f"activations of each sample, which it cannot do there: exclude the channels that {layer!r} reads"
+                )
 
     def site(self, name: str) -> WeightSite:
         """Return the site of a layer, a new one if it has none.
@@ -109,51 +154,18 @@ class Plan:
         return mask
 
 
-def select_modules(model: nn.Module, rule: LayerRule, groups: Sequence[ChannelGroup] = ()) -> dict[str, nn.Module]:
-    """Return the modules that a rule names, by name, in the model's order (NNI's rules of selection).
-
-    Args:
-        model: The model.
-        rule: The rule.
-        groups: Channel groups; a structured rule may name what they are called after, such as an attention layer.
-
-    Raises:
-        TargetError: If a name, pattern or type of the rule matches nothing; NNI ignores it silently.
-    """
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    types = {type(module).__name__ for module in modules.values()}
-    for key, words, valid in (
-        ("op_names", rule.op_names, modules),
-        ("op_types", rule.op_types, types),
-        ("exclude_op_names", rule.exclude_op_names, modules),
-    ):
-        for word in words or ():
-            if word not in valid:
-                raise TargetError(f"{key}: {word!r} matches no module of the model{nearest(word, valid)}")
-    for pattern in rule.op_names_re or ():
-        if not any(re.match(pattern, name) for name in modules):
-            raise TargetError(f"op_names_re: {pattern!r} matches no module of the model{nearest(pattern, modules)}")
-    chosen = {name: module for name, module in modules.items() if _selected(name, module, rule)}
-    if not chosen:
-        raise TargetError(f"config_list entry {rule.as_nni()} selects no module: its keys exclude each other")
-    whole = {group.name for group in groups} if rule.structured else set()
-    for name, module in chosen.items():
-        if name not in whole and not isinstance(getattr(module, "weight", None), Tensor):
-            raise TargetError(f"{name!r} is a {type(module).__name__}, which has no weight to mask")
-    return chosen
-
-
-def excluded_names(model: nn.Module, rules: Iterable[LayerRule]) -> set[str]:
-    """Return the modules that some rule excludes by name, pattern or type."""
-    return {name for name, module in model.named_modules() if any(_excluded(name, module, rule) for rule in rules)}
-
-
 def needs_groups(config: PruningSection) -> bool:
     """Return whether any rule removes whole channels, so that the dependency graph is needed."""
-    return any(rule.structured for rule in config.config_list)
+    return not config.method_options().gates_blocks and any(rule.structured for rule in config.config_list)
 
 
-def build_plan(model: nn.Module, config: PruningSection, groups: Sequence[ChannelGroup], seed: int) -> Plan:
+def build_plan(
+    model: nn.Module,
+    config: PruningSection,
+    groups: Sequence[ChannelGroup],
+    seed: int,
+    example_inputs: Any = None,
+) -> Plan:
     """Decide what is gated, without touching the model.
 
     Args:
@@ -161,6 +173,7 @@ def build_plan(model: nn.Module, config: PruningSection, groups: Sequence[Channe
         config: What to prune.
         groups: The model's channel groups; needed where a rule is structured.
         seed: Seeds the masks' noise.
+        example_inputs: See `Plan`.
 
     Raises:
         TargetError: If a rule matches nothing, or nothing at all would be gated.
@@ -168,12 +181,15 @@ def build_plan(model: nn.Module, config: PruningSection, groups: Sequence[Channe
     """
     if not config.config_list:
         raise ConfigError("pruning.config_list is empty: it must name the layers to prune")
-    builder = _Builder(model, config, Plan(model, config, seed), groups)
+    blocks = config.method_options().gates_blocks
+    builder = _Builder(model, config, Plan(model, config, seed, example_inputs), groups)
     names = {module: name for name, module in model.named_modules()}  # one name a module, also where it has two
     for rule in config.config_list:
-        selected = list(dict.fromkeys(names[module] for module in select_modules(model, rule, groups).values()))
+        selected = list(dict.fromkeys(names[module] for module in select_modules(model, rule, groups, blocks).values()))
         builder.claim(selected)
-        if rule.structured:
+        if blocks:
+            builder.add_blocks(rule, selected)
+        elif rule.structured:
             builder.add_groups(rule, selected, groups)
         else:
             for name in selected:
@@ -191,7 +207,9 @@ class _Builder:
         self._ties: dict[int | str, tuple[Member, LayerRule]] = {}
         self._claimed: set[str] = set()
         self._gated: set[str] = set()
-        chosen = {module for rule in config.config_list for module in select_modules(model, rule, groups).values()}
+        blocks = config.method_options().gates_blocks
+        rules = config.config_list
+        chosen = {module for rule in rules for module in select_modules(model, rule, groups, blocks).values()}
         self._excluded = {n for n in excluded_names(model, config.config_list) if self._modules[n] not in chosen}
 
     def claim(self, layers: Iterable[str]) -> None:
@@ -227,13 +245,38 @@ class _Builder:
         site.mask = first.mask
         first.cost += granularity.unit_size(site.weight.shape)
 
+    def add_blocks(self, rule: LayerRule, selected: Sequence[str]) -> None:
+        """Gate the selected residual blocks; they share the entry's budget, because each has only one gate."""
+        self._check_block_rule(rule)
+        found = {name: residual_block(self._modules[name]) for name in selected}
+        blocks = {name: block for name, block in found.items() if isinstance(block, ResidualBlock)}
+        others = "; ".join(f"{name!r}: {reason}" for name, reason in found.items() if name not in blocks)
+        if not blocks:
+            raise ConfigError(
+                "pruning.options.unit 'block': none of the modules that the entry selects is a residual block whose "
+                f"skip is the identity ({others}); name the blocks by op_types, op_names or op_names_re"
+            )
+        if others:
+            _logger.info("not gated as residual blocks: %s", others)
+        together = f"residual blocks of {next(iter(blocks))!r}'s entry"
+        for name, block in blocks.items():
+            self._join_scope(rule, self.plan.gate_block(name, block), together)
+
+    def _check_block_rule(self, rule: LayerRule) -> None:
+        keys = ("max_sparse_ratio", "min_sparse_ratio", "dependency_group_id")
+        given = [key for key in keys if getattr(rule, key) is not None]
+        if not rule.structured:
+            given.append("granularity")
+        if given:
+            raise ConfigError(f"{given[0]}: residual blocks (options.unit 'block') have one gate each; leave it out")
+
     def add_groups(self, rule: LayerRule, selected: Sequence[str], groups: Sequence[ChannelGroup]) -> None:
         """Gate every exact group that has a selected layer among its producers, or is called after one."""
         for group in groups:
             members = {part.module for part in group.producers} | ({group.name} & self._modules.keys())
             if not members & set(selected) or group.name in self._gated:
                 continue
-            excluded = {name for name in members if _excluded(name, self._modules[name], rule)} | self._excluded
+            excluded = {name for name in members if is_excluded(name, self._modules[name], rule)} | self._excluded
             kept_out = sorted(members & excluded)
             if kept_out:
                 _logger.info("group %s is not gated: the configuration excludes %s", group.name, ", ".join(kept_out))
@@ -284,12 +327,13 @@ class _Builder:
         self.plan.scopes = list(self._scopes.values())
         return self.plan
 
-    def _join_scope(self, rule: LayerRule, member: Member) -> None:
+    def _join_scope(self, rule: LayerRule, member: Member, together: str | None = None) -> None:
+        """Give a member its budget: its own, or one shared by `global_group_id` or by what belongs `together`."""
         member.max_ratio = 1.0 if rule.max_sparse_ratio is None else rule.max_sparse_ratio
         member.min_ratio = rule.min_sparse_ratio or 0.0
         shared = rule.global_group_id
-        key = member.name if shared is None else ("global", shared)
-        name = member.name if shared is None else f"global_group_id {shared!r}"
+        key = (together or member.name) if shared is None else ("global", shared)
+        name = together or member.name if shared is None else f"global_group_id {shared!r}"
         scope = self._scopes.setdefault(key, Scope(name, [], rule.sparse_ratio, rule.sparse_threshold))
         for setting, known, new in (
             ("sparse_ratio", scope.ratio, rule.sparse_ratio),
@@ -309,22 +353,4 @@ def _budget(rule: LayerRule) -> tuple[object, ...]:
         rule.min_sparse_ratio,
         rule.max_sparse_ratio,
         rule.global_group_id,
-    )
-
-
-def _selected(name: str, module: nn.Module, rule: LayerRule) -> bool:
-    if rule.op_names or rule.op_names_re:
-        named = name in (rule.op_names or ()) or any(re.match(pattern, name) for pattern in rule.op_names_re or ())
-        if not named:
-            return False
-    if rule.op_types and type(module).__name__ not in rule.op_types:
-        return False
-    return not _excluded(name, module, rule)
-
-
-def _excluded(name: str, module: nn.Module, rule: LayerRule) -> bool:
-    return (
-        name in rule.exclude_op_names
-        or type(module).__name__ in rule.exclude_op_types
-        or any(re.match(pattern, name) for pattern in rule.exclude_op_names_re)
     )

@@ -13,38 +13,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.config import OptimizerConfig, PruningSection
-from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
+from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.learning.budget import BudgetController
+from gumbel_plugin.learning.gates import GATES, Gates, gated_layers, remove_gates
 from gumbel_plugin.learning.nni_masks import Masks, decisions_of, masks_of
 from gumbel_plugin.learning.plan import Plan, build_plan
 from gumbel_plugin.learning.rescale import initialise_weight
+from gumbel_plugin.learning.samples import SampleHooks
 from gumbel_plugin.learning.sites import SiteHooks
-from gumbel_plugin.masks.base import LearntMask, Phase
+from gumbel_plugin.learning.snapshot import Snapshot, load_state, save_state
+from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 
 _logger = logging.getLogger(__name__)
-
-GATES = "gumbel_gates"
-"""The attribute of a gated layer under which its masks and scale are registered, so that DDP and checkpoints see them.
-
-They hang on layers, not on the model: the model may be an `nn.Sequential`, which would call them.
-"""
-
-_SNAPSHOT_EVERY = 50
-
-
-class Gates(nn.Module):
-    """Holds masks and a scale as a submodule of a layer.
-
-    Dots in names become slashes, and so that a layer may be called ``values`` (as a method of ModuleDict is), such a
-    name gets one at its end.
-    """
-
-    def __init__(self, masks: dict[str, LearntMask], scale: nn.Parameter | None) -> None:
-        super().__init__()
-        keys = {name: name.replace(".", "/") + "/" * hasattr(nn.ModuleDict, name) for name in masks}
-        self.masks = nn.ModuleDict({keys[name]: mask for name, mask in masks.items()})
-        self.register_parameter("scale", scale)
 
 
 @dataclass(frozen=True)
@@ -94,6 +75,7 @@ class MaskingSession:
         groups: Sequence[ChannelGroup] = (),
         seed: int = 0,
         plan: Plan | None = None,
+        example_inputs: Any = None,
     ) -> None:
         """Plan the session; the model is not touched before `start`.
 
@@ -103,25 +85,27 @@ class MaskingSession:
             groups: The model's channel groups, needed where a rule removes whole channels.
             seed: Seeds initial weights and the masks' noise.
             plan: What is gated, where something else than the config list decides it.
+            example_inputs: One batch, for methods that count multiply-accumulates (`LearntMask.counts_macs`): a budget
+                shared by several masks is in multiply-accumulates then. Without it, it is in weights.
 
         Raises:
             TargetError: If a rule matches nothing or nothing would be gated.
             LifecycleError: If the model has a session already.
         """
-        if _gated_layers(model):
+        if gated_layers(model):
             raise LifecycleError("the model has a masking session already; detach that one first")
         self.model = model
         self.config = config
         self.seed = seed
-        self.plan = plan or build_plan(model, config, groups, seed)
+        self.plan = plan or build_plan(model, config, groups, seed, example_inputs)
         self.controller = BudgetController(self.plan.scopes, config.budget)
         self.total_steps: int | None = None
         self.steps = 0
         self._started = False
         self._frozen: list[nn.Parameter] = []
-        self._hooks: list[SiteHooks] = []
+        self._hooks: list[SiteHooks | SampleHooks] = []
         self._root: RemovableHandle | None = None
-        self._snapshot: tuple[int, dict[str, Tensor]] | None = None
+        self._snapshot = Snapshot(model)
 
     # Attaching ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +123,7 @@ class MaskingSession:
         """
         if self._started:
             raise LifecycleError("the session was started before; a new MaskingSession learns new masks")
-        if _gated_layers(self.model):
+        if gated_layers(self.model):
             raise LifecycleError("the model has a masking session already; detach that one first")
         self._started = True
         self._initialise_weights()
@@ -147,15 +131,26 @@ class MaskingSession:
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
-        self._register_gates()
         self.total_steps = total_steps
+        self.attach(hooks=hooks)
+        self._enter_phase()
+        self._snapshot.take(self.steps)
+
+    def attach(self, *, hooks: bool = True) -> None:
+        """Attach a started session again to its model, from which it was detached; `start` does it the first time.
+
+        Args:
+            hooks: See `start`.
+        """
+        self._register_gates()
         self._root = self.model.register_forward_pre_hook(self._begin_forward)
         # A layer whose parent reads its weight without calling it is out of a wrapper's reach: it needs hooks anyway.
-        self._hooks = [SiteHooks(site) for site in self.plan.sites.values() if hooks or site.read_by_parent]
+        sites = self.plan.sites.values()
+        self._hooks = [SiteHooks(site) for site in sites if hooks or site.read_by_parent]
+        # Nor can a wrapper that masks weights act on activations.
+        self._hooks += [SampleHooks(site) for site in sites if any(mask.per_sample for mask in site.masks)]
         for hook in self._hooks:
             hook.attach()
-        self._enter_phase()
-        self._remember()
 
     def detach(self) -> None:
         """Remove hooks and gates from the model; what `extract` wrote into the weights stays."""
@@ -189,7 +184,7 @@ class MaskingSession:
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """Return the scalars of smart rescale."""
-        return [site.scale for site in self.plan.sites.values() if site.scale is not None]
+        return self.plan.scales()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Return optimizers of gates and scales with the configured (by default the published) settings."""
@@ -205,19 +200,7 @@ class MaskingSession:
         Raises:
             NonFiniteLossError: If the loss is NaN or infinite. The model gets its last remembered state back.
         """
-        if bool(torch.isfinite(loss.detach()).all()):
-            if self._snapshot is None or self.steps - self._snapshot[0] >= _SNAPSHOT_EVERY:
-                self._remember()
-            return loss
-        step, state = self._snapshot or (self.steps, {})
-        with torch.no_grad():
-            for name, tensor in self._state().items():
-                if name in state:
-                    tensor.copy_(state[name])
-        raise NonFiniteLossError(
-            f"the loss became {float(loss.detach().sum()):g} at step {self.steps}; the model keeps its state at step "
-            f"{step}. A lower learning rate of the weights or the gates is the usual cure"
-        )
+        return self._snapshot.guard(loss, self.steps)
 
     def loss(self) -> Tensor:
         """Return what the masks add to the training loss: budget and the method's own penalties; 0 outside learning."""
@@ -293,15 +276,7 @@ class MaskingSession:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
-        return {
-            "masks": {name: mask.state_dict() for name, mask in self.plan.masks.items()},
-            "phases": {name: mask.phase.value for name, mask in self.plan.masks.items()},
-            "scales": [scale.detach().clone() for scale in self.scale_parameters()],
-            "multipliers": self.controller.multipliers.clone(),
-            "steps": self.steps,
-            "total_steps": self.total_steps,
-            "forward": self.plan.noise.forward,
-        }
+        return save_state(self.plan, self.controller, self.steps, self.total_steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; the session must be planned alike, on a model of the same shape.
@@ -309,18 +284,9 @@ class MaskingSession:
         Raises:
             TargetError: If the masks are not the same ones.
         """
-        if set(state["masks"]) != set(self.plan.masks):
-            other = sorted(set(state["masks"]) ^ set(self.plan.masks))
-            raise TargetError(f"the state is of another plan: mask {other[0]!r} is in only one of them")
-        for name, mask in self.plan.masks.items():
-            mask.load_state_dict(state["masks"][name])
-            mask.phase = Phase(state["phases"][name])
-        with torch.no_grad():
-            for scale, value in zip(self.scale_parameters(), state["scales"], strict=True):
-                scale.copy_(value)
-        self.controller.multipliers = state["multipliers"].clone()
+        load_state(self.plan, self.controller, state)
         self.steps, self.total_steps = state["steps"], state["total_steps"]
-        self.plan.noise.forward = state["forward"]
+        self._snapshot = Snapshot(self.model)  # the old one is of another moment
         for mask in self.plan.masks.values():
             mask.advance(self.progress)
 
@@ -354,7 +320,8 @@ class MaskingSession:
         return Status(self.phase.value, 1 - hard / total, 1 - soft / total, self.steps)
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
-        if not module.training:
+        polled = any(mask.polled for mask in self.plan.masks.values())
+        if not (module.training or polled):
             return
         if torch._C._current_graph_task_id() == -1:
             self.plan.noise.forward += 1
@@ -362,7 +329,7 @@ class MaskingSession:
         for mask in self.plan.masks.values():
             # Drawn here, not where they are first used: a checkpointed layer must not own what others use too.
             mask.forget_sample()
-            if mask.granularity is None:
+            if mask.granularity is None and not mask.per_sample:
                 mask.gates()
 
     def _boundaries(self) -> tuple[int, int]:
@@ -400,19 +367,6 @@ class MaskingSession:
         site = self.plan.sites.get(name)
         return site.weight if site is not None and site.mask is self.plan.masks[name] else None
 
-    def _remember(self) -> None:
-        self._snapshot = (self.steps, {name: t.detach().clone() for name, t in self._state().items()})
-
-    def _state(self) -> dict[str, Tensor]:
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        return {name: tensor for name, tensor in tensors.items() if tensor.is_leaf}
-
-
-def remove_gates(model: nn.Module) -> None:
-    """Remove the gates that hang on a model's layers."""
-    for layer in _gated_layers(model):
-        delattr(layer, GATES)
-
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model without a session's gates and hooks."""
@@ -421,14 +375,10 @@ def plain_copy(model: nn.Module) -> nn.Module:
     for module in duplicate.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), SiteHooks | MaskingSession):
+                if isinstance(getattr(hook, "__self__", None), SiteHooks | SampleHooks | MaskingSession):
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
     return duplicate
-
-
-def _gated_layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(getattr(module, GATES, None), Gates)]
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:

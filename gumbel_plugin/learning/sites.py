@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gumbel_plugin.learning.blocks import ResidualBlock
 from gumbel_plugin.learning.rescale import Rescale, dynamic_scale
 from gumbel_plugin.masks.base import LearntMask, Phase
 from gumbel_plugin.masks.targets import ChannelSlice, columns_view, input_channels
@@ -91,6 +92,7 @@ class WeightSite:
         rescale: Which rescale applies.
         folded: Whether mask and scale are in the parameter already, so that the scale must not act again.
         reader: Whose forward reads the weight (see `reader_of`), by default the layer's own.
+        block: The residual block that the mask opens and closes, if the layer is the last one of its branch.
     """
 
     name: str
@@ -102,6 +104,7 @@ class WeightSite:
     rescale: Rescale = "none"
     folded: bool = False
     reader: nn.Module | None = None
+    block: ResidualBlock | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -109,6 +112,12 @@ class WeightSite:
         weight = self.owner.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias parameter, if it has one."""
+        owned = self.owner._parameters.get("bias")
+        return self.module._parameters.get("bias") if owned is None else owned
 
     @property
     def read_by_parent(self) -> bool:
@@ -125,6 +134,11 @@ class WeightSite:
         """The phases of all masks that act here."""
         return {mask.phase for mask in self.masks}
 
+    @property
+    def follows_samples(self) -> bool:
+        """Whether each sample has gates of its own now, which act on activations (see `SampleHooks`)."""
+        return any(mask.follows_samples for mask in self.masks)
+
     def multiplier(self, weight: Tensor) -> Tensor:
         """Return the product of all gates here, in a shape that broadcasts against the weight."""
         product = torch.ones((1,) * weight.dim(), device=weight.device)
@@ -136,7 +150,7 @@ class WeightSite:
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the weight as the layer sees it now: gated, and rescaled."""
-        if self.phases == {Phase.OPEN}:
+        if self.phases == {Phase.OPEN} or self.follows_samples:
             return weight
         if self.rescale == "dynamic" and not self.folded:
             gates = self.multiplier(weight)
@@ -165,6 +179,8 @@ class WeightSite:
         With 0/1 gates s·(w·m) and (s·w)·m are the same floating-point numbers, so nothing changes but the storage.
         """
         self.weight.copy_(self.apply(self.weight))
+        if self.block is not None and self.mask is not None and self.bias is not None:
+            self.bias.mul_(self.mask.hard.all())
         self.folded = True
 
 
@@ -191,6 +207,8 @@ class SiteHooks:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         site = self.site
+        if site.follows_samples:
+            return None
         weight = site.weight
         only_columns = site.mask is None and site.rescale == "none" and site.columns is not None
         # Masking the input is the same function; it is cheaper where the input is the smaller tensor of the two.

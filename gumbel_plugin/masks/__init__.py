@@ -20,6 +20,7 @@ METHODS: dict[str, type[LearntMask]] = {
     "hard_concrete": HardConcreteMask,
     "reparametrization": ReparametrizationMask,
     "gibbs": GibbsMask,
+    "consensus": ConsensusMask,
     "magnitude": MagnitudeMask,
     "random": RandomMask,
 }

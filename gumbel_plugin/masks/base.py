@@ -214,6 +214,23 @@ class LearntMask(nn.Module):
         """What a layer's fan is multiplied by when its weights are drawn."""
         return 1.0
 
+    def last_votes(self) -> tuple[Tensor, Tensor] | None:
+        """Return the hard gates and their σ of the samples that came last, (samples, units), if they were asked."""
+        return None
+
+    def adopt(self, votes: Tensor, confidence: Tensor) -> None:
+        """Take over what the samples of some data vote for on average.
+
+        Args:
+            votes: Each gate's mean over the samples, (units,).
+            confidence: The mean of its σ, (units,).
+        """
+        raise NotImplementedError
+
+    def read(self, features: int) -> None:
+        """Say how many features `gates_of_samples` will be given; without it, one for every gate."""
+        raise NotImplementedError
+
     @property
     def follows_samples(self) -> bool:
         """Whether each sample's own gates act now."""

@@ -115,8 +115,8 @@ class ConsensusMask(LearntMask):
         self._asker = 0
         self._soft: Tensor | None = None
 
+    @override
     def read(self, features: int) -> None:
-        """Say how many features the gating module reads; without it, one for every unit."""
         # The layers have no first bias and run over units or features first, so that units can leave one by one.
         uniform = self.noise.uniform_like(torch.empty(features, self.options.hidden), self.stream, bits=32)
         self.input = nn.Parameter((2 * uniform - 1) * math.sqrt(6 / features))  # Kaiming's, for the ReLU that follows
@@ -149,14 +149,14 @@ class ConsensusMask(LearntMask):
         self.votes.lerp_(gates.mean(0).reshape(self.shape).to(self.votes), share)
         self.confidence.lerp_(soft.mean(0).reshape(self.shape).to(self.confidence), share)
 
+    @override
     def last_votes(self) -> tuple[Tensor, Tensor] | None:
-        """Return the hard gates and the σ of the samples that came last, (samples, units), if they were asked."""
         if self._drawn is None or self._soft is None:
             return None
         return self._drawn[1].detach(), self._soft
 
+    @override
     def adopt(self, votes: Tensor, confidence: Tensor) -> None:
-        """Take over the mean gates and the mean σ of some data, (units,), instead of the running ones."""
         self.votes.copy_(votes.reshape(self.shape))
         self.confidence.copy_(confidence.reshape(self.shape))
 

@@ -1,11 +1,12 @@
-"""The command line: `gumbel-prune run`, `check` and `groups`."""
+"""The command line, `gumbel-prune`: each command reads its arguments here, and its work lies in a file of its own."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,9 +14,12 @@ from rich.table import Table
 
 from gumbel_plugin.config import PruningConfig, apply_overrides, read_yaml
 from gumbel_plugin.errors import ConfigError, GumbelPluginError
+from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, result_rows
+from gumbel_plugin.runs.folder import CONFIG
+from gumbel_plugin.runs.reporting import warnings_of
 
 if TYPE_CHECKING:  # the commands import these themselves: help is quick, and a missing extra is an error like others
-    from gumbel_plugin.runs.run import Column, RunResult
+    from gumbel_plugin.runs.run import RunResult
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -34,29 +38,113 @@ def main() -> None:
 
 @app.command()
 def run(
-    config: ConfigArgument,
+    config: Annotated[Path | None, typer.Argument(help="The run's YAML file.")] = None,
     settings: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; runs/<config> by default.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished run.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
 ) -> None:
     """Train with learnt masks, shrink the network, prove that it is equal, and print what it costs."""
+    if (config is None and resume is None) or (resume is not None and (output is not None or force)):
+        raise typer.BadParameter("give a CONFIG, or --resume DIR alone or with the CONFIG that it was begun with")
     try:
+        from gumbel_plugin.runs.progress import following
         from gumbel_plugin.runs.run import run as run_config
 
-        folder = output if output is not None else Path("runs") / config.stem
-        result = run_config(_load(config, settings), folder, force=force, say=_silent if quiet else _say)
+        folder = resume or output or Path("runs") / (config or Path()).stem
+        resolved = _load(config or folder / CONFIG, settings)
+        with following(quiet) as (say, followers):
+            result = run_config(resolved, folder, force=force, resume=resume is not None, say=say, followers=followers)
     except (GumbelPluginError, OSError) as error:
         _fail(error)
     except (KeyboardInterrupt, SystemExit) as stop:
-        typer.secho("interrupted: there is no result", err=True, fg="red")
+        hint = f"; gumbel-prune run --resume {folder} goes on" if (folder / CONFIG).exists() else ""
+        typer.secho(f"interrupted: there is no result{hint}", err=True, fg="red")
         code = getattr(stop, "code", None)  # 143 after SIGTERM
         raise typer.Exit(code if isinstance(code, int) else 130) from None
     if result.output is None:
         return  # the first process of a distributed run has written and prints
     _print_table(result_table(result))
+    for warning in warnings_of(folder):
+        typer.echo(f"warning: {warning}")
     typer.echo(str(result.equivalence))
     typer.echo(f"training with gates took {result.training_seconds:.0f} s; everything is in {folder}")
+    if result.report is not None:
+        typer.echo(f"report: {result.report}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+) -> None:
+    """Write the report of a finished run anew."""
+    try:
+        from gumbel_plugin.runs.reporting import read_result, write_report
+
+        page, data = write_report(folder), read_result(folder)
+    except (GumbelPluginError, OSError) as error:
+        _fail(error)
+    _print_table(_table("result", ["", *data.columns], [[label, *cells] for label, cells in result_rows(data.columns)]))
+    typer.echo(f"report: {page}")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="The folders of finished runs.")],
+    output: Annotated[Path, typer.Option(help="The page with table and plot.")] = Path("comparison.html"),
+) -> None:
+    """Compare finished runs: one table, and one plot of score against MACs."""
+    try:
+        from gumbel_plugin.runs.reporting import write_comparison
+
+        rows = write_comparison(folders, output)
+    except (GumbelPluginError, OSError) as error:
+        _fail(error)
+    _print_table(_table("comparison", COMPARISON_HEADINGS, rows))
+    typer.echo(f"comparison: {output}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    kind: Annotated[str, typer.Option("--format", help="onnx, pt2 or safetensors.")],
+    output: Annotated[Path | None, typer.Option(help="The file; <folder>/small.<format> by default.")] = None,
+) -> None:
+    """Export the small network, compared with the original before the file appears."""
+    try:
+        from gumbel_plugin.runs.export import export_run
+
+        file, error_found = export_run(folder, kind, output)
+    except (GumbelPluginError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{file}: equal to the small network up to {error_found:.1e} of its output, at any batch size")
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="The YAML file to write.")] = Path("gumbel-prune.yaml"),
+    method: Annotated[str, typer.Option(help="The mask method.")] = "gumbel_softmax",
+    model: Annotated[str, typer.Option(help="The network.")] = "digits_cnn",
+    data: Annotated[str, typer.Option(help="The data set.")] = "digits",
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Write a commented configuration to start from."""
+    try:
+        from gumbel_plugin.runs.starter import write_starter
+
+        write_starter(file, method, model, data, force=force)
+    except (GumbelPluginError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{file}: start with gumbel-prune run {file}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a configuration, for editors."""
+    from gumbel_plugin.runs.starter import schema_text
+
+    typer.echo(schema_text(), nl=False)
 
 
 @app.command()
@@ -98,31 +186,17 @@ def groups(config: ConfigArgument, settings: SetOption = None) -> None:
 
 def result_table(result: RunResult) -> Table:
     """Return the table dense / masked / small."""
-    table = Table(title="result", title_justify="left")
-    table.add_column("")
-    for name in result.columns:
-        table.add_column(name, justify="right")
-    for label, cell in _ROWS:
-        table.add_row(label, *(cell(column) for column in result.columns.values()))
+    columns = {name: column.as_dict() for name, column in result.columns.items()}
+    return _table("result", ["", *columns], [[label, *cells] for label, cells in result_rows(columns)])
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-def _latency(column: Column) -> str:
-    return f"{column.profile.latency_ms[1]:.3f} ms"
-
-
-def _score(column: Column) -> str:
-    return "-" if column.score is None else f"{column.score:.2f}"
-
-
-_ROWS: list[tuple[str, Any]] = [
-    ("parameters", lambda column: f"{column.profile.parameters:,}"),
-    ("non-zero", lambda column: f"{column.profile.nonzero:,}"),
-    ("MACs", lambda column: f"{column.profile.macs:,}"),
-    ("latency (batch 1)", _latency),
-    ("file size", lambda column: f"{column.profile.file_bytes / 1024:,.1f} KiB"),
-    ("test score", _score),
-]
 
 
 def _print_table(table: Table) -> None:
@@ -136,14 +210,6 @@ def _load(path: Path, settings: list[str] | None) -> PruningConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"config {str(path)!r} must be a mapping with a pruning section to be run")
     return PruningConfig.load(apply_overrides(values, settings or []))
-
-
-def _say(line: str) -> None:
-    typer.secho(line, err=True, dim=True)
-
-
-def _silent(line: str) -> None:
-    pass
 
 
 def _fail(error: Exception) -> NoReturn:

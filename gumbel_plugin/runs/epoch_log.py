@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gumbel_plugin.errors import MissingExtraError
+from gumbel_plugin.runs.folder import read_log, write_bytes
+from gumbel_plugin.runs.trackers import Tracker
 
 try:
     from lightning.pytorch.loggers.logger import Logger
@@ -17,7 +20,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
 
-COLUMNS = ("epoch", "loss", "sparsity", "soft_sparsity", "validation_score", "learning_rate", "seconds")
+COLUMNS = ("epoch", "loss", "sparsity", "soft_sparsity", "validation_score", "learning_rate", "macs", "seconds")
 _LINES = 10
 _SILENCE_SECONDS = 30.0
 
@@ -37,16 +40,29 @@ class EpochLog(Logger):  # type: ignore[misc]
         epochs: How many epochs the training may have.
         path: The CSV file, replaced if it exists; None writes none.
         say: Told a line at a time; None stays silent.
+        trackers: Told every row too.
+        finished: How many epochs of the file stay, those that were finished before a training was killed.
     """
 
-    def __init__(self, epochs: int, path: Path | None = None, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        path: Path | None = None,
+        say: Callable[[str], None] | None = None,
+        *,
+        trackers: Sequence[Tracker] = (),
+        finished: int = 0,
+    ) -> None:
         super().__init__()
         self._epochs = epochs
         self._path = path
         self._say = say
+        self._trackers = trackers
         self._row: dict[str, float] = {}
         self._began = self._spoke = time.monotonic()
         self._rows = 0
+        if path is not None and finished:
+            self._keep(path, finished)
 
     @property
     def name(self) -> str:
@@ -74,15 +90,30 @@ class EpochLog(Logger):  # type: ignore[misc]
         self._row = {}
         if self._path is not None:
             with self._path.open("a" if self._rows else "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-                if not self._rows:
-                    writer.writeheader()
-                writer.writerow(row)
+                _write(file, [row], heading=not self._rows)
+        for track in self._trackers:
+            track({name: value for name, value in row.items() if name in COLUMNS[1:]}, number)
         self._rows += 1
         due = number % math.ceil(self._epochs / _LINES) == 0 or now - self._spoke >= _SILENCE_SECONDS
         if self._say is not None and (due or number in (1, self._epochs)):
             self._spoke = now
             self._say(_line(row, self._epochs))
+
+    def _keep(self, path: Path, finished: int) -> None:
+        rows = [row for row in read_log(path) if row["epoch"] <= finished] if path.is_file() else []
+        content = io.StringIO()
+        _write(content, [{k: v for k, v in row.items() if not math.isnan(v)} for row in rows], heading=True)
+        write_bytes(path, content.getvalue().encode())
+        self._rows = len(rows)
+        self._began -= rows[-1]["seconds"] if rows else 0.0
+
+
+def _write(file: Any, rows: Sequence[Mapping[str, float]], *, heading: bool) -> None:
+    writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    if heading:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, "epoch": int(row["epoch"])})
 
 
 def _line(row: Mapping[str, float], epochs: int) -> str:

@@ -6,7 +6,8 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ GATES = "gates.jsonl"
 REPORT = "report.html"
 FORMAT = 1
 """The format of `SUMMARY`; a folder with another one was written by another version of this project."""
+
+_SPARE = 16 * 2**20
 
 
 @dataclass
@@ -96,6 +99,13 @@ def read_gates(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def keep_gates(path: Path, epochs: int) -> None:
+    """Keep the histograms of the first epochs only, those that were finished before a training was killed."""
+    if path.is_file():
+        kept = [entry for entry in read_gates(path) if entry["epoch"] <= epochs]
+        write_bytes(path, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in kept).encode())
+
+
 def refuse_finished(output: Path, force: bool) -> None:
     """Refuse to replace a finished run without being told to.
 
@@ -110,7 +120,51 @@ def refuse_finished(output: Path, force: bool) -> None:
         raise ConfigError(f"output {str(output)!r} holds a finished run; pass --force to replace it")
 
 
-def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftovers: Sequence[str] = ()) -> None:
+def check_resumable(output: Path, config: PruningConfig) -> None:
+    """Refuse to go on with a run that is none, is finished, or has another configuration.
+
+    Raises:
+        ConfigError: If so; for another configuration with the keys that differ.
+        DataError: If the folder's own configuration cannot be read.
+    """
+    folder = RunFolder.read(output)
+    if SUMMARY in folder.contents or (output / SUMMARY).exists():
+        raise ConfigError(f"output {str(output)!r} holds a finished run; there is nothing to resume")
+    folder.require(CONFIG)
+    noted = _flat(folder.contents[CONFIG].model_dump(mode="json"))
+    given = _flat(config.model_dump(mode="json"))
+    different = [key for key in {**noted, **given} if noted.get(key) != given.get(key)]
+    if different:
+        listed = "; ".join(f"{key}: {noted.get(key)!r} there, {given.get(key)!r} now" for key in different)
+        raise ConfigError(f"run folder {str(output)!r} was begun with another configuration: {listed}")
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings and lists by their dotted keys."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        return {path: value}
+    return {k: v for key, item in items for k, v in _flat(item, f"{path}.{key}".lstrip(".")).items()}
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Refuse a disk that is too full for a run, before it is trained.
+
+    Args:
+        output: The run's folder, which need not exist.
+        needed: How many bytes the run will write, about.
+
+    Raises:
+        ConfigError: If there is not enough space.
+    """
+    place = next((p for p in (output.absolute(), *output.absolute().parents) if p.is_dir()), None)
+    free = shutil.disk_usage(place).free if place is not None else needed
+    if free < needed + _SPARE:
+        megabytes = (needed + _SPARE) / 2**20
+        raise ConfigError(f"output {str(output)!r}: {free / 2**20:.0f} MiB are free, the run needs {megabytes:.0f} MiB")
+
+
+def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftovers: Iterable[str] = ()) -> None:
     """Create a run's folder without an older run's results, and note the resolved configuration in it.
 
     Args:

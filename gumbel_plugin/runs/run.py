@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import math
-import os
-import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, MissingExtraError
-from gumbel_plugin.insight.profile import Profile, profile
+from gumbel_plugin.insight.profile import Profile, count_macs, profile
+from gumbel_plugin.insight.widths import LayerWidth, layer_widths
+from gumbel_plugin.learning.agreement import Agreement, adopt_consensus, measure_agreement, votes_per_sample
+from gumbel_plugin.learning.cost import count_cost
 from gumbel_plugin.learning.session import MaskingSession, Masks
+from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
+from gumbel_plugin.runs import folder as files
+from gumbel_plugin.runs import trackers
+from gumbel_plugin.runs.checkpoint import Checkpoint, read_checkpoint
 from gumbel_plugin.runs.data import DataBundle
 from gumbel_plugin.runs.epoch_log import EpochLog, other_rank
+from gumbel_plugin.runs.gate_log import GateLog
 from gumbel_plugin.runs.models import build_model
+from gumbel_plugin.runs.provenance import provenance
+from gumbel_plugin.runs.reporting import write_report
 from gumbel_plugin.runs.train import check_training, evaluate, fit, load_config_data, loaders
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
 from gumbel_plugin.shrinking.inputs import call_model, observing
 from gumbel_plugin.shrinking.mask_file import save_masks
+from gumbel_plugin.shrinking.pruned_file import save_pruned
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 
 _logger = logging.getLogger(__name__)
-_SUMMARY, _MASKS, _SMALL, _LOG = "summary.json", "masks.safetensors", "small.safetensors", "log.csv"
+_CHECKPOINTS = {"dense": "checkpoint_dense.pt", "gated": "checkpoint.pt"}
 
 
 @dataclass(frozen=True)
@@ -63,25 +69,34 @@ class RunResult:
         equivalence: The proof that the small network equals the masked one.
         sparsity: The fraction of gated weights that was closed.
         training_seconds: How long the training with gates took.
+        layers: How wide every layer was, and is.
         small: The small network.
         output: Where everything was written, if anywhere.
+        report: The report's page, if one was written.
+        agreement: How far held-out samples agreed with the decided gates, where each had gates of its own.
     """
 
     columns: dict[str, Column]
     equivalence: EquivalenceReport
     sparsity: float
     training_seconds: float
+    layers: list[LayerWidth]
     small: nn.Module
     output: Path | None
+    report: Path | None = None
+    agreement: Agreement | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {
+            "format": files.FORMAT,
             "columns": {name: column.as_dict() for name, column in self.columns.items()},
             "equivalence": self.equivalence.as_dict(),
             "sparsity": self.sparsity,
             "training_seconds": self.training_seconds,
-            "versions": library_versions(),
+            "agreement": None if self.agreement is None else self.agreement.as_dict(),
+            "layers": [layer.as_dict() for layer in self.layers],
+            **provenance(),
         }
 
 
@@ -124,7 +139,7 @@ def prepare(config: PruningConfig) -> Prepared:
         raise MissingExtraError("torch-pruning", "torch-pruning") from error
     groups = find_groups(model, example)  # even where no channel goes: what cannot be traced could not be shrunk later
     _check_outputs(config, data, model, example)
-    session = MaskingSession(model, config.pruning, groups, config.seed)
+    session = MaskingSession(model, config.pruning, groups, config.seed, example_inputs=example)
     return Prepared(config, data, model, groups, session, example)
 
 
@@ -133,22 +148,27 @@ def run(
     output: Path | None = None,
     *,
     force: bool = False,
+    resume: bool = False,
     say: Callable[[str], None] = _logger.info,
+    followers: Sequence[Any] = (),
 ) -> RunResult:
     """Train with learnt masks, shrink, prove and measure.
 
-    The result depends on the configuration and its seed only; training the dense baseline too does not change it.
+    The result depends on the configuration and its seed only; training the dense baseline too does not change it, nor
+    does being killed and resumed.
 
     Args:
         config: The whole run.
-        output: Folder for the resolved configuration, the training log, masks, small network and summary; nothing is
-            written without it.
+        output: Folder for the resolved configuration, logs, checkpoints, masks, small network, summary and report;
+            nothing is written without it.
         force: Whether to replace a finished run in that folder.
+        resume: Whether to go on with the run in that folder that was interrupted.
         say: Told what the run does, a line at a time.
+        followers: Lightning callbacks and loggers that follow the trainings, for instance a progress bar.
 
     Raises:
-        ConfigError: If the configuration is wrong, or the folder holds a finished run or cannot be written. Nothing was
-            trained.
+        ConfigError: If the configuration is wrong, or the folder holds a finished run, cannot be written or belongs to
+            another configuration than the resumed one. Nothing was trained.
         GumbelPluginError: If the data or the network is wrong. Nothing was trained or written.
         NonFiniteLossError: If the loss becomes NaN or infinite.
         EquivalenceError: If the small network is not equal to the masked one; everything was written by then.
@@ -156,18 +176,20 @@ def run(
     if other_rank():  # it computes along in a distributed run, and leaves writing and talking to the first process
         output, say = None, _logger.debug
     if output is not None:
-        _refuse_finished(output, force)
+        files.check_resumable(output, config) if resume else files.refuse_finished(output, force)
     prepared = prepare(config)
     if output is not None:
-        _claim(output, config)
+        files.check_space(output, 8 * sum(p.numel() * p.element_size() for p in prepared.model.parameters()))
+        kept = (files.LOG, files.GATES, *_CHECKPOINTS.values()) if resume else ()
+        files.claim(output, config, kept, _CHECKPOINTS.values())
+    trainer = _Trainer(prepared, output, say, followers)
     dense = copy.deepcopy(prepared.model)
     if config.training.dense_baseline:
         say("training the dense network")
-        _train(dense, None, prepared, None, say)
+        trainer.train(dense, None)
     say("training with gates")
-    began = time.perf_counter()
-    _train(prepared.model, prepared.session, prepared, output, say)
-    seconds = time.perf_counter() - began
+    seconds = trainer.train(prepared.model, prepared.session)
+    agreement = _agreement(prepared)
     masks = prepared.session.extract()
     sparsity = prepared.session.status().sparsity
     prepared.session.detach()
@@ -176,9 +198,11 @@ def run(
     small = remove_dead_units(masked, prepared.example)
     report = verify_equivalence(masked, small, prepared.example)
     columns = _measure(prepared, {"dense": dense, "masked": masked, "small": small})
-    result = RunResult(columns, report, sparsity, seconds, small, output)
+    result = RunResult(
+        columns, report, sparsity, seconds, layer_widths(dense, small), small, output, agreement=agreement
+    )
     if output is not None:
-        _write(output, masks, result)
+        result = _write(output, masks, result, prepared, say)
     report.raise_for_failure()
     return result
 
@@ -197,79 +221,99 @@ def _check_outputs(config: PruningConfig, data: DataBundle, model: nn.Module, ex
         raise ConfigError(f"model: its output for two inputs is {found}, the data needs {expected}: set num_classes")
 
 
-def _train(
-    model: nn.Module,
-    session: MaskingSession | None,
-    prepared: Prepared,
-    output: Path | None,
-    say: Callable[[str], None],
-) -> None:
-    """Train one network; the random numbers do not depend on what was trained before."""
-    config = prepared.config
-    train, validation, _ = loaders(config, prepared.data)
-    torch.manual_seed(config.seed)
-    log = EpochLog(config.training.max_epochs, None if output is None else output / _LOG, say)
-    fit(model, session, config.training, train, validation, logger=log)
+@dataclass(frozen=True)
+class _Trainer:
+    """Trains the networks of one run, each from the same random numbers, whatever was trained before."""
+
+    prepared: Prepared
+    output: Path | None
+    say: Callable[[str], None]
+    followers: Sequence[Any]
+
+    def train(self, model: nn.Module, session: MaskingSession | None) -> float:
+        """Train a network, from its checkpoint if there is one; return how many seconds that took, all in all."""
+        config = self.prepared.config
+        train, validation, _ = loaders(config, self.prepared.data)
+        log, callbacks, before = self._followers(session)
+        torch.manual_seed(config.seed)
+        began = time.perf_counter()
+        fit(model, session, config.training, train, validation, logger=[log, *callbacks, *self.followers])
+        return before + time.perf_counter() - began
+
+    def _followers(self, session: MaskingSession | None) -> tuple[EpochLog, list[Any], float]:
+        """Return the log, the callbacks, and how many seconds the training took before it was interrupted."""
+        epochs = self.prepared.config.training.max_epochs
+        if self.output is None:
+            return EpochLog(epochs, None, self.say), [], 0.0
+        path = self.output / _CHECKPOINTS["gated" if session else "dense"]
+        checkpoint = Checkpoint(path, read_checkpoint(path))
+        if checkpoint.epochs:
+            self.say(f"going on after epoch {checkpoint.epochs}")
+        if session is None:
+            return EpochLog(epochs, None, self.say), [checkpoint], checkpoint.seconds
+        log = EpochLog(
+            epochs,
+            self.output / files.LOG,
+            self.say,
+            trackers=self._trackers(self.output, checkpoint.epochs),
+            finished=checkpoint.epochs,
+        )
+        files.keep_gates(self.output / files.GATES, checkpoint.epochs)
+        gates = GateLog(session, self.output / files.GATES, self._macs(session))
+        return log, [gates, checkpoint], checkpoint.seconds
+
+    def _trackers(self, output: Path, epochs: int) -> list[trackers.Tracker]:
+        report, found = self.prepared.config.report, []
+        if report.tensorboard and (tracker := trackers.tensorboard(output / "tensorboard", epochs)):
+            found.append(tracker)
+        if report.mlflow is not None:
+            found.append(trackers.mlflow(report.mlflow, output.resolve().name))
+        return found
+
+    def _macs(self, session: MaskingSession) -> Callable[[dict[str, Tensor]], Tensor] | None:
+        """Return what computes the MACs that channel gates leave; None where no channel goes."""
+        groups = session.plan.groups
+        if not groups:
+            return None
+        model, example = self.prepared.model, self.prepared.example
+        cost = count_cost(model, groups, example, "macs", count_macs(model, example))
+        return lambda gates: cost({name: gates[name] for name in groups})
+
+
+def _agreement(prepared: Prepared) -> Agreement | None:
+    """Fix gates that belong to samples at their consensus over the training data, and ask held-out samples."""
+    session = prepared.session
+    if not votes_per_sample(session):
+        return None
+    train, validation, test = loaders(prepared.config, prepared.data)
+    if session.phase is not Phase.FIXED:
+        adopt_consensus(session, (inputs for inputs, _ in train))
+    return measure_agreement(session, (inputs for inputs, _ in validation or test))
 
 
 def _measure(prepared: Prepared, networks: dict[str, nn.Module]) -> dict[str, Column]:
     config = prepared.config
     test = loaders(config, prepared.data)[2]
     columns = {}
+    measure = partial(profile, batch_sizes=config.report.latency_batches, min_run_time=config.report.latency_seconds)
     for name, network in networks.items():
         trained = name != "dense" or config.training.dense_baseline
         score = evaluate(network, test, config.training.loss) if trained else None
-        columns[name] = Column(profile(network, prepared.example), score)
+        columns[name] = Column(measure(network, prepared.example), score)
     return columns
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("gumbel-plugin", "torch", "torchvision", "torch-pruning", "nni", "lightning"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _refuse_finished(output: Path, force: bool) -> None:
+def _write(output: Path, masks: Masks, result: RunResult, prepared: Prepared, say: Callable[[str], None]) -> RunResult:
+    """Write the result and its report; return it with the report's place."""
+    save_masks(output / files.MASKS, masks)
+    save_pruned(output / files.SMALL, result.small, input_shape=list(prepared.example.shape[1:]))
+    files.write_json(output / files.SUMMARY, result.summary())  # last: it marks the run as finished
+    for name in _CHECKPOINTS.values():
+        (output / name).unlink(missing_ok=True)
+    if not prepared.config.report.html:
+        return result
     try:
-        finished = (output / _SUMMARY).exists()
-    except OSError as error:
-        raise ConfigError(f"output {str(output)!r} cannot be read: {error}") from error
-    if finished and not force:
-        raise ConfigError(f"output {str(output)!r} holds a finished run; pass --force to replace it")
-
-
-def _claim(output: Path, config: PruningConfig) -> None:
-    """Create the output folder without an older run's results, and note the resolved configuration in it."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name in (_SUMMARY, _MASKS, _SMALL, _LOG):  # the summary first: without it no run counts as finished
-            (output / name).unlink(missing_ok=True)
-        write_bytes(output / "config.yaml", config.to_yaml().encode())
-    except OSError as error:
-        raise ConfigError(f"output {str(output)!r} cannot be written: {error}") from error
-
-
-def _write(output: Path, masks: Masks, result: RunResult) -> None:
-    save_masks(output / _MASKS, masks)
-    write_bytes(output / _SMALL, save({name: t.contiguous().clone() for name, t in result.small.state_dict().items()}))
-    summary = json.dumps(_json_ready(result.summary()), indent=2, allow_nan=False)
-    write_bytes(output / _SUMMARY, summary.encode())  # last: it marks the run as finished
-
-
-def _json_ready(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by null."""
-    if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+        return replace(result, report=write_report(output))
+    except MissingExtraError as error:
+        say(f"no report.html: {error}")
+        return result

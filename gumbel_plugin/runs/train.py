@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,6 +98,14 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
         score = _score(self.model(inputs), targets, self.training_config.loss)
         self.log("validation_score", score, on_epoch=True, batch_size=len(inputs), sync_dist=True)
 
+    def progress_state(self) -> dict[str, int]:
+        """Return how far the training is, for a checkpoint."""
+        return {"steps": self.steps, "fixed_epochs": self._fixed_epochs}
+
+    def load_progress_state(self, state: Mapping[str, int]) -> None:
+        """Go on from `progress_state`."""
+        self.steps, self._fixed_epochs = state["steps"], state["fixed_epochs"]
+
     @property
     def settled(self) -> bool:
         """Whether a state of now could be the result.
@@ -162,6 +170,14 @@ class _BestState(pl.Callback):  # type: ignore[misc]
             self.waited += 1
             trainer.should_stop = trainer.should_stop or self.waited >= self.patience
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best state and how good it is, for a checkpoint."""
+        return {"best": self.best, "waited": self.waited, "state": self.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.best, self.waited, self.state = (state_dict[key] for key in ("best", "waited", "state"))
+
     def on_fit_end(self, trainer: Any, task: MaskedTask) -> None:
         """Give the best state back."""
         if self.state:
@@ -189,7 +205,8 @@ def fit(
         validation: Batches to score with hard masks after each epoch.
         max_steps: Train for this many optimiser steps instead of epochs.
         hooks: Passed to `MaskingSession.start`.
-        logger: A Lightning logger, for instance `gumbel_plugin.runs.epoch_log.EpochLog`.
+        logger: What follows the training: Lightning loggers, for instance `gumbel_plugin.runs.epoch_log.EpochLog`, and
+            callbacks; one, or several.
 
     Raises:
         ConfigError: If the training settings contradict each other or this machine; nothing was trained.
@@ -232,13 +249,15 @@ def check_training(training: TrainingConfig, has_validation: bool) -> None:
         _trainer(training, None)
 
 
-def _trainer(training: TrainingConfig, logger: Any) -> Any:
+def _trainer(training: TrainingConfig, followers: Any) -> Any:
+    several = followers if isinstance(followers, Sequence) else [] if followers is None else [followers]
+    best = [] if training.patience is None else [_BestState(training.patience)]
     try:
         return pl.Trainer(
             max_epochs=training.max_epochs,
             **{key: getattr(training, key) for key in _PASSED_ON},
-            logger=logger or False,
-            callbacks=[] if training.patience is None else [_BestState(training.patience)],
+            logger=[each for each in several if not isinstance(each, pl.Callback)] or False,
+            callbacks=best + [each for each in several if isinstance(each, pl.Callback)],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -2,22 +2,21 @@
 
 Both run on the same random inputs, in float32 and in float64. A difference that is only rounding shrinks from about
 1e-7 to about 1e-16 of the output scale between the two; a structural mistake (a constant not folded, a statistic over
-other channels) stays as large as it was.
+other channels) stays as large as it was. One rounding is no mistake: that of a bias which took a constant in, and was
+then stored in float32. In float64 it is judged by what it was before (see `gumbel_plugin.shrinking.precision`).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gumbel_plugin.errors import ConfigError, EquivalenceError
 from gumbel_plugin.shrinking.inputs import (
@@ -27,6 +26,7 @@ from gumbel_plugin.shrinking.inputs import (
     observing,
     random_inputs_like,
 )
+from gumbel_plugin.shrinking.precision import computing_in, unround
 
 # Tolerance of each dtype as a multiple of float32's: 1e-5 and 1e-10 by default, each well above its rounding error.
 _TOLERANCE_FACTORS = {torch.float32: 1.0, torch.float64: 1e-5}
@@ -145,10 +145,10 @@ def _difference_and_scale(
     masked: nn.Module, small: nn.Module, example_inputs: ExampleInputs, samples: int, dtype: torch.dtype, seed: int
 ) -> tuple[float, float]:
     """Return max |masked - small| (NaN if there is one) and max |masked| over all samples."""
-    models = [copy.deepcopy(model).to(dtype) for model in (masked, small)]
+    models = [unround(copy.deepcopy(model)).to(dtype) for model in (masked, small)]
     generator = torch.Generator().manual_seed(seed)
     pairs: list[tuple[float, float]] = []
-    with observing(*models), _full_precision(), _default_dtype(dtype), _AtLeast(dtype):
+    with observing(*models), computing_in(dtype):
         for _ in range(samples):
             inputs = random_inputs_like(example_inputs, generator, dtype)
             reference, candidate = (
@@ -204,62 +204,3 @@ def _difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     difference = torch.where(ours == theirs, 0.0, (ours - theirs).abs())  # equal infinities differ by nothing
     magnitude = ours.abs()
     return float(difference.max()), float(torch.where(magnitude.isfinite(), magnitude, 0.0).max())
-
-
-class _AtLeast(TorchFunctionMode):
-    """Turns every cast to a narrower floating type, and every tensor created in one, into ``dtype``.
-
-    Many transformers compute their norms, softmax or logits in float32 whatever their dtype: judged in float64, a cast
-    would hide a difference or round it up to 1e-7.
-    """
-
-    _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in self._CASTS:
-            return args[0].to(self._dtype)
-        return func(*map(self._widen, args), **{key: self._widen(value) for key, value in (kwargs or {}).items()})
-
-    def _widen(self, value: Any) -> Any:
-        if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize < self._dtype.itemsize:
-            return self._dtype
-        return value
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Let ``torch.zeros(n)`` in a forward have the dtype of the weights it meets."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Switch TF32 and bfloat16 shortcuts off: on a GPU convolutions use TF32 by default, good to 1e-3 only."""
-    backends: Any = torch.backends
-    value: str | bool
-    if hasattr(backends.cudnn, "conv"):  # torch >= 2.9; its old switches refuse to be read once the new ones are used
-        cudnn, mkldnn = backends.cudnn, backends.mkldnn
-        owners = [cudnn.conv, cudnn.rnn, backends.cuda.matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]
-        switch, value = "fp32_precision", "ieee"
-    else:
-        owners = [backends.cudnn, backends.cuda.matmul]
-        switch, value = "allow_tf32", False
-    before = [getattr(owner, switch) for owner in owners]
-    try:
-        for owner in owners:
-            setattr(owner, switch, value)
-        yield
-    finally:
-        for owner, old in zip(owners, before, strict=True):
-            setattr(owner, switch, old)

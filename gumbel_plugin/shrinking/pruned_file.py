@@ -14,7 +14,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest
-from gumbel_plugin.shrinking.kept import kept_of
+from gumbel_plugin.learning.blocks import residual_block
+from gumbel_plugin.shrinking.blocks import removed_blocks, replace_block
+from gumbel_plugin.shrinking.kept import kept_of, note_kept
 
 FORMAT = "gumbel-plugin-network-1"
 HINT = "this is a shrunk network: rebuild it with gumbel_plugin.load_pruned(path, factory)"
@@ -28,7 +30,7 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
     """Write a shrunk network to a file, without pickle; it appears whole or not at all.
 
     The file holds the weights and, as JSON, the kept indices of every tensor that lost entries, the sizes that the
-    layers have, and the versions that wrote it.
+    layers have, the residual blocks that are gone, and the versions that wrote it.
 
     Args:
         path: The file to write.
@@ -47,6 +49,7 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
         "versions": {"torch": torch.__version__, "gumbel-plugin": _own_version()},
         "kept": {name: dims for name, dims in kept.items() if name in state},
         "sizes": {name: sizes for name, module in model.named_modules() if (sizes := _sizes(module))},
+        "blocks": list(removed_blocks(model)),
         "replaced": {n: type(m).__name__ for n, m in model.named_modules() if type(m).__module__ == _COMPACT_MODULES},
         **header,
     }
@@ -82,8 +85,11 @@ def load_pruned(path: str | Path, factory: Callable[[], nn.Module]) -> nn.Module
     except (SafetensorError, OSError) as error:
         raise DataError(f"network file {path} cannot be read: {error}") from error
     model = factory()
+    for name in header.get("blocks", ()):
+        _remove_block(model, name, path)
     for name, kind in header["replaced"].items():
         _replace(model, name, kind, path)
+    _add_biases(model, tensors)
     _check_names(path, model, tensors)
     for name, sizes in header["sizes"].items():
         module = model.get_submodule(name)
@@ -91,6 +97,8 @@ def load_pruned(path: str | Path, factory: Callable[[], nn.Module]) -> nn.Module
             setattr(module, key, tuple(value) if isinstance(value, list) else value)
     _fit_tensors(model, tensors)
     model.load_state_dict(tensors)
+    kept = header["kept"].items()
+    note_kept(model, {name: tuple(None if d is None else torch.tensor(d) for d in dims) for name, dims in kept})
     return model
 
 
@@ -126,6 +134,14 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+def _remove_block(model: nn.Module, name: str, path: str | Path) -> None:
+    modules = dict(model.named_modules())
+    block = residual_block(modules[name]) if name in modules else "it has no such module"
+    if isinstance(block, str):
+        raise DataError(f"{path}: the factory's network has no residual block {name!r}: {block}")
+    replace_block(model, name, block)
+
+
 def _replace(model: nn.Module, name: str, kind: str, path: str | Path) -> None:
     """Put the kind of attention layer in place that can have lost heads."""
     try:
@@ -140,6 +156,14 @@ def _replace(model: nn.Module, name: str, kind: str, path: str | Path) -> None:
         return
     make = getattr(attention_modules, kind)
     setattr(layers[parent], child, getattr(make, "of", make)(layers[name]))
+
+
+def _add_biases(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give layers the biases that they got when the constants of removed channels were folded in."""
+    for name, module in model.named_modules():
+        stored = tensors.get(f"{name}.bias")
+        if stored is not None and module._parameters.get("bias", stored) is None:
+            module._parameters["bias"] = nn.Parameter(torch.empty_like(stored))
 
 
 def _check_names(path: str | Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

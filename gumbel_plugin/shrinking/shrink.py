@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, MissingExtraError, TargetError, nearest
 from gumbel_plugin.learning.session import plain_copy
+from gumbel_plugin.shrinking.blocks import note_removed, remove_closed_blocks
+from gumbel_plugin.shrinking.constants import fold_constants
 from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
+from gumbel_plugin.shrinking.inputs import random_inputs_like
 from gumbel_plugin.shrinking.kept import find_kept, note_kept
+from gumbel_plugin.shrinking.precision import dtypes_of, round_to
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +35,8 @@ def shrink(
     """Return a smaller dense model that computes what the masked model computes.
 
     The masks are multiplied into a copy of the model. Every unit that nothing reads any more is then removed, together
-    with all that the dependency graph ties to it.
+    with all that the dependency graph ties to it; so is one that nothing comes into, once its constant is in the biases
+    of what reads it (a convolution without a bias gets one). A residual block whose branch is closed leaves as a whole.
 
     Args:
         model: The model; it is left alone. A model whose gates were learnt has its closed input columns at zero already
@@ -78,7 +83,10 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None
 
 
 def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend = "torch_pruning") -> nn.Module:
-    """Return a copy of a masked model without the units that nothing reads.
+    """Return a copy of a masked model without the units that nothing reads, or that nothing comes into.
+
+    The constants of the latter are moved into the biases of their readers (`fold_constants`) where that is exact.
+    Residual blocks whose branch is zero go as a whole.
 
     Args:
         masked: A plain model whose closed weights are zero; it is left alone.
@@ -92,19 +100,26 @@ def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend =
     except ImportError as error:
         raise MissingExtraError("torch-pruning", "torch-pruning") from error
     small = copy.deepcopy(masked)
+    blocks = remove_closed_blocks(small)
     dependency = DependencyGroups(small, example_inputs)
+    dtypes = dtypes_of(small)
+    folded = fold_constants(small, dependency.groups, example_inputs)
+    if folded:  # the model is float64 from here on, until it is rounded at the end
+        example_inputs = random_inputs_like(example_inputs, torch.Generator().manual_seed(0), torch.float64)
     dead = find_dead_units(small, dependency.groups)
     kept = find_kept(small, lambda copied: dependency.remover_of(copied).remove(dead))
     if backend == "nni":
         from gumbel_nni.speedup import speedup
 
-        masks = column_masks(masked, dependency.groups, dead)
-        small = speedup(masked, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
+        masks = column_masks(small, dependency.groups, dead)
+        small = speedup(small, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
     else:
         dependency.remove_all(dead)
     note_kept(small, kept)
-    _logger.info("removed %d units in %d groups", sum(len(units) for units in dead.values()), len(dead))
-    return small
+    note_removed(small, blocks)
+    gone, constant = (sum(len(units) for units in found.values()) for found in (dead, folded))
+    _logger.info("removed %d units in %d groups; the constants of %d were folded", gone, len(dead), constant)
+    return round_to(small, dtypes) if folded else small
 
 
 __all__ = ["Backend", "EquivalenceReport", "masked_copy", "remove_dead_units", "shrink", "verify_equivalence"]

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin import GumbelGroupPruner, verify_equivalence
-from gumbel_plugin.insight.profile import count_parameters
+from gumbel_plugin.insight.profile import count_macs, count_parameters
 from gumbel_plugin.learning.session import plain_copy
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
+import torchvision  # isort: skip
 
 INPUTS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 HEADS, SIZE = 6, 4
 
 
@@ -98,13 +100,17 @@ class Transformer(nn.Module):
         return {layer: HEADS for attention in self.attentions for layer in attention.named()}
 
 
+def set_gates(pruner: GumbelGroupPruner, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in pruner.gate_parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+
+
 def prune(model: Transformer, steps: int = 1, **arguments: Any) -> GumbelGroupPruner:
     arguments = {"num_heads": model.heads(), "prune_num_heads": True, "ignored_layers": [model.head], **arguments}
     pruner = GumbelGroupPruner(model, INPUTS, iterative_steps=steps, **arguments)
     for number in range(steps):
-        generator = torch.Generator().manual_seed(number)
-        for parameter in pruner.gate_parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        set_gates(pruner, number)
         groups = pruner.step(interactive=True)
         first = next(groups)
         masked = plain_copy(model)
@@ -230,3 +236,85 @@ def test_a_history_of_heads_can_be_replayed():
     assert left(fresh) == [3, 3]
     assert torch.equal(fresh(INPUTS), model(INPUTS))
     assert [attention.num_heads for attention in fresh.attentions] == [3, 3]
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+class TestKnownHeads:
+    """Heads of attention layers of a known class, which need no naming."""
+
+    @staticmethod
+    def vit() -> nn.Module:
+        torch.manual_seed(0)
+        return torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 128, num_classes=10)
+
+    def test_they_stay_unless_asked_for(self) -> None:
+        model = self.vit()
+        pruner = GumbelGroupPruner(model, IMAGES, pruning_ratio=0.5, ignored_layers=[model.heads])
+        assert all("attention" not in name for name in pruner.session.plan.masks)
+
+    @pytest.mark.parametrize("target", ["channels", "macs", "parameters"])
+    def test_two_steps_are_exact_and_meet_the_budget(self, target: Any) -> None:
+        model = self.vit()
+        dense = {"macs": count_macs(model, IMAGES), "parameters": count_parameters(model)}
+        pruner = self.pruner(model, target, iterative_steps=2)
+        for number in range(2):
+            set_gates(pruner, number)
+            groups = pruner.step(interactive=True)
+            first = next(groups)
+            masked = plain_copy(model)
+            first.prune()
+            for group in groups:
+                group.prune()
+            verify_equivalence(masked, plain_copy(model), IMAGES).raise_for_failure()
+        if target == "channels":
+            assert [layer.self_attention.num_heads for layer in model.encoder.layers] == [2, 2]
+        else:
+            left = {"macs": count_macs(model, IMAGES), "parameters": count_parameters(model)}[target]
+            assert 0.9 <= left / (0.5 * dense[target]) <= 1.0
+
+    def test_the_optimizer_follows_into_the_compact_layers(self) -> None:
+        model = self.vit()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        pruner = self.pruner(model, "channels")
+        model(IMAGES).square().mean().backward()
+        optimizer.step()
+        attention = model.encoder.layers[0].self_attention
+        momentum = optimizer.state[attention.in_proj_weight]["momentum_buffer"].clone()
+        set_gates(pruner, 0)
+        pruner.step()
+        pruner.update_optimizer(optimizer)
+        compact = model.encoder.layers[0].self_attention
+        kept = [head for head in range(4) if head in compact.mask_heads]
+        for number, linear in enumerate((compact.q_proj, compact.k_proj, compact.v_proj)):
+            expected = momentum.chunk(3)[number].reshape(4, 8, 32)[kept].flatten(0, 1)
+            assert torch.equal(optimizer.state[linear.weight]["momentum_buffer"], expected)
+        held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        assert held == {id(parameter) for parameter in model.parameters()}
+
+    def test_a_state_and_a_history_are_replayed_on_a_fresh_model(self) -> None:
+        model = self.vit()
+        pruner = self.pruner(model, "channels", iterative_steps=2)
+        set_gates(pruner, 0)
+        pruner.step()
+        state, weights = pruner.state_dict(), plain_copy(model).state_dict()
+        other = self.vit()
+        self.pruner(other, "channels", iterative_steps=2).load_state_dict(state)
+        third = self.vit()
+        self.pruner(third, "channels").load_pruning_history(pruner.pruning_history())
+        for again in (plain_copy(other), third):
+            again.load_state_dict(weights)
+            assert torch.equal(again.eval()(IMAGES), plain_copy(model).eval()(IMAGES))
+
+    def test_ignored_attention_keeps_its_heads(self) -> None:
+        model = self.vit()
+        first = model.encoder.layers[0].self_attention
+        pruner = self.pruner(model, "channels", ignored_layers=[model.heads, first])
+        set_gates(pruner, 0)
+        pruner.step()
+        assert [layer.self_attention.num_heads for layer in model.encoder.layers] == [4, 2]
+
+    @staticmethod
+    def pruner(model: nn.Module, target: Any, **arguments: Any) -> GumbelGroupPruner:
+        arguments = {"ignored_layers": [model.heads], **arguments}
+        ratios = {"pruning_ratio": 0.5, "head_pruning_ratio": 0.5, "prune_num_heads": True}
+        return GumbelGroupPruner(model, IMAGES, target=target, **ratios, **arguments)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError
-from gumbel_plugin.learning.plan import Plan, build_plan, needs_groups, select_modules
+from gumbel_plugin.learning.plan import Plan, build_plan, needs_groups
+from gumbel_plugin.learning.selection import select_modules
 from gumbel_torch_pruning import find_groups
 
 

@@ -30,14 +30,13 @@ RUN = {
         ],
         "phases": {"fixed": 0.5},
     },
+    "report": {"latency_batches": [1, 8], "latency_seconds": 0.01},
 }
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder with one good configuration; latencies are timed for milliseconds only."""
-    whole = run_module.profile
-    monkeypatch.setattr(run_module, "profile", lambda *args: whole(*args, min_run_time=0.01))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     Path("good.yaml").write_text(yaml.safe_dump(RUN))
@@ -74,9 +73,10 @@ class TestRun:
         assert table["MACs"] == [f"{columns[name]['macs']:,}" for name in ("dense", "masked", "small")]
         assert table["non-zero"] == [f"{columns[name]['nonzero']:,}" for name in ("dense", "masked", "small")]
         assert table["test score"] == ["-", *(f"{columns[name]['score']:.2f}" for name in ("masked", "small"))]
-        assert table.keys() >= {"parameters", "latency (batch 1)", "file size"}
-        assert lines[-2].startswith("equivalent: float32 error ")
-        assert lines[-1].endswith(f"everything is in {Path('runs/good')}")
+        assert table.keys() >= {"parameters", "latency (batch 1)", "latency (batch 8)", "file size"}
+        assert lines[-3].startswith("equivalent: float32 error ")
+        assert lines[-2].endswith(f"everything is in {Path('runs/good')}")
+        assert lines[-1] == f"report: {Path('runs/good/report.html')}"
         assert "epoch 2/2: loss" in result.stderr
         assert "\x1b" not in result.output  # no colours, no progress bar where nobody is at a terminal
         assert "\r" not in result.output
@@ -121,8 +121,8 @@ class TestRun:
         )
         rules = "pruning.config_list=[{op_types: [Linear], granularity: element}]"
         result = call("run", "good.yaml", "--set", "model={name: 'network_that_waits:build'}", "--set", rules, code=130)
-        assert result.stderr.splitlines() == ["training with gates", "interrupted: there is no result"]
-        assert {path.name for path in Path("runs/good").iterdir()} == {"config.yaml"}
+        assert result.stderr.splitlines() == ["training with gates", "interrupted: there is no result; gumbel-prune run --resume runs/good goes on"]
+        assert {path.name for path in Path("runs/good").iterdir()} == {"config.yaml", "tensorboard"}
 
     def test_set(self) -> None:
         overrides = ("seed=3", "training.max_epochs=1", "pruning.config_list.1.sparse_ratio=0.9")
@@ -216,12 +216,12 @@ class TestTable:
         monkeypatch.setenv("COLUMNS", "80")
         huge = Profile(10**15, 10**15, 10**15, 10**15, {1: Latency(123456.789, 0.0, 1)})
         columns = dict.fromkeys(("dense", "masked", "small"), run_module.Column(huge, 99.99))
-        result = run_module.RunResult(columns, None, 0.0, 0.0, nn.Identity(), None)  # type: ignore[arg-type]
+        result = run_module.RunResult(columns, None, 0.0, 0.0, [], nn.Identity(), None)  # type: ignore[arg-type]
         assert Console().width == 80
         cli._print_table(cli.result_table(result))
         text = capsys.readouterr().out
         assert text.count("1,000,000,000,000,000") == 9
-        assert text.count("123456.789 ms") == 3
+        assert text.count("123456.789 ± 0.000 ms") == 3
         assert "…" not in text
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gumbel_plugin import load_pruned
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError, GraphError, NonFiniteLossError, TargetError
 from gumbel_plugin.insight.profile import count_macs, count_nonzero
@@ -22,7 +23,16 @@ from gumbel_plugin.runs import run as run_module
 from gumbel_plugin.runs.run import RunResult, prepare, run
 from gumbel_plugin.shrinking.mask_file import load_masks
 
-RESULTS = {"config.yaml", "log.csv", "masks.safetensors", "small.safetensors", "summary.json"}
+RESULTS = {
+    "config.yaml",
+    "gates.jsonl",
+    "log.csv",
+    "masks.safetensors",
+    "report.html",
+    "small.safetensors",
+    "summary.json",
+    "tensorboard",
+}
 
 
 def dropout_net(width: int = 12, outputs: int = 10) -> nn.Module:
@@ -60,6 +70,7 @@ def config(**changes: Any) -> PruningConfig:
             "config_list": [{"op_types": ["Linear"], "exclude_op_names": ["4"], "sparse_ratio": 0.5}],
             "phases": {"fixed": 0.5},
         },
+        "report": {"latency_batches": [1], "latency_seconds": 0.01},
     }
     for name, change in changes.items():
         old = sections.get(name)
@@ -77,13 +88,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def same_masks(a: Path, b: Path) -> bool:
     return same(load_file(a / "masks.safetensors"), load_file(b / "masks.safetensors"))
-
-
-@pytest.fixture(autouse=True)
-def quick_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time for a few milliseconds only; nothing here depends on a latency."""
-    whole = run_module.profile
-    monkeypatch.setattr(run_module, "profile", lambda *args: whole(*args, min_run_time=0.01))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,11 @@ class TestResult:
     def test_summary_is_the_result_as_json(self, finished: tuple[RunResult, Path, list[str]]) -> None:
         result, folder, _ = finished
         summary = json.loads((folder / "summary.json").read_text())
-        assert set(summary) == {"columns", "equivalence", "sparsity", "training_seconds", "versions"}
+        assert set(summary) >= {
+            *("format", "columns", "equivalence", "sparsity", "training_seconds", "layers"),
+            *("versions", "git", "machine", "finished"),
+        }
+        assert summary["layers"][0] == {"name": "1", "kind": "Linear", "before": [64, 12], "after": [64, 6]}
         assert summary["columns"]["small"]["score"] == result.columns["small"].score
         assert summary["columns"]["small"]["macs"] == result.columns["small"].profile.macs
         assert summary["equivalence"]["errors"] == result.equivalence.errors
@@ -123,13 +131,12 @@ class TestResult:
 
     def test_networks_on_disk_are_the_result(self, finished: tuple[RunResult, Path, list[str]]) -> None:
         result, folder, _ = finished
-        assert same(load_file(folder / "small.safetensors"), state(result))
+        rebuilt = load_pruned(folder / "small.safetensors", dropout_net)
+        assert same(dict(rebuilt.state_dict()), state(result))
         masks = load_masks(folder / "masks.safetensors")
         kept = masks["1"]["weight"].any(1)
         assert kept.sum() == 6
         assert torch.equal(masks["1"]["bias"] == 1, kept)
-        rebuilt = dropout_net(width=6)
-        rebuilt.load_state_dict(load_file(folder / "small.safetensors"))
         example = torch.zeros(1, 1, 8, 8)
         assert count_macs(rebuilt, example) == result.columns["small"].profile.macs
         assert count_nonzero(rebuilt) == result.columns["small"].profile.nonzero
@@ -190,7 +197,7 @@ class TestFrozenWeights:
         assert result.columns["masked"].score > 50
         for mask in load_masks(tmp_path / "masks.safetensors").values():
             assert set(mask) == {"weight"}
-        weights = load_file(tmp_path / "small.safetensors")
+        weights = result.small.state_dict()
         assert all(len(weights[f"fc{n}.weight"].abs().unique()) == 2 for n in (1, 2, 3))  # closed, and one magnitude
 
 
@@ -236,10 +243,10 @@ class TestRefusals:
 
     def test_finished_run(self, finished: tuple[RunResult, Path, list[str]]) -> None:
         _, folder, _ = finished
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         with pytest.raises(ConfigError, match="holds a finished run; pass --force"):
             run(config(), folder, say=self.unexpected)
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
     @staticmethod
     def unexpected(line: str) -> None:
@@ -266,7 +273,8 @@ class TestOverwriting:
 
         with pytest.raises(KeyboardInterrupt):
             run(config(seed=1), tmp_path, force=True, say=interrupt)
-        assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "log.csv"}
+        left = {"config.yaml", "log.csv", "gates.jsonl", "tensorboard"}
+        assert {path.name for path in tmp_path.iterdir()} == left
         run(config(seed=1), tmp_path)  # needs no force: nothing had been finished
         assert {path.name for path in tmp_path.iterdir()} == RESULTS
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from gumbel_nni.compat import evaluators, speedup, tracing
+from gumbel_nni.compat import compressors, evaluators, speedup, tracing
 from gumbel_plugin.compat import make_torchvision_importable
 from gumbel_plugin.errors import MissingExtraError
 
@@ -24,6 +24,13 @@ _REPAIRS: tuple[Callable[[], bool], ...] = (
     speedup.values_last_used_by_size,
     speedup.pytree_nodes_of_fx,
     speedup.masks_by_path,
+    compressors.two_pruners_on_one_layer,
+    compressors.masks_of_unknown_modules,
+    compressors.slim_factors_in_weights,
+    compressors.norm_pruners_in_fusion,
+    compressors.layers_survive_unwrapping,
+    compressors.length_of_a_fused_training,
+    compressors.gradients_of_quantized_values,
     evaluators.settable_max_steps,
     evaluators.loss_with_item_count,
     evaluators.default_optimizer_of_trainer,

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from gumbel_nni.compat.patching import replace_once
 
 _logger = logging.getLogger(__name__)
+_PLANNED = "_planned_length"
+_OWN = "_own_parameters"
 
 
 def two_pruners_on_one_layer() -> bool:
@@ -54,7 +56,7 @@ def norm_pruners_in_fusion() -> bool:
 
     Cause (a gap, whatever the versions): their trigger waits for step ``interval_steps``, which is -1 unless a
     scheduler sets it: ``from_compressor`` and ``compress`` then train, and leave every mask open. Remedy: without
-    a schedule they make their masks at the start, as they do when they are alone.
+    a schedule, and if they have none yet, they make their masks at the start, as they do when they are alone.
     """
     from nni.compression.pruning.basic_pruner import _NormPruner
 
@@ -62,16 +64,29 @@ def norm_pruners_in_fusion() -> bool:
     return True
 
 
-def parameters_survive_unwrapping() -> bool:
-    """Give a layer its own parameters back when it is unwrapped.
+def layers_survive_unwrapping() -> bool:
+    """Give a layer its own parameters back when it is unwrapped, in their order, and its class's forward.
 
-    Cause (a gap, whatever the versions): unwrapping makes new Parameters. An optimizer that was made before, and an
-    evaluator that holds one, then train parameters that are no longer the model's; without a word.
+    Cause (a gap, whatever the versions): unwrapping makes new Parameters, and appends them. An optimizer that was made
+    before, and an evaluator that holds one, then train parameters that are no longer the model's, without a word;
+    and a saved optimizer state no longer fits. A bound method stays behind as the layer's forward.
     """
     from nni.compression.base.wrapper import ModuleWrapper
 
     replace_once(ModuleWrapper, "wrap", _wrap_and_remember)
     replace_once(ModuleWrapper, "unwrap", _unwrap_and_restore)
+    return True
+
+
+def length_of_a_fused_training() -> bool:
+    """Let every compressor of a fusion know how long the training will be.
+
+    Cause (a gap, whatever the versions): ``compress(max_steps, max_epochs)`` tells the evaluator only, and that after
+    all compressors were prepared. Remedy: the evaluator carries it (see `planned_length`).
+    """
+    from nni.compression.base.compressor import Compressor
+
+    replace_once(Compressor, "_fusion_compress", _fusion_compress)
     return True
 
 
@@ -83,8 +98,8 @@ def gradients_of_quantized_values() -> bool:
     """
     from nni.compression.base import apply_method
 
-    apply_method.QATClampRound.backward = staticmethod(_qat_backward)
-    apply_method.BNNClampRound.backward = staticmethod(_bnn_backward)
+    replace_once(apply_method.QATClampRound, "backward", _qat_backward)
+    replace_once(apply_method.BNNClampRound, "backward", _bnn_backward)
     return True
 
 
@@ -95,40 +110,68 @@ def _update_known_masks(self: Any, masks: Mapping[str, Mapping[str, Tensor | Non
     _update_known_masks.__wrapped__(self, known)  # type: ignore[attr-defined]
 
 
+def planned_length(evaluator: Any) -> tuple[int | None, int | None]:
+    """Return the steps and the epochs of the training that an evaluator is about to do; either may be None."""
+    steps, epochs = getattr(evaluator, _PLANNED, (None, None))
+    return steps, epochs
+
+
+def _fusion_compress(self: Any, max_steps: int | None, max_epochs: int | None) -> None:
+    if self.evaluator is not None:
+        setattr(self.evaluator, _PLANNED, (max_steps, max_epochs))
+    _fusion_compress.__wrapped__(self, max_steps, max_epochs)  # type: ignore[attr-defined]
+
+
+def with_slim_factor(wrapper: Any, target: str, tensor: Tensor) -> Tensor:
+    """Return a tensor times the factor that a SlimPruner has learnt for it, if there is one."""
+    from gumbel_nni.compat.stacking import spaces_of
+
+    factor = getattr(wrapper, f"{target}_slim_factor", None)
+    for space in spaces_of(wrapper, target):
+        if factor is not None and space.apply_method == "slim_mul":
+            spread = factor if space._scaler is None else space._scaler.expand(factor, space.shape, keepdim=True)
+            return tensor * spread.detach()
+    return tensor
+
+
 @torch.no_grad()
 def _unwrap_with_factors(self: Any) -> None:
     for name, space in self.pruning_target_spaces.items():
         factor = getattr(self, f"{name}_slim_factor", None)
         if factor is not None:
-            spread = factor if space._scaler is None else space._scaler.expand(factor, space.shape, keepdim=True)
-            space.target.mul_(spread)
+            space.target.copy_(with_slim_factor(self, name, space.target))
             factor.fill_(1.0)
     _unwrap_with_factors.__wrapped__(self)  # type: ignore[attr-defined]
 
 
 def _prune_at_the_start(self: Any, evaluator: Any) -> None:
     _prune_at_the_start.__wrapped__(self, evaluator)  # type: ignore[attr-defined]
-    if self.interval_steps < 0 and not self.first_step_gen:
+    masks = [space.mask for targets in self._target_spaces.values() for space in targets.values()]
+    untouched = all(mask is None or bool((mask == 1).all()) for mask in masks)
+    if self.interval_steps < 0 and untouched:
         self.update_masks(self.generate_masks())
 
 
 def _wrap_and_remember(self: Any) -> None:
-    targets = {**self.pruning_target_spaces, **self.quantization_target_spaces}
-    own = {name: self.module._parameters.get(name) for name in targets}
+    own, forward = dict(self.module._parameters), vars(self.module).get("forward")
     _wrap_and_remember.__wrapped__(self)  # type: ignore[attr-defined]
-    if any(parameter is not None for parameter in own.values()):
-        self._own_parameters = own
+    self.__dict__[_OWN] = own, forward
 
 
 def _unwrap_and_restore(self: Any) -> None:
     _unwrap_and_restore.__wrapped__(self)  # type: ignore[attr-defined]
-    for name, own in self.__dict__.pop("_own_parameters", {}).items():
-        new = self.module._parameters.get(name)
-        if isinstance(own, nn.Parameter) and isinstance(new, nn.Parameter):
-            own.data = new.data
-            own.requires_grad_(new.requires_grad)
-            own.grad = None
-            self.module._parameters[name] = own
+    new = self.module._parameters
+    own, forward = self.__dict__.pop(_OWN, ({}, None))
+    if forward is None:
+        vars(self.module).pop("forward", None)
+    for name, parameter in own.items():
+        if isinstance(parameter, nn.Parameter) and isinstance(new.get(name), nn.Parameter):
+            parameter.data = new[name].data
+            parameter.requires_grad_(new[name].requires_grad)
+            new[name] = parameter
+    for name in own:  # in the old order
+        if name in new:
+            new[name] = new.pop(name)
 
 
 def _qat_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

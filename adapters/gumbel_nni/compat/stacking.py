@@ -37,11 +37,24 @@ class StackedTargetSpace(PruningTargetSpace):  # type: ignore[misc]
 
 
 def install() -> None:
-    """Let NNI's wrappers and pruners know stacked target spaces. Idempotent."""
+    """Let NNI's wrappers and pruners know stacked target spaces. Idempotent.
+
+    A target space may have a function ``before_unwrap``, called whoever unwraps the layer.
+    """
     replace_once(ModuleWrapper, "extend_target_spaces", _extend_target_spaces)
     replace_once(ModuleWrapper, "_apply_mask_helper", _apply_all_masks)
+    replace_once(ModuleWrapper, "unwrap", _unwrap)
     replace_once(Pruner, "get_masks", _get_masks)
     replace_once(Pruner, "update_masks", _update_masks)
+
+
+def add_space(wrapper: ModuleWrapper, target: str, setting: Mapping[str, Any]) -> StackedTargetSpace:
+    """Add one more pruner's target space to a tensor that has one."""
+    first = wrapper.pruning_target_spaces[target]
+    others = wrapper.__dict__.setdefault(_STACK, {}).setdefault(target, [])
+    space = StackedTargetSpace(len(others) + 2, wrapper, target, first.type, dict(setting))
+    others.append(space)
+    return space
 
 
 def hide(space: PruningTargetSpace) -> None:
@@ -56,25 +69,30 @@ def spaces_of(wrapper: ModuleWrapper, target: str) -> Iterator[PruningTargetSpac
         yield from getattr(wrapper, _STACK, {}).get(target, ())
 
 
+def masks_of(wrappers: Mapping[str, ModuleWrapper]) -> dict[str, dict[str, Tensor | None]]:
+    """Return the masks of wrapped layers, in NNI's format: on each tensor the product of all that are not hidden."""
+    masks: dict[str, dict[str, Tensor | None]] = {}
+    for name, wrapper in wrappers.items():
+        for target in wrapper.pruning_target_spaces:
+            shown = [space for space in spaces_of(wrapper, target) if not _is_hidden(space)]
+            if shown:
+                masks.setdefault(name, {})[target] = _product([space.mask for space in shown])
+    return masks
+
+
 def _extend_target_spaces(self: ModuleWrapper, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
     original = _extend_target_spaces.__wrapped__  # type: ignore[attr-defined]
     known = set(self.pruning_target_spaces) if mode == "pruning" else set()
     settings = canonicalize_settings(self.module, sub_config, mode) if known else {}
-    twice = {name: settings[name] for name in settings if name in known}
+    twice = [name for name in settings if name in known]
     fresh = [name for name in settings if name not in known]
     spaces: dict[str, Any] = {}
     if fresh or not twice:
         spaces.update(original(self, {**sub_config, "target_names": fresh} if twice else sub_config, mode))
-    stack: dict[str, list[PruningTargetSpace]] = self.__dict__.setdefault(_STACK, {}) if twice else {}
-    for name, setting in twice.items():
-        others = stack.setdefault(name, [])
-        kind = self.pruning_target_spaces[name].type
-        spaces[name] = StackedTargetSpace(len(others) + 2, self, name, kind, setting)
-        others.append(spaces[name])
-    visible = [name for name in twice if any(not _is_hidden(space) for space in [*spaces_of(self, name)][:-1])]
-    if visible:
-        _logger.warning("%s: %s has an earlier pruner's mask too; the masks multiply", self.name, " and ".join(visible))
-    return spaces
+    shown = [name for name in twice if not all(_is_hidden(space) for space in spaces_of(self, name))]
+    if shown:
+        _logger.warning("%s: an earlier pruner masks its %s too; the masks multiply", self.name, " and ".join(shown))
+    return {**spaces, **{name: add_space(self, name, settings[name]) for name in twice}}
 
 
 def _apply_all_masks(self: ModuleWrapper, target: Tensor, target_space: PruningTargetSpace) -> Tensor:
@@ -85,14 +103,19 @@ def _apply_all_masks(self: ModuleWrapper, target: Tensor, target_space: PruningT
     return result
 
 
+def _unwrap(self: ModuleWrapper) -> None:
+    for target in self.pruning_target_spaces:
+        for space in spaces_of(self, target):
+            getattr(space, "before_unwrap", _nothing)()
+    _unwrap.__wrapped__(self)  # type: ignore[attr-defined]
+
+
+def _nothing() -> None:
+    """Do nothing: NNI's own pruners have nothing to do before their layers are unwrapped."""
+
+
 def _get_masks(self: Pruner) -> dict[str, dict[str, Tensor | None]]:
-    masks: dict[str, dict[str, Tensor | None]] = {}
-    for name, wrapper in self._module_wrappers.items():
-        for target in wrapper.pruning_target_spaces:
-            shown = [space for space in spaces_of(wrapper, target) if not _is_hidden(space)]
-            if shown:
-                masks.setdefault(name, {})[target] = _product([space.mask for space in shown])
-    return masks
+    return masks_of(self._module_wrappers)
 
 
 def _update_masks(self: Pruner, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:

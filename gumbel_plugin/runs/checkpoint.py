@@ -1,0 +1,139 @@
+"""What a killed training needs to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gumbel_plugin.errors import DataError, MissingExtraError
+from gumbel_plugin.learning.session import GATES
+from gumbel_plugin.runs.folder import write_bytes
+
+try:
+    import lightning.pytorch as pl
+except ImportError as error:
+    raise MissingExtraError("lightning", "lightning") from error
+
+FORMAT = 1
+
+
+class Checkpoint(pl.Callback):  # type: ignore[misc]
+    """Writes the state of a training at the start of every epoch but the first, and puts one back.
+
+    The start of an epoch is a moment at which nothing is under way: the epoch before is logged, and the loaders have
+    not drawn the next order. A training that is killed repeats the epoch that it was in. On one CPU the result is the
+    same to the last bit; on several processes every one gets the random state of the first.
+
+    Args:
+        path: The file.
+        state: What `read_checkpoint` returned, to go on from; None to start anew.
+
+    Attributes:
+        epochs: How many epochs were finished in the state.
+        seconds: How long the training had taken then.
+    """
+
+    def __init__(self, path: Path, state: Mapping[str, Any] | None = None) -> None:
+        self._path = path
+        self._state = state
+        self.epochs: int = state["epoch"] if state else 0
+        self.seconds: float = state["seconds"] if state else 0.0
+        self._began = time.perf_counter()
+
+    def setup(self, trainer: Any, task: Any, stage: str) -> None:
+        """Let Lightning count on from the epochs that are done."""
+        current = trainer.fit_loop.epoch_progress.current
+        current.ready = current.started = current.processed = current.completed = self.epochs
+
+    def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
+        """Put the state back, if there is one; then write one."""
+        if self._state is not None:
+            self._restore(trainer, task, self._state)
+            self._state = None
+        elif trainer.current_epoch > 0 and trainer.is_global_zero:
+            buffer = io.BytesIO()
+            torch.save(self._collect(trainer, task), buffer)
+            write_bytes(self._path, buffer.getvalue())
+
+    def _collect(self, trainer: Any, task: Any) -> dict[str, Any]:
+        weights = {name: value for name, value in task.model.state_dict().items() if GATES not in name}
+        return {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "epoch": trainer.current_epoch,
+            "seconds": self.seconds + time.perf_counter() - self._began,
+            "model": weights,
+            "session": None if task.session is None else task.session.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "task": task.progress_state(),
+            "callbacks": [callback.state_dict() for callback in trainer.callbacks],
+            "random": _random_state(),
+            "loaders": [generator.get_state() for generator in _generators(trainer)],
+        }
+
+    def _restore(self, trainer: Any, task: Any, state: Mapping[str, Any]) -> None:
+        task.model.load_state_dict(state["model"], strict=False)  # the gates' part is the session's
+        if task.session is not None:
+            task.session.load_state_dict(state["session"])
+        for optimizer, own in zip(trainer.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        task.load_progress_state(state["task"])
+        for callback, own in zip(trainer.callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(own)
+        for generator, own in zip(_generators(trainer), state["loaders"], strict=True):
+            generator.set_state(own)
+        _set_random_state(state["random"])
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Read a checkpoint without unpickling objects; None if there is no file, so that a training starts anew.
+
+    Raises:
+        DataError: If the file is damaged or another version wrote it.
+    """
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(f"checkpoint {path} cannot be read: {reason}; without it the run starts anew") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise DataError(f"checkpoint {path} was written by another version of gumbel-plugin; delete it to start anew")
+    return state
+
+
+def _generators(trainer: Any) -> Iterator[torch.Generator]:
+    loaders = [trainer.train_dataloader, *_as_list(trainer.val_dataloaders)]
+    return (loader.generator for loader in loaders if getattr(loader, "generator", None) is not None)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])

@@ -1,0 +1,81 @@
+"""Where the gates stand after each epoch: a histogram of P(keep) for every mask, and the MACs that they leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gumbel_plugin.errors import MissingExtraError
+from gumbel_plugin.learning.budget import Member
+from gumbel_plugin.learning.session import MaskingSession
+from gumbel_plugin.masks.base import Phase
+
+try:
+    import lightning.pytorch as pl
+except ImportError as error:
+    raise MissingExtraError("lightning", "lightning") from error
+
+BINS = 20
+
+
+class GateLog(pl.Callback):  # type: ignore[misc]
+    """Writes a line of JSON an epoch, and logs the metric ``macs``.
+
+    Args:
+        session: Whose gates.
+        path: The file, which is appended to; None writes none.
+        macs: Returns the MACs that hard gates leave, by mask name; None logs none.
+    """
+
+    def __init__(
+        self,
+        session: MaskingSession,
+        path: Path | None = None,
+        macs: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    ) -> None:
+        self._session = session
+        self._path = path
+        self._macs = macs
+
+    def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
+        """Write the histograms of this epoch."""
+        places = {name: place for place, (name, _) in enumerate(self._session.model.named_modules())}
+        members = [member for scope in self._session.plan.scopes for member in scope.members]
+        members.sort(key=lambda member: places.get(member.name, len(places)))
+        if self._macs is not None:
+            task.log("macs", float(self._macs({member.name: hard_gates(member) for member in members})))
+        if self._path is not None and trainer.is_global_zero:
+            entry = {
+                "epoch": trainer.current_epoch + 1,
+                "phase": self._session.phase.value,
+                "masks": {member.name: _histogram(keep_probability(member)) for member in members},
+            }
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, separators=(",", ":")) + "\n")
+
+
+@torch.no_grad()
+def keep_probability(member: Member) -> Tensor:
+    """Return the probability of every gate to be open as it acts now: 1 before the learning, 0 or 1 after it."""
+    mask = member.mask
+    if mask.phase is Phase.OPEN:
+        return torch.ones(mask.shape)
+    return mask.hard.float() if mask.phase is Phase.FIXED else mask.probability(member.weight)
+
+
+@torch.no_grad()
+def hard_gates(member: Member) -> Tensor:
+    """Return the gates that would be decided now, as 0 and 1."""
+    mask = member.mask
+    if mask.phase is Phase.OPEN:
+        return torch.ones(mask.shape)
+    return (mask.hard if mask.phase is Phase.FIXED else mask.decide(member.weight)).float()
+
+
+def _histogram(values: Tensor) -> list[int]:
+    return [int(count) for count in torch.histc(values.detach().float().cpu(), BINS, 0.0, 1.0)]

@@ -1,0 +1,97 @@
+"""What a waiting person sees: a live line at a terminal, a few plain lines in a log file, nothing with --quiet."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gumbel_plugin.errors import MissingExtraError
+
+try:
+    import lightning.pytorch as pl
+except ImportError as error:
+    raise MissingExtraError("lightning", "lightning") from error
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def following(quiet: bool) -> Iterator[tuple[Say, list[Any]]]:
+    """Yield what to tell lines, and the callbacks that draw progress where somebody looks at a terminal."""
+    if quiet:
+        yield _silent, []
+    elif not sys.stderr.isatty():
+        yield _say, []
+    else:
+        with _progress() as progress:
+            yield lambda line: progress.console.print(line, style="dim", highlight=False), [ProgressBar(progress)]
+
+
+class ProgressBar(pl.Callback):  # type: ignore[misc]
+    """One line that moves: epochs with a remaining time, loss, validation score, sparsity and MACs.
+
+    Args:
+        progress: What draws it.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: Any = None
+
+    def on_train_start(self, trainer: Any, task: Any) -> None:
+        """Show the line."""
+        total = trainer.max_epochs * trainer.num_training_batches
+        done = trainer.current_epoch * trainer.num_training_batches
+        title = "dense" if task.session is None else "gates"
+        self._task = self._progress.add_task(title, total=total, completed=done, numbers="", epochs="")
+
+    def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move it."""
+        epochs = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self._progress.update(self._task, advance=1, numbers=_numbers(trainer.callback_metrics), epochs=epochs)
+
+    def on_train_end(self, trainer: Any, task: Any) -> None:
+        """Take it away; the lines that were said stay."""
+        self._progress.remove_task(self._task)
+
+
+def _numbers(metrics: Any) -> str:
+    """Return what is known of the epoch before, short."""
+    parts = []
+    for key, text in (
+        ("loss", "loss {:.4f}"),
+        ("validation_score", "validation {:.2f}"),
+        ("sparsity", "sparsity {:.3f}"),
+    ):
+        if key in metrics:
+            parts.append(text.format(float(metrics[key])))
+    if "macs" in metrics:
+        parts.append(f"MACs {float(metrics['macs']):,.0f}")
+    return ", ".join(parts)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[epochs]}"),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _say(line: str) -> None:
+    typer.secho(line, err=True, dim=True)
+
+
+def _silent(line: str) -> None:
+    pass
