@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.run import Prepared, prepare, run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+NAMES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 
 def load(name: str) -> PruningConfig:
@@ -121,6 +122,29 @@ class TestElementwise:
         assert all((scope.ratio, scope.threshold) == (None, None) for scope in session.plan.scopes)
         assert all(bool((logit == 0).all()) for logit in session.gate_parameters())
         assert len(session.scale_parameters()) == len(session.plan.masks) == 7
+
+
+def test_joint_toy_is_the_published_problem(images: Path) -> None:
+    """4-10-10-2 SiLU, half of 2000 points, 7500 full-batch steps of Adam 0.01, temperature 3; 24 weights are ours."""
+    ready = prepared("papers/joint_toy", images)
+    config, (scope,) = ready.config, ready.session.plan.scopes
+    assert config.data is not None
+    assert len(ready.data.train) == len(ready.data.test) == config.data.batch_size == 1000
+    assert (config.training.max_epochs, config.training.optimizer.name, config.training.optimizer.lr) == (
+        7500,
+        "adam",
+        0.01,
+    )
+    assert [tuple(p.shape) for p in ready.model.parameters() if p.dim() > 1] == [(10, 4), (10, 10), (2, 10)]
+    assert config.pruning.options == {"temperature": 3.0}
+    assert scope.total == 160
+    assert scope.ratio is not None
+    assert round(scope.total * (1 - scope.ratio)) == 24
+    inputs, targets = next(iter(ready.data.train))
+    assert inputs.abs().max() <= 1
+    x1, x2, x3, x4 = inputs.double().tolist()
+    expected = torch.tensor([3 * math.sin((x1 - x2) ** 2), (x3 + x4) ** 3])
+    torch.testing.assert_close(targets, expected)
 
 
 def test_digits_runs(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""NNI adapter: `GumbelPruner`, and NNI 3.0 made to run on today's torch (applied on import)."""
+"""NNI adapter: `GumbelPruner`, `speedup`, and NNI 3.0 made to run on today's torch (applied on import)."""
 
 from gumbel_nni import compat
 
 compat.apply()
 
+from gumbel_nni.any_masks import speedup  # noqa: E402
 from gumbel_nni.pruner import GumbelPruner  # noqa: E402
 from gumbel_nni.unwrapping import unwrapped_copy  # noqa: E402
 
-__all__ = ["GumbelPruner", "compat", "unwrapped_copy"]
+__all__ = ["GumbelPruner", "compat", "speedup", "unwrapped_copy"]

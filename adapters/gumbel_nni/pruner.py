@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
 from gumbel_nni.schedules import Goals, TrainingLength
 from gumbel_nni.unwrapping import SITE, refuse_wrapped, unwrapped_copy, wrappers_of
-from gumbel_plugin.config import ConfigLike, PruningConfig
+from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
-from gumbel_plugin.learning.plan import needs_groups
+from gumbel_plugin.learning.plan import Plan, needs_groups
 from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.learning.sites import WeightSite
 from gumbel_plugin.masks.base import Phase
@@ -99,11 +99,12 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         self._example_inputs = _example_inputs(self.config, evaluator, example_inputs)
         pruning = self.config.pruning
         groups = find_groups(model, self._example_inputs) if needs_groups(pruning) else []
-        self.session = MaskingSession(model, pruning, groups, self.config.seed)
+        inputs = self._example_inputs
+        self.session = MaskingSession(model, pruning, groups, self.config.seed, example_inputs=inputs)
         # What a scheduler of NNI's sets: every so many steps, and how often, it changes the sparse ratios.
         self.interval_steps = -1
         self.total_times = 1
-        super().__init__(model, [rule.as_nni() for rule in pruning.config_list], evaluator, existed_wrappers)
+        super().__init__(model, _nni_entries(pruning, self.session.plan), evaluator, existed_wrappers)
         for site in self.session.plan.sites.values():
             self._place(site)
         self._goals = Goals(self.session.plan, self._target_spaces)
@@ -293,6 +294,13 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         wrappers = wrappers_of(self.bound_model)  # also those of what was fused with this pruner
         masks = masks_of(wrappers) if wrappers else self.get_masks()
         return shrink(unwrapped_copy(self.bound_model), masks, inputs, backend)
+
+
+def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
+    """Return the config list for NNI, which masks a residual block at its branch's last layer."""
+    if pruning.method_options().gates_blocks:
+        return [{"op_names": list(plan.sites)}]
+    return [rule.as_nni() for rule in pruning.config_list]
 
 
 def _example_inputs(config: PruningConfig, evaluator: Evaluator | None, given: Any) -> Any:

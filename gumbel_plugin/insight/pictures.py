@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import matplotlib
 import networkx as nx
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -22,29 +23,35 @@ _PARTS = (BLUE, ORANGE, "#0f9d58", "#8b5cf6", "#d63384", "#0891b2", "#a16207", "
 _MOST_OUTPUTS = 20
 _MOST_LABELS = 24  # in one column
 _WIDEST = 5.0  # points
+_SWEEPS = 9
 
 
-def importance_figure(importance: Importance, name: Callable[[int], str] | None = None) -> Figure:
+def node_name(node: Node) -> str:
+    """Return what a node is called where nothing better is known: its layer and its number, from 0."""
+    return f"{node[0]} {node[1]}"
+
+
+def importance_figure(importance: Importance, name: Callable[[Node], str] = node_name) -> Figure:
     """Draw how much every input can reach the outputs: an image for images, bars for other inputs.
 
     Channels are summed. The colours of all maps have one scale, by the square root, so that small values show.
 
     Args:
         importance: What `feature_importance` returned.
-        name: What an input is called in a bar chart, by its number.
+        name: What an input or an output is called, ``("input", i)`` or ``("output", k)``.
     """
     shape = importance.total.shape
     with figure_style():
         if len(shape) in (2, 3) and min(shape[-2:]) > 1:
-            return _maps(importance)
-        return _bars(importance, name or str)
+            return _maps(importance, name)
+        return _bars(importance, name)
 
 
-def pathways_figure(graph: nx.DiGraph, name: Callable[[Node], str] | None = None) -> Figure:
+def pathways_figure(graph: nx.DiGraph, name: Callable[[Node], str] = node_name) -> Figure:
     """Draw the paths from the inputs (left) to the outputs (right), lines as wide as their weights.
 
-    A colour is a part of the network that shares nothing with the others; a dashed line is a negative weight. Widths
-    are relative to the largest weight into the same layer.
+    A colour is a part of the network that shares nothing with the others (the sign, if there is one part only); a
+    dashed line is a negative weight. Widths are relative to the largest weight into the same layer.
 
     Args:
         graph: What `pathways` returned.
@@ -56,7 +63,7 @@ def pathways_figure(graph: nx.DiGraph, name: Callable[[Node], str] | None = None
         figure = Figure(figsize=(2.0 + 2.1 * columns, min(14.0, 1.2 + 0.42 * rows)), layout="constrained")
         axis = figure.subplots()
         _draw_edges(axis, graph, places)
-        _draw_nodes(axis, graph, places, name or (lambda node: f"{node[0]} {node[1]}"))
+        _draw_nodes(axis, graph, places, name)
         axis.set_xlim(-0.6, columns - 0.4)
         axis.set_ylim(rows - 0.4, -1.0)
         axis.set_axis_off()
@@ -73,15 +80,15 @@ def as_png(figure: Figure) -> bytes:
 def as_svg(figure: Figure) -> bytes:
     """Return a figure as an SVG file, the same for the same figure."""
     buffer = io.BytesIO()
-    with figure_style():
+    with figure_style(), matplotlib.rc_context({"svg.hashsalt": "gumbel-prune"}):  # or ids would be random
         figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
     return buffer.getvalue()
 
 
-def _maps(importance: Importance) -> Figure:
+def _maps(importance: Importance, name: Callable[[Node], str]) -> Figure:
     maps = [importance.total, *importance.per_output[:_MOST_OUTPUTS]]
     images = [values.sum(0) if values.dim() == 3 else values for values in maps]
-    titles = ["all outputs", *(f"output {number}" for number in range(len(images) - 1))]
+    titles = ["all outputs", *(name((OUTPUT, number)) for number in range(len(images) - 1))]
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(2.2 * columns + 0.6, 2.35 * rows), layout="constrained")
@@ -103,19 +110,19 @@ def _maps(importance: Importance) -> Figure:
     return figure
 
 
-def _bars(importance: Importance, name: Callable[[int], str]) -> Figure:
+def _bars(importance: Importance, name: Callable[[Node], str]) -> Figure:
     """Draw a bar for every input, a colour for every output."""
     values = importance.per_output.flatten(1)
     order = values.sum(0).argsort(descending=True, stable=True)[:60].sort().values
     shown = values[:, order]
-    figure = Figure(figsize=(min(14.0, 2.4 + 0.32 * len(order)), 3.0), layout="constrained")
+    figure = Figure(figsize=(min(14.0, 3.0 + 0.32 * len(order)), 3.0), layout="constrained")
     axis = figure.subplots()
     base = shown.new_zeros(len(order))
     for number, heights in enumerate(shown):
         colour = _PARTS[number % len(_PARTS)]
-        axis.bar(range(len(order)), heights.numpy(), bottom=base.numpy(), color=colour, label=f"output {number}")
+        axis.bar(range(len(order)), heights.numpy(), bottom=base.numpy(), color=colour, label=name((OUTPUT, number)))
         base = base + heights
-    names = [name(number) for number in order.tolist()]
+    names = [name((INPUT, number)) for number in order.tolist()]
     axis.set_xticks(range(len(order)), names, rotation=90 if len(order) > 12 else 0)
     axis.set_ylabel("path weight")
     axis.set_title("importance of the inputs" + (f" (the first {len(order)})" if len(order) < values.shape[1] else ""))
@@ -134,16 +141,31 @@ def _layout(graph: nx.DiGraph) -> tuple[dict[Node, tuple[int, float]], float]:
     top = 0.0
     for part in sorted(parts):
         height = float(max(len(nodes) for nodes in parts[part].values()))
-        for x, nodes in sorted(parts[part].items()):
-            means = {node: _mean([places[other][1] for other in graph.predecessors(node)]) for node in nodes}
-            for rank, node in enumerate(sorted(nodes, key=lambda node: (means[node], node))):
-                places[node] = (x, top + (rank + 0.5) * height / len(nodes))
+        ranks = _untangled(graph, parts[part])
+        for x, nodes in parts[part].items():
+            for node in nodes:
+                places[node] = (x, top + (ranks[node] + 0.5) * height / len(nodes))
         top += height + 0.6
     return places, top
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _untangled(graph: nx.DiGraph, columns: Mapping[int, Sequence[Node]]) -> dict[Node, int]:
+    """Return every node's rank in its column, by the mean rank of its neighbours in turn from left and right."""
+    ranks = {node: rank for nodes in columns.values() for rank, node in enumerate(nodes)}
+    order = sorted(columns)
+    for sweep in range(_SWEEPS):
+        backwards = sweep % 2 == 1
+        neighbours = graph.successors if backwards else graph.predecessors
+        for x in reversed(order) if backwards else order:
+            heights = {node: _height([ranks[other] for other in neighbours(node)], ranks[node]) for node in columns[x]}
+            by_height = sorted((heights[node], ranks[node], node) for node in columns[x])
+            for rank, (_, _, node) in enumerate(by_height):
+                ranks[node] = rank
+    return ranks
+
+
+def _height(neighbours: Sequence[int], own: int) -> float:
+    return sum(neighbours) / len(neighbours) if neighbours else float(own)
 
 
 def _draw_edges(axis: Axes, graph: nx.DiGraph, places: Mapping[Node, tuple[int, float]]) -> None:
@@ -152,43 +174,54 @@ def _draw_edges(axis: Axes, graph: nx.DiGraph, places: Mapping[Node, tuple[int, 
         layer = graph.nodes[target]["layer"]
         largest[layer] = max(largest.get(layer, 0.0), weight)
     thickest = _WIDEST if graph.number_of_edges() <= 100 else 2.0
+    several = _has_parts(graph)
     for positive in (True, False):
         edges = [edge for edge in graph.edges(data=True) if (edge[2]["value"] >= 0) == positive]
         axis.add_collection(
             LineCollection(
                 [(places[source], places[target]) for source, target, _ in edges],
                 linewidths=[0.3 + thickest * a["weight"] / largest[graph.nodes[t]["layer"]] for _, t, a in edges],
-                colors=[_colour(graph, source) for source, _, _ in edges],
+                colors=[_colour(graph, s) if several else BLUE if positive else ORANGE for s, _, _ in edges],
                 linestyles="solid" if positive else (0, (2.0, 0.8)),
                 alpha=0.75,
                 zorder=1,
             )
         )
-    lines = [Line2D([], [], color=GREY, linewidth=2, label="positive weight")]
-    lines.append(Line2D([], [], color=GREY, linewidth=2, linestyle=(0, (2.0, 0.8)), label="negative weight"))
-    axis.legend(handles=lines, loc="upper right", bbox_to_anchor=(1.0, 1.04), ncols=2, handlelength=3)
+    colours = (GREY, GREY) if several else (BLUE, ORANGE)
+    lines = [Line2D([], [], color=colours[0], linewidth=2, label="positive weight")]
+    lines.append(Line2D([], [], color=colours[1], linewidth=2, linestyle=(0, (2.0, 0.8)), label="negative weight"))
+    axis.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, handlelength=3)
 
 
 def _draw_nodes(
     axis: Axes, graph: nx.DiGraph, places: Mapping[Node, tuple[int, float]], name: Callable[[Node], str]
 ) -> None:
-    counts: dict[int, int] = {}
-    titles: dict[int, str] = {}
+    several = _has_parts(graph)
+    columns: dict[int, list[Node]] = {}
     for node, (x, _) in places.items():
-        counts[x] = counts.get(x, 0) + 1
-        titles[x] = {INPUT: "inputs", OUTPUT: "outputs"}.get(node[0], node[0])
-    for node, (x, y) in places.items():
-        crowded = counts[x] > _MOST_LABELS
-        axis.scatter([x], [y], s=9 if crowded else 60, color=_colour(graph, node), zorder=2, linewidths=0)
-        if not crowded and node[0] in (INPUT, OUTPUT):
-            left = node[0] == INPUT
-            offset, align = ((-8, 0), "right") if left else ((8, 0), "left")
-            axis.annotate(
-                name(node), (x, y), xytext=offset, textcoords="offset points", ha=align, va="center", color=INK
-            )
-    for x, title in titles.items():
-        axis.annotate(f"{title} ({counts[x]})", (x, -0.75), ha="center", fontweight="bold")
+        columns.setdefault(x, []).append(node)
+    for x, nodes in columns.items():
+        crowded = len(nodes) > _MOST_LABELS
+        colours = [_colour(graph, node) if several else INK for node in nodes]
+        heights = [places[node][1] for node in nodes]
+        axis.scatter([x] * len(nodes), heights, s=9 if crowded else 60, color=colours, zorder=2, linewidths=0)
+        title = {INPUT: "inputs", OUTPUT: "outputs"}.get(nodes[0][0], nodes[0][0])
+        axis.annotate(f"{title} ({len(nodes)})", (x, -0.75), ha="center", fontweight="bold")
+        for node in () if crowded else nodes:
+            _label(axis, node, places[node], name)
+
+
+def _label(axis: Axes, node: Node, place: tuple[int, float], name: Callable[[Node], str]) -> None:
+    """Name an input on its left, an output on its right, and nothing between them."""
+    if node[0] in (INPUT, OUTPUT):
+        left = node[0] == INPUT
+        offset, align = ((-8, 0), "right") if left else ((8, 0), "left")
+        axis.annotate(name(node), place, xytext=offset, textcoords="offset points", ha=align, va="center")
 
 
 def _colour(graph: nx.DiGraph, node: Node) -> str:
     return _PARTS[graph.nodes[node]["part"] % len(_PARTS)]
+
+
+def _has_parts(graph: nx.DiGraph) -> bool:
+    return len({part for _, part in graph.nodes(data="part")}) > 1

@@ -57,18 +57,13 @@ class ResidualBlock:
         """Whether the channels are the last dimension of the input, and not the second."""
         return isinstance(self.module.get_submodule(self.last), _CHANNELS_LAST)
 
-    def closed(self) -> bool:
-        """Whether the branch is exactly zero by its parameters."""
-        layer = self.module.get_submodule(self.last)
-        return not any(bool(torch.count_nonzero(parameter.detach())) for parameter in layer.parameters(recurse=False))
-
     def remainder(self) -> nn.Module:
         """Return what is left of the block without its branch, in the block's train or eval mode."""
         parts = [copy.deepcopy(self.module.get_submodule(p)) if isinstance(p, str) else p() for p in self.after]
         left = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
         for part in left.modules():
-            if hasattr(part, "inplace"):
-                part.inplace = False  # it would overwrite the block's input, which others may read
+            if "inplace" in part.__dict__:
+                part.__dict__["inplace"] = False  # it would overwrite the block's input, which others may read
         return left.train(self.module.training)
 
 

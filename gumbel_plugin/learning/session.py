@@ -178,6 +178,10 @@ class MaskingSession:
                 groups.append({"params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay})
         return groups
 
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """Return what is trained of the network itself, for its own optimizer; nothing if the weights are frozen."""
+        return [p for name, p in self.model.named_parameters() if p.requires_grad and GATES not in name]
+
     def gate_parameters(self) -> list[nn.Parameter]:
         """Return the learnt parameters of all masks, each once."""
         return list(dict.fromkeys(p for mask in self.plan.masks.values() for p in mask.parameters()))

@@ -28,6 +28,9 @@ class Phase(Enum):
     FIXED = "fixed"
 
 
+_PHASES = (Phase.OPEN, Phase.LEARNING, Phase.FIXED)
+
+
 @dataclass
 class NoiseSource:
     """Random numbers that depend on the seed, the number of the training forward and the mask, and on nothing else.
@@ -134,6 +137,7 @@ class LearntMask(nn.Module):
     counts_macs: ClassVar[bool] = False
     published_optimizer: ClassVar[Mapping[str, str | float] | None] = None
     hard: Tensor
+    stage: Tensor
 
     def __init__(
         self,
@@ -155,10 +159,11 @@ class LearntMask(nn.Module):
         self.noise = noise
         self.stream = stream
         self.granularity = granularity
-        self.phase = Phase.OPEN
         self.polled = False
         self.sparsity: float | None = None
         self.register_buffer("hard", torch.ones(self.shape, dtype=torch.bool))
+        self.register_buffer("stage", torch.zeros((), dtype=torch.uint8))
+        self._read_stage: tuple[int, int, Phase] | None = None
         self._drawn: tuple[int, Tensor] | None = None
 
     # What a method says -------------------------------------------------------------------------------------------
@@ -236,6 +241,22 @@ class LearntMask(nn.Module):
         """Whether each sample's own gates act now."""
         return self.per_sample and (self.polled or (self.training and self.phase is Phase.LEARNING))
 
+    @property
+    def phase(self) -> Phase:
+        """What the gates do at present.
+
+        It lives in a buffer, so that state dicts and moving averages of a model carry it. The buffer is read only when
+        it may have changed: on a GPU every look is a wait.
+        """
+        now = id(self.stage), self.stage._version
+        if self._read_stage is None or self._read_stage[:2] != now:
+            self._read_stage = (*now, _PHASES[int(self.stage)])
+        return self._read_stage[2]
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self.stage.fill_(_PHASES.index(phase))
+
     # What the session uses ----------------------------------------------------------------------------------------
 
     def decide(self, weight: Tensor | None) -> Tensor:
@@ -297,4 +318,4 @@ class LearntMask(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # A sample is a non-leaf tensor, which torch refuses to copy; it belongs to one forward of one model anyway.
-        return {**self.__dict__, "_drawn": None}
+        return {**self.__dict__, "_drawn": None, "_read_stage": None}

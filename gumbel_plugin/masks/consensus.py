@@ -113,6 +113,7 @@ class ConsensusMask(LearntMask):
         self.lambda_polar = self._polar_schedule(0.0)
         self._network = _Network(self.units)
         self._asker = 0
+        self._read_last: Tensor | None = None
         self._soft: Tensor | None = None
 
     @override
@@ -130,10 +131,12 @@ class ConsensusMask(LearntMask):
         again = torch._C._current_graph_task_id() != -1
         if known is not None and known[0] == self.noise.forward and self._asker != id(layer):
             return known[1]
-        soft = torch.sigmoid(self._logits(features()))
+        read = features()
+        soft = torch.sigmoid(self._logits(read))
         gates = straight_through(soft.detach() >= 0.5, soft)
         if not again:
-            self._drawn, self._asker, self._soft = (self.noise.forward, gates), id(layer), soft.detach()
+            self._drawn, self._asker = (self.noise.forward, gates), id(layer)
+            self._read_last, self._soft = read.detach(), soft.detach()
             if self.training and not self.polled:
                 self._count(gates.detach(), self._soft)
         return gates
@@ -163,7 +166,7 @@ class ConsensusMask(LearntMask):
     @override
     def forget_sample(self) -> None:
         super().forget_sample()
-        self._soft = None
+        self._soft = self._read_last = None
 
     # The losses ---------------------------------------------------------------------------------------------------
 
@@ -185,8 +188,15 @@ class ConsensusMask(LearntMask):
         return self.options.lambda_act * (usage(known) - (1 - ratio)).square()
 
     def batch_mean(self) -> Tensor | None:
-        """Return the mean gates of the last batch, of `shape`, with their gradient; None before any batch."""
-        return None if self._drawn is None else self._drawn[1].mean(0).reshape(self.shape)
+        """Return the mean gates of the last batch, of `shape`; None before any batch.
+
+        The gradient is that of the gating module alone: the losses of the gates do not bend the network's features. So
+        it needs nothing of the network's graph, which a caller may have freed by now.
+        """
+        if self._drawn is None or self._read_last is None:
+            return None
+        soft = torch.sigmoid(self._logits(self._read_last))
+        return straight_through(self._drawn[1].detach(), soft).mean(0).reshape(self.shape)
 
     @override
     def share(self, first: LearntMask) -> None:
@@ -219,4 +229,4 @@ class ConsensusMask(LearntMask):
 
     @override
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_soft": None}
+        return {**super().__getstate__(), "_soft": None, "_read_last": None}

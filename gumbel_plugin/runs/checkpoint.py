@@ -67,7 +67,7 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
         weights = {name: value for name, value in task.model.state_dict().items() if GATES not in name}
         return {
             "format": FORMAT,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "epoch": trainer.current_epoch,
             "seconds": self.seconds + time.perf_counter() - self._began,
             "model": weights,

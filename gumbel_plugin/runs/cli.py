@@ -106,6 +106,18 @@ def compare(
 
 
 @app.command()
+def explain(folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
+    """Say what the small network's topology tells: which inputs matter, along which paths, and which are alike."""
+    try:
+        from gumbel_plugin.runs.explain import explain as explain_run
+
+        written = explain_run(folder)
+    except (GumbelPluginError, OSError) as error:
+        _fail(error)
+    typer.echo(f"explanation: {written / 'explanation.md'}, with pictures beside it")
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     kind: Annotated[str, typer.Option("--format", help="onnx, pt2 or safetensors.")],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
@@ -18,6 +18,8 @@ from gumbel_plugin.shrinking.pruned_file import load_pruned
 
 if TYPE_CHECKING:
     from gumbel_plugin.insight.interpret import Importance, Node, Part, Symmetry
+
+Namer: TypeAlias = "Callable[[Node], str]"
 
 FOLDER = "explain"
 _MOST_ROWS = 20
@@ -49,10 +51,10 @@ def explain(path: Path) -> Path:
     importance = interpret.feature_importance(model, {}, shape)
     graph = interpret.pathways(model, {}, shape)
     parts, alike = interpret.disjoint_parts(graph), interpret.symmetries(model, {}, shape)
-    name = _namer(shape, graph.graph["input_units"])
+    name = _namer(shape, graph.graph["input_units"], config.training.loss == "mse")
     figures = {
         "importance": pictures.importance_figure(importance, name),
-        "pathways": pictures.pathways_figure(graph, lambda node: _node_name(node, name)),
+        "pathways": pictures.pathways_figure(graph, name),
     }
     output = path / FOLDER
     try:
@@ -61,7 +63,7 @@ def explain(path: Path) -> Path:
             write_bytes(output / f"{title}.png", pictures.as_png(figure))
             write_bytes(output / f"{title}.svg", pictures.as_svg(figure))
         write_json(output / "explanation.json", _as_json(importance, parts, alike))
-        write_bytes(output / "explanation.md", _as_markdown(path, importance, parts, alike, name).encode())
+        write_bytes(output / "explanation.md", _as_markdown(path, importance, (parts, alike), name).encode())
     except OSError as error:
         raise ConfigError(f"{str(output)!r} cannot be written: {error}") from error
     return output
@@ -83,23 +85,28 @@ def _input_shape(config: PruningConfig) -> tuple[int, ...]:
     return load_data(data.name, root=data.root).input_shape
 
 
-def _namer(shape: Sequence[int], units: int) -> Callable[[int], str]:
-    """Return what inputs are called: x1, x2, ...; channel 1, ...; or the row and column of a pixel, from 1."""
-    if len(shape) == 1:
-        return lambda number: f"x{number + 1}"
-    if units == shape[0]:
-        return lambda number: f"channel {number + 1}"
+def _namer(shape: Sequence[int], input_units: int, numbers: bool) -> Namer:
+    """Return what inputs and outputs are called.
 
-    def pixel(number: int) -> str:
+    Numbers are x1, x2, ... and y1, y2, ...; channels, and rows and columns of pixels, are counted from 1, classes from
+    0 as in their data sets.
+    """
+
+    def call(node: Node) -> str:
+        kind, number = node
+        if kind == "output":
+            return f"y{number + 1}" if numbers else f"class {number}"
+        if kind != "input":
+            return f"{kind} {number}"
+        if len(shape) == 1:
+            return f"x{number + 1}"
+        if input_units == shape[0]:
+            return f"channel {number + 1}"
         channel, place = divmod(number, shape[-2] * shape[-1])
         row, column = divmod(place, shape[-1])
         return f"({row + 1}, {column + 1})" + f" of channel {channel + 1}" * (shape[0] > 1)
 
-    return pixel
-
-
-def _node_name(node: Node, name: Callable[[int], str]) -> str:
-    return name(node[1]) if node[0] == "input" else f"y{node[1] + 1}" if node[0] == "output" else f"{node[0]} {node[1]}"
+    return call
 
 
 def _as_json(importance: Importance, parts: Sequence[Part], alike: Sequence[Symmetry]) -> dict[str, Any]:
@@ -112,18 +119,15 @@ def _as_json(importance: Importance, parts: Sequence[Part], alike: Sequence[Symm
 
 
 def _as_markdown(
-    path: Path,
-    importance: Importance,
-    parts: Sequence[Part],
-    alike: Sequence[Symmetry],
-    name: Callable[[int], str],
+    path: Path, importance: Importance, found: tuple[Sequence[Part], Sequence[Symmetry]], name: Namer
 ) -> str:
+    parts, alike = found
     connections = sum(part.connections for part in parts)
     lines = [
         f"# What the topology of {path.resolve().name} says",
         "",
-        f"{connections:,} weights lie on a path from an input to an output, in {len(parts)} "
-        f"part{'s' * (len(parts) != 1)} that share nothing. Inputs and outputs are counted from 1.",
+        f"{connections:,} weights lie on a path from an input to an output, in "
+        + ("one part." if len(parts) == 1 else f"{len(parts)} parts that share nothing."),
         "",
         "![importance of the inputs](importance.svg)",
         "",
@@ -142,7 +146,7 @@ def _as_markdown(
         "",
         "| input | path weight | share |",
         "|---|---|---|",
-        *_importance_rows(importance, name),
+        *_importance_rows(importance),
         "",
         "## Interchangeable inputs",
         "",
@@ -151,29 +155,30 @@ def _as_markdown(
     return "\n".join(lines) + "\n"
 
 
-def _part_row(part: Part, name: Callable[[int], str]) -> str:
-    outputs = ", ".join(f"y{number + 1}" for number in part.outputs)
-    inputs = ", ".join(map(name, part.inputs[:8])) + (f", … ({len(part.inputs)})" if len(part.inputs) > 8 else "")
+def _part_row(part: Part, name: Namer) -> str:
+    outputs = ", ".join(name(("output", number)) for number in part.outputs)
+    inputs = ", ".join(name(("input", number)) for number in part.inputs[:8]) + (
+        f", … ({len(part.inputs)})" if len(part.inputs) > 8 else ""
+    )
     return f"| {outputs} | {inputs or 'none: constant'} | {part.units} | {part.connections:,} |"
 
 
-def _importance_rows(importance: Importance, name: Callable[[int], str]) -> list[str]:
+def _importance_rows(importance: Importance) -> list[str]:
     values = importance.total.flatten()
-    shape = importance.total.shape
     everything = float(values.sum()) or 1.0
-    label = name if len(shape) == 1 else _namer(shape, values.numel())
+    label = _namer(importance.total.shape, len(values), False)  # of single numbers, also where units are channels
     best = values.argsort(descending=True, stable=True)[:_MOST_ROWS].tolist()
-    rows = [f"| {label(n)} | {float(values[n]):.4g} | {float(values[n]) / everything:.1%} |" for n in best]
+    rows = [f"| {label(('input', n))} | {float(values[n]):.4g} | {float(values[n]) / everything:.1%} |" for n in best]
     unused = int((values == 0).sum())
     return [*rows, *_more(len(values)), "", f"{unused:,} of {len(values):,} inputs reach no output."]
 
 
-def _symmetry_lines(alike: Sequence[Symmetry], name: Callable[[int], str]) -> list[str]:
+def _symmetry_lines(alike: Sequence[Symmetry], name: Namer) -> list[str]:
     if not alike:
         return ["None: no two inputs are connected to the same units with the same weights."]
     lines = ["| inputs | seen as | score |", "|---|---|---|"]
     for group in alike[:_MOST_ROWS]:
-        names = [name(number) for number in group.inputs]
+        names = [name(("input", number)) for number in group.inputs]
         signed = zip(names[1:], group.signs[1:], strict=True)
         seen = names[0] + "".join(f" {'+' if sign > 0 else '−'} {other}" for other, sign in signed)
         lines.append(f"| {', '.join(names)} | {seen} | {group.score:.3f} |")

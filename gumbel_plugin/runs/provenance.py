@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-_LIBRARIES = ("gumbel-plugin", "torch", "torchvision", "torch-pruning", "nni", "lightning")
+from gumbel_plugin.versions import library_versions
+
+__all__ = ["git_revision", "library_versions", "machine", "provenance"]
 
 
 def provenance() -> dict[str, Any]:
@@ -21,17 +22,6 @@ def provenance() -> dict[str, Any]:
         "machine": machine(),
         "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in _LIBRARIES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def git_revision() -> str | None:

@@ -305,7 +305,8 @@ def _measure(prepared: Prepared, networks: dict[str, nn.Module]) -> dict[str, Co
 
 def _write(output: Path, masks: Masks, result: RunResult, prepared: Prepared, say: Callable[[str], None]) -> RunResult:
     """Write the result and its report; return it with the report's place."""
-    save_masks(output / files.MASKS, masks)
+    model = prepared.config.model
+    save_masks(output / files.MASKS, masks, model.name if model is not None else "")
     save_pruned(output / files.SMALL, result.small, input_shape=list(prepared.example.shape[1:]))
     files.write_json(output / files.SUMMARY, result.summary())  # last: it marks the run as finished
     for name in _CHECKPOINTS.values():

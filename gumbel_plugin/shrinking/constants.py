@@ -56,7 +56,7 @@ def fold_constants(
         return {}
     dtypes = dtypes_of(model)
     model.double()
-    constants = _observe(model, {part.module for group in usable for part in group.consumers}, example_inputs)
+    constants = observe(model, {part.module for group in usable for part in group.consumers}, example_inputs)
     folded: dict[str, Tensor] = {}
     changed = True
     while changed:
@@ -114,7 +114,7 @@ def _incoming(module: nn.Module) -> Tensor | None:
     return (weight.detach() != 0).movedim(dimension, 0).flatten(1).any(1).cpu()
 
 
-class _Constants:
+class ReadValues:
     """What a layer reads, channel by channel: the values, and whether they are the same throughout."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -140,9 +140,9 @@ class _Constants:
         return (self.high - self.low <= _ROUNDING * largest) & largest.isfinite()
 
 
-def _observe(model: nn.Module, readers: set[str], example_inputs: ExampleInputs) -> dict[str, _Constants]:
+def observe(model: nn.Module, readers: set[str], example_inputs: ExampleInputs) -> dict[str, ReadValues]:
     """Run a float64 model on random batches and watch what some layers read."""
-    found = {name: _Constants(model.get_submodule(name)) for name in readers}
+    found = {name: ReadValues(model.get_submodule(name)) for name in readers}
     generator = torch.Generator().manual_seed(0)
     handles = [model.get_submodule(name).register_forward_pre_hook(seen.see) for name, seen in found.items()]
     try:
@@ -156,7 +156,7 @@ def _observe(model: nn.Module, readers: set[str], example_inputs: ExampleInputs)
     return found
 
 
-def _bound_units(part: ChannelSlice, module: nn.Module, seen: _Constants) -> Tensor:
+def _bound_units(part: ChannelSlice, module: nn.Module, seen: ReadValues) -> Tensor:
     """Return the units that cannot be folded into this reader."""
     free = seen.same if _repeats_constants(module) else seen.same & (seen.values == 0)
     return part.units[~free[part.positions]]
@@ -177,7 +177,7 @@ def _repeats_constants(module: nn.Module) -> bool:
     return padding == "valid" or not any(padding) or bool(module.padding_mode != "zeros")
 
 
-def _fold(module: nn.Module, channels: Tensor, seen: _Constants) -> None:
+def _fold(module: nn.Module, channels: Tensor, seen: ReadValues) -> None:
     """Move some channels' constants into a float64 layer's bias."""
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     assert weight is not None

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,17 +18,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gumbel_plugin.errors import DataError
+from gumbel_plugin.versions import library_versions
 
 FORMAT = "gumbel-plugin-masks-1"
+_JSON = ("shapes", "versions")
 
 
-def save_masks(path: str | Path, masks: Mapping[str, Mapping[str, Tensor | None]], **header: str) -> None:
+def save_masks(
+    path: str | Path, masks: Mapping[str, Mapping[str, Tensor | None]], model: str = "", **header: str
+) -> None:
     """Write masks to a file; it appears whole or not at all.
 
     Args:
         path: The file to write.
         masks: NNI's masks format, ``{module: {target: 0/1 tensor}}``.
-        **header: More to note, for instance the model's name.
+        model: The model's name.
+        **header: More to note.
     """
     tensors = {
         f"{module}.{target}": (mask.detach() != 0).to("cpu", torch.uint8).contiguous()
@@ -33,18 +43,31 @@ def save_masks(path: str | Path, masks: Mapping[str, Mapping[str, Tensor | None]
     }
     closed = sum(int((mask == 0).sum()) for mask in tensors.values())
     total = sum(mask.numel() for mask in tensors.values())
-    metadata = {"format": FORMAT, "torch": torch.__version__, "sparsity": f"{closed / max(total, 1):.6f}", **header}
+    metadata = {
+        "format": FORMAT,
+        "model": model,
+        "shapes": json.dumps({name: list(mask.shape) for name, mask in tensors.items()}),
+        "sparsity": f"{closed / max(total, 1):.6f}",
+        "versions": json.dumps(library_versions()),
+        **header,
+    }
     temporary = Path(f"{path}.partial")
     save_file(tensors, temporary, metadata=metadata)
     os.replace(temporary, path)
 
 
 def load_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    """Read masks that `save_masks` wrote, as float tensors.
+    """Read masks, as float tensors on the CPU.
+
+    Args:
+        path: What `save_masks` wrote. A file of ``torch.save(pruner.get_masks(), path)``, as NNI's users have them,
+            is read too, with a warning; no code in it is run.
 
     Raises:
         DataError: If the file is missing, damaged, or no masks file.
     """
+    if zipfile.is_zipfile(path):
+        return _load_torch_file(path)
     masks: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -57,3 +80,49 @@ def load_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise DataError(f"masks file {path} cannot be read: {error}") from error
     return masks
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Return what a masks file says of itself: ``format``, ``model``, ``shapes``, ``sparsity``, ``versions``, and more.
+
+    Raises:
+        DataError: If the file is missing or damaged, or `save_masks` did not write it.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"masks file {path} cannot be read: {error}") from error
+    if header.get("format") != FORMAT:
+        raise DataError(f"{path} is no masks file: its header says {json.dumps(header)}")
+    return {key: json.loads(value) if key in _JSON else value for key, value in header.items()}
+
+
+def _load_torch_file(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    # get_masks() of NNI returns a defaultdict(dict); nothing but that and tensors is built.
+    allowed: list[Any] = [(_plain_dict, "collections.defaultdict"), dict]
+    safe_globals = getattr(torch.serialization, "safe_globals", nullcontext)  # torch >= 2.5
+    try:
+        with safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"masks file {path} cannot be read: {first_line}") from error
+    masks: dict[str, dict[str, Tensor]] = {}
+    for module, targets in content.items() if isinstance(content, dict) else (("", None),):
+        if not isinstance(module, str) or not isinstance(targets, dict):
+            raise DataError(f"{path} is no masks file: it holds no {{module: {{target: tensor}}}}")
+        for target, mask in targets.items():
+            if isinstance(mask, Tensor):
+                masks.setdefault(module, {})[target] = mask.float()
+            elif mask is not None:
+                raise DataError(f"{path} is no masks file: its {module}.{target} is a {type(mask).__name__}")
+    warnings.warn(
+        f"{path} is a torch.save file; gumbel_plugin.shrinking.mask_file.save_masks writes masks without pickle",
+        stacklevel=3,
+    )
+    return masks
+
+
+def _plain_dict(factory: type) -> dict[str, Any]:
+    return {}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_UNROUNDED = "unrounded_bias"
+_UNROUNDED = "unrounded_"
+_MAY_BE_ROUNDED = ("bias", "weight")
 
 
 @contextmanager
@@ -33,7 +34,8 @@ def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
 def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
     """Give a float64 model its own dtypes back, in place.
 
-    A bias that this rounds is remembered as it was, in a plain attribute of its layer (no state dict holds it).
+    A bias or weight that this rounds is remembered as it was, in a plain attribute of its layer (no state dict holds
+    it).
 
     Args:
         model: The model.
@@ -46,18 +48,19 @@ def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
             path = f"{prefix}." * bool(prefix)
             wide, dtype = tensor.detach().clone(), dtypes.get(path + name, dtypes.get(f"{path}weight", tensor.dtype))
             tensor.data = wide.to(dtype)
-            if name == "bias" and not torch.equal(tensor.double(), wide):
-                setattr(module, _UNROUNDED, wide)
+            if name in _MAY_BE_ROUNDED and not torch.equal(tensor.double(), wide):
+                setattr(module, _UNROUNDED + name, wide)
     return model
 
 
 @torch.no_grad()
 def unround(model: nn.Module) -> nn.Module:
-    """Put back, in place, what biases were before `round_to`, where they have not changed since."""
+    """Put back, in place, what biases and weights were before `round_to`, where they have not changed since."""
     for module in model.modules():
-        wide, bias = module.__dict__.get(_UNROUNDED), module._parameters.get("bias")
-        if wide is not None and bias is not None and torch.equal(wide.to(bias), bias):
-            bias.data = wide.to(bias.device)
+        for name in _MAY_BE_ROUNDED:
+            wide, tensor = module.__dict__.get(_UNROUNDED + name), module._parameters.get(name)
+            if wide is not None and tensor is not None and torch.equal(wide.to(tensor), tensor):
+                tensor.data = wide.to(tensor.device)
     return model
 
 

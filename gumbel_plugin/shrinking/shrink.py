@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import ConfigError, MissingExtraError, TargetError, nearest
 from gumbel_plugin.learning.session import plain_copy
 from gumbel_plugin.shrinking.blocks import note_removed, remove_closed_blocks
+from gumbel_plugin.shrinking.carriers import merge_constants
 from gumbel_plugin.shrinking.constants import fold_constants
 from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
@@ -85,7 +86,8 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None
 def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend = "torch_pruning") -> nn.Module:
     """Return a copy of a masked model without the units that nothing reads, or that nothing comes into.
 
-    The constants of the latter are moved into the biases of their readers (`fold_constants`) where that is exact.
+    The constants of the latter are moved into the biases of their readers (`fold_constants`) where that is exact, and
+    else into one channel that carries them (`merge_constants`).
     Residual blocks whose branch is zero go as a whole.
 
     Args:
@@ -104,22 +106,24 @@ def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend =
     dependency = DependencyGroups(small, example_inputs)
     dtypes = dtypes_of(small)
     folded = fold_constants(small, dependency.groups, example_inputs)
-    if folded:  # the model is float64 from here on, until it is rounded at the end
+    merged = merge_constants(small, dependency.groups, example_inputs)
+    wide = bool(folded or merged)
+    if wide:  # the model is float64 from here on, until it is rounded at the end
         example_inputs = random_inputs_like(example_inputs, torch.Generator().manual_seed(0), torch.float64)
     dead = find_dead_units(small, dependency.groups)
     kept = find_kept(small, lambda copied: dependency.remover_of(copied).remove(dead))
     if backend == "nni":
-        from gumbel_nni.speedup import speedup
+        from gumbel_nni.model_speedup import remove_channels
 
         masks = column_masks(small, dependency.groups, dead)
-        small = speedup(small, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
+        small = remove_channels(small, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
     else:
         dependency.remove_all(dead)
     note_kept(small, kept)
     note_removed(small, blocks)
     gone, constant = (sum(len(units) for units in found.values()) for found in (dead, folded))
     _logger.info("removed %d units in %d groups; the constants of %d were folded", gone, len(dead), constant)
-    return round_to(small, dtypes) if folded else small
+    return round_to(small, dtypes) if wide else small
 
 
 __all__ = ["Backend", "EquivalenceReport", "masked_copy", "remove_dead_units", "shrink", "verify_equivalence"]

@@ -9,6 +9,7 @@ import pickle
 import sys
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from gumbel_nni import compat
 from gumbel_nni.compat import evaluators, tracing
 from gumbel_nni.compat import speedup as repairs
 from gumbel_plugin.errors import MissingExtraError
+from gumbel_plugin.shrinking.mask_file import save_masks
 
 ALL_REPAIRS = (
     "tensor_methods_in_tracer",
@@ -44,6 +46,7 @@ ALL_REPAIRS = (
     "two_pruners_on_one_layer",
     "masks_of_unknown_modules",
     "slim_factors_in_weights",
+    "biases_of_norms",
     "norm_pruners_in_fusion",
     "layers_survive_unwrapping",
     "length_of_a_fused_training",
@@ -242,14 +245,16 @@ def test_masks_of_a_pruner_load_from_a_path(tmp_path: Path, monkeypatch: pytest.
     masks: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     masks["first"]["weight"] = torch.ones(8, 6)
     masks["first"]["weight"][::2] = 0
-    path = tmp_path / "masks.pth"
+    path, ours = tmp_path / "masks.pth", tmp_path / "masks.safetensors"
     torch.save(masks, path)
+    save_masks(ours, masks)
     with monkeypatch.context() as undo:
         undo.setattr(ModelSpeedup, "__init__", ModelSpeedup.__init__.__wrapped__)
         with pytest.raises(pickle.UnpicklingError, match="defaultdict"):
             ModelSpeedup(two_layers(), torch.ones(2, 4), str(path))
-    for file in (path, str(path)):
-        loaded = ModelSpeedup(two_layers(), torch.ones(2, 4), file, batch_size=4)
+    for file in (path, str(path), ours):
+        with pytest.warns(UserWarning, match="save_masks") if file != ours else nullcontext():
+            loaded = ModelSpeedup(two_layers(), torch.ones(2, 4), file, batch_size=4)
         assert torch.equal(loaded.masks["first"]["weight"], masks["first"]["weight"])
         assert loaded.batch_size == 4
     with pytest.raises(pickle.UnpicklingError, match="defaultdict"):

@@ -16,6 +16,7 @@ from nni.compression.base.target_space import TargetType
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.pruning import L1NormPruner, LevelPruner, SlimPruner, TaylorPruner
 from nni.compression.pruning.basic_pruner import _NormPruner
+from nni.compression.pruning.tools import sparse_gen
 from torch import Tensor, nn
 
 from gumbel_nni.compat import compressors, stacking
@@ -125,6 +126,23 @@ def test_slim_factors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(masked(model, pruner), expected)
     pruner.wrap_model()
     torch.testing.assert_close(model(X), expected)
+
+
+def test_biases_of_batch_norms_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def masks() -> dict[str, Tensor]:
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+        rules = [{"op_types": ["BatchNorm1d", "Linear"], "exclude_op_names": ["2"], "sparse_ratio": 0.5}]
+        pruner = SlimPruner(model, rules, evaluator_of(model), training_steps=2)
+        found = pruner.compress()[1]
+        assert torch.equal(found["0"]["bias"], found["0"]["weight"].flatten(1)[:, 0])
+        return found["1"]
+
+    with monkeypatch.context() as undo:
+        undo.setattr(sparse_gen, "_generate_align_sparsity", sparse_gen._generate_align_sparsity.__wrapped__)
+        assert bool(masks()["bias"].all())
+    found = masks()
+    assert torch.equal(found["bias"], found["weight"])
+    assert float(found["bias"].mean()) == 0.5
 
 
 @pytest.mark.parametrize("cls", [LevelPruner, L1NormPruner])

@@ -273,7 +273,7 @@ class TestOverwriting:
 
         with pytest.raises(KeyboardInterrupt):
             run(config(seed=1), tmp_path, force=True, say=interrupt)
-        left = {"config.yaml", "log.csv", "gates.jsonl", "tensorboard"}
+        left = {"checkpoint.pt", "config.yaml", "log.csv", "gates.jsonl", "tensorboard"}
         assert {path.name for path in tmp_path.iterdir()} == left
         run(config(seed=1), tmp_path)  # needs no force: nothing had been finished
         assert {path.name for path in tmp_path.iterdir()} == RESULTS

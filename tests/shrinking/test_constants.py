@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from gumbel_plugin.shrinking.constants import fold_constants
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
+from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
 from gumbel_plugin.shrinking.shrink import remove_dead_units, shrink
 from gumbel_torch_pruning import find_groups
 
@@ -80,6 +82,15 @@ class TestWhatIsFolded:
         torch.testing.assert_close(small[2].bias, model[2].weight[:, 2].detach() * constant)
         assert model[2].bias is None
         assert small[2].bias.requires_grad
+
+    def test_a_new_bias_travels(self, tmp_path: Path) -> None:
+        model, inputs = mlp(bias=False), torch.randn(3, 5)
+        close([2], model[0])
+        small = shrink(model, {}, inputs)
+        save_pruned(tmp_path / "small.safetensors", small)
+        again = load_pruned(tmp_path / "small.safetensors", lambda: mlp(bias=False))
+        assert shapes(again) == shapes(small)
+        torch.testing.assert_close(again(inputs), small(inputs), rtol=0, atol=0)
 
     def test_no_bias_is_made_for_a_zero(self) -> None:
         model = mlp(nn.ReLU, bias=False)

@@ -27,6 +27,7 @@ _REPAIRS: tuple[Callable[[], bool], ...] = (
     compressors.two_pruners_on_one_layer,
     compressors.masks_of_unknown_modules,
     compressors.slim_factors_in_weights,
+    compressors.biases_of_norms,
     compressors.norm_pruners_in_fusion,
     compressors.layers_survive_unwrapping,
     compressors.length_of_a_fused_training,

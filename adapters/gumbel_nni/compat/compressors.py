@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -48,6 +49,22 @@ def slim_factors_in_weights() -> bool:
     from nni.compression.base.wrapper import ModuleWrapper
 
     replace_once(ModuleWrapper, "unwrap", _unwrap_with_factors)
+    return True
+
+
+def biases_of_norms() -> bool:
+    """Let the bias of a batch norm follow its weight's mask, as that of a convolution does.
+
+    Cause: a mask is summed over the dimensions that the bias does not have; a batch norm has none of those, and
+    ``tensor.sum([])`` sums over all of them. SlimPruner on batch norms then masks scales and no shifts, and channels
+    that it closes still send their shift. Remedy: such a mask is not summed.
+    """
+    from nni.compression.pruning.tools import sparse_gen
+
+    if not hasattr(sparse_gen._generate_align_sparsity, "__wrapped__"):
+        sparse_gen._generate_align_sparsity = functools.update_wrapper(
+            _generate_align_sparsity, sparse_gen._generate_align_sparsity
+        )
     return True
 
 
@@ -130,7 +147,8 @@ def with_slim_factor(wrapper: Any, target: str, tensor: Tensor) -> Tensor:
     for space in spaces_of(wrapper, target):
         if factor is not None and space.apply_method == "slim_mul":
             spread = factor if space._scaler is None else space._scaler.expand(factor, space.shape, keepdim=True)
-            return tensor * spread.detach()
+            scaled: Tensor = tensor * spread.detach()
+            return scaled
     return tensor
 
 
@@ -142,6 +160,22 @@ def _unwrap_with_factors(self: Any) -> None:
             space.target.copy_(with_slim_factor(self, name, space.target))
             factor.fill_(1.0)
     _unwrap_with_factors.__wrapped__(self)  # type: ignore[attr-defined]
+
+
+def _generate_align_sparsity(masks: Any, target_spaces: Any) -> Any:
+    """Show NNI a mask without dimensions to sum over as one that has a last dimension of size one."""
+    sources = {
+        (space.align["module_name"] or name, space.align["target_name"])
+        for name, spaces in target_spaces.items()
+        for space in spaces.values()
+        if len(space.align["dims"]) == 1
+    }
+    shown = {name: dict(targets) for name, targets in masks.items()}
+    for name, target in sources:
+        mask = shown.get(name, {}).get(target)
+        if mask is not None and mask.dim() == 1:
+            shown[name][target] = mask.unsqueeze(-1)
+    return _generate_align_sparsity.__wrapped__(shown, target_spaces)  # type: ignore[attr-defined]
 
 
 def _prune_at_the_start(self: Any, evaluator: Any) -> None:

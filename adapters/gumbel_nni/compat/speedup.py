@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gumbel_nni.compat.patching import replace_once
+from gumbel_plugin.shrinking.mask_file import load_masks
 
 _SPEEDUP_MODULES = ("utils", "mask_updater", "model_speedup")
 
@@ -76,15 +77,13 @@ def pytree_nodes_of_fx() -> bool:
 
 
 def masks_by_path() -> bool:
-    """Let ModelSpeedup load masks that were saved as ``torch.save(pruner.get_masks())``.
+    """Let ModelSpeedup load masks from a file: ``torch.save(pruner.get_masks())``, or ours.
 
     Cause: torch.load builds only what is on its list (torch 2.6 and later); a pruner's masks are a
-    ``defaultdict(dict)``. Remedy: while ModelSpeedup reads its file, and only then, a defaultdict loads as a dict.
+    ``defaultdict(dict)``. Remedy: `load_masks`, which builds that and nothing else.
     """
     from nni.compression.speedup import ModelSpeedup
 
-    if not hasattr(torch.serialization, "safe_globals"):
-        return False
     replace_once(ModelSpeedup, "__init__", _init_speedup)
     return True
 
@@ -99,12 +98,9 @@ def _init_speedup(
     self: Any, model: Any, dummy_input: Any, masks_or_file: Any, map_location: Any = None, *args: Any, **kwargs: Any
 ) -> None:
     if isinstance(masks_or_file, (str, Path)):
-        allowed: list[Any] = [(_plain_dict, "collections.defaultdict"), dict]
-        with torch.serialization.safe_globals(allowed):
-            masks_or_file = torch.load(masks_or_file, map_location)
+        masks_or_file = {
+            name: {target: mask.to(map_location or mask.device) for target, mask in targets.items()}
+            for name, targets in load_masks(masks_or_file).items()
+        }
     original = _init_speedup.__wrapped__  # type: ignore[attr-defined]
     original(self, model, dummy_input, masks_or_file, map_location, *args, **kwargs)
-
-
-def _plain_dict(factory: type) -> dict[str, Any]:
-    return {}

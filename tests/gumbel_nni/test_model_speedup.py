@@ -12,7 +12,7 @@ from nni.compression.pruning import L1NormPruner
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gumbel_nni.speedup import speedup
+from gumbel_nni.model_speedup import remove_channels
 from gumbel_plugin.errors import ConfigError, GraphError, TargetError
 
 Masks = dict[str, dict[str, Tensor]]
@@ -87,7 +87,7 @@ def test_quick_start_with_a_pruner_of_nni() -> None:
     _, masks = pruner.compress()
     pruner.unwrap_model()
     x = torch.randn(3, 12)
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     assert [tuple(layer.weight.shape) for layer in small if isinstance(layer, nn.Linear)] == [(8, 12), (5, 8), (4, 5)]
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
 
@@ -99,7 +99,7 @@ def test_the_callers_model_masks_and_generator_are_left_alone() -> None:
     model.conv1.weight.requires_grad_(False)
     state, flags = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     before, random_state = copy.deepcopy(masks), torch.random.get_rng_state()
-    speedup(model, masks, x)
+    remove_channels(model, masks, x)
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert flags == [module.training for module in model.modules()]
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
@@ -117,7 +117,7 @@ def test_flags_hooks_and_counters_survive() -> None:
     model.conv2.weight.requires_grad_(False)
     model.head.bias.requires_grad_(False)  # it does not
     model.conv2.register_forward_hook(lambda module, inputs, output: output * 2)
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     assert [module.training for module in small.modules()] == [module.training for module in model.modules()]
     assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
     assert all(parameter.grad is None for parameter in small.parameters())
@@ -130,21 +130,21 @@ def test_flags_hooks_and_counters_survive() -> None:
 
 def test_the_result_is_an_ordinary_module() -> None:
     model, x, masks = small_network()
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     twin = copy.deepcopy(small)
     twin.load_state_dict(small.state_dict())
     assert relative_error(small, twin, x) == 0
     small.train()(x).sum().backward()
     assert all(parameter.grad is not None for parameter in small.parameters())
     assert small(torch.randn(5, 2, 12, 12)).shape == (5, 3)
-    assert size(speedup(model, masks, x[:1])) == size(small) < size(model)
+    assert size(remove_channels(model, masks, x[:1])) == size(small) < size(model)
 
 
 def test_nothing_is_said(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     model, x, masks = small_network()
     level = logging.getLogger("nni").level
     with caplog.at_level(logging.DEBUG):
-        speedup(model, masks, x)
+        remove_channels(model, masks, x)
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
     assert logging.getLogger("nni").level == level
@@ -154,7 +154,7 @@ def test_fine_grained_zeros_do_not_revive() -> None:
     model, x, masks = small_network()
     scattered = torch.rand(10, 8, 3, 3, generator=torch.Generator().manual_seed(0)).round()
     masks["conv2"]["weight"] *= scattered
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     kept = scattered[1::2, 1::2]  # rows that the head still reads, columns that are open
     torch.testing.assert_close(small.conv2.weight == 0, kept == 0)
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
@@ -167,11 +167,11 @@ def test_a_row_stays_while_its_bias_is_sent() -> None:
     rows[1] = 0
     model[0].bias.data.fill_(1.0)
     masks: Masks = {"0": {"weight": rows}}
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     assert small[0].out_features == 4
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
     masks["0"]["bias"] = rows[:, 0]
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     assert small[0].out_features == 3
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
 
@@ -191,7 +191,7 @@ def test_rows_that_disagree_at_a_sum_are_resolved() -> None:
     masks = {name: {"weight": torch.ones(6, 2, 1, 1)} for name in ("left", "right")}
     masks["left"]["weight"][[0, 1, 2]] = 0
     masks["right"]["weight"][[2, 3]] = 0
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     assert small.left.out_channels == small.right.out_channels == small.last.in_channels == 5
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
 
@@ -258,14 +258,14 @@ class Attending(nn.Module):
 def test_structures(build: Callable[[], nn.Module], masked: list[str], shapes: dict[str, tuple[int, int]]) -> None:
     model, x = randomised(build()), torch.randn(2, 6)
     masks = half_of_columns(model, *masked)
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     assert {name: tuple(small.get_submodule(name).weight.shape) for name in shapes} == shapes
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
 
 
 def test_keyword_inputs_in_an_order_of_their_own() -> None:
     model, x = randomised(Twice()), torch.randn(2, 6)
-    small = speedup(model, half_of_columns(model, "last", "alias"), {"offset": torch.randn(2, 2), "x": x})
+    small = remove_channels(model, half_of_columns(model, "last", "alias"), {"offset": torch.randn(2, 2), "x": x})
     assert (small.alias is small.shared, small.last.in_features) == (True, 3)
 
 
@@ -279,7 +279,7 @@ class TwoReaders(Twice):
 def test_calls_of_one_module_that_would_shrink_differently_are_refused(build: Callable[[], nn.Module]) -> None:
     model = randomised(build())
     with pytest.raises(GraphError, match=r"calls of '(shared|last)' would lose different channels"):
-        speedup(model, half_of_columns(model, "last"), torch.randn(2, 6))
+        remove_channels(model, half_of_columns(model, "last"), torch.randn(2, 6))
 
 
 TWO = torch.tensor(2.0)
@@ -311,7 +311,7 @@ def test_only_masks_close_channels(spoil: str) -> None:
         for parameter in (model.scale, model.token, model.last.weight):
             nn.init.zeros_(parameter)
     masks = half_of_columns(model, "second")
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     shapes = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
     assert shapes["first.weight"] == (4, 6)
     assert shapes["second.weight"] == (6, 4)
@@ -323,7 +323,7 @@ def test_only_masks_close_channels(spoil: str) -> None:
 def test_a_layer_keeps_one_channel() -> None:
     model, x, masks = small_network()
     masks["conv2"]["weight"].zero_()
-    small = speedup(model, masks, x)
+    small = remove_channels(model, masks, x)
     assert small.conv1.out_channels == small.conv2.in_channels == 1
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
 
@@ -331,7 +331,7 @@ def test_a_layer_keeps_one_channel() -> None:
 def test_masks_that_close_nothing_give_a_copy() -> None:
     model, x, _ = small_network()
     masks = {"bn": {"weight": torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 1])}, "conv2": {"weight": torch.ones(10, 8, 3, 3)}}
-    small = speedup(model, {**masks, "head": {"weight": None, "bias": None}}, x)
+    small = remove_channels(model, {**masks, "head": {"weight": None, "bias": None}}, x)
     assert small is not model
     assert size(small) == size(model)
     assert small.bn.weight[0] == 0
@@ -349,7 +349,7 @@ def test_masks_that_close_nothing_give_a_copy() -> None:
 def test_masks_that_do_not_fit(masks: Masks, message: str) -> None:
     model, x, _ = small_network()
     with pytest.raises(TargetError, match=message):
-        speedup(model, masks, x)
+        remove_channels(model, masks, x)
 
 
 class Leaving(Small):
@@ -388,12 +388,12 @@ class Grouped(nn.Module):
 def test_what_nni_cannot_do_is_a_graph_error(build: Callable[[], nn.Module], masked: list[str], message: str) -> None:
     model = randomised(build())
     with pytest.raises(GraphError, match=message):
-        speedup(model, half_of_columns(model, *masked), torch.randn(2, 2, 8, 8))
+        remove_channels(model, half_of_columns(model, *masked), torch.randn(2, 2, 8, 8))
 
 
 def test_inputs_that_do_not_fit() -> None:
     model, x, masks = small_network()
     with pytest.raises(GraphError, match="Small does not run on the example inputs"):
-        speedup(model, masks, x[:, :1])
+        remove_channels(model, masks, x[:, :1])
     with pytest.raises(ConfigError, match="example_inputs is a int"):
-        speedup(model, masks, 3)
+        remove_channels(model, masks, 3)

@@ -35,7 +35,9 @@ _BATCH_SIZE = 5
 _OUTPUT_DIMENSION = {nn.Linear: 0, nn.Conv1d: 0, nn.Conv2d: 0, nn.ConvTranspose2d: 1, nn.Embedding: 1}
 
 
-def speedup(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]], example_inputs: Any) -> nn.Module:
+def remove_channels(
+    model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]], example_inputs: Any
+) -> nn.Module:
     """Remove the closed channels of a masked model with NNI's ModelSpeedup.
 
     The masks are multiplied into a deep copy, so that fine-grained zeros stay zero. Whole closed columns (the input

@@ -1,0 +1,53 @@
+"""NNI's speedup for the masks of any pruner of NNI's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from gumbel_nni.unwrapping import refuse_wrapped
+from gumbel_plugin.shrinking.inputs import ExampleInputs
+from gumbel_plugin.shrinking.mask_file import load_masks
+from gumbel_plugin.shrinking.shrink import shrink
+
+
+def speedup(
+    model: nn.Module,
+    masks: Mapping[str, Mapping[str, Tensor | None]] | str | Path,
+    example_inputs: ExampleInputs,
+    *,
+    verify: bool = True,
+) -> nn.Module:
+    """Return a smaller dense model that computes what a pruner's wrapped model computes.
+
+    What ``ModelSpeedup(model, example_inputs, masks).speedup_model()`` is meant to be, for the masks of any pruner:
+    Level, L1Norm, L2Norm, FPGM, Taylor, Slim (on weights, or on the scales of batch norms), Movement, Gumbel. NNI's
+    own takes a masked channel for zero wherever it is read, which it is not after a batch norm, an addition or a
+    sigmoid. Here a channel leaves if it is read as zero; several that are read as constants become one; a channel that
+    a residual connection fills from elsewhere stays (give its layers one ``dependency_group_id``).
+
+    Example::
+
+        pruner = L1NormPruner(model, config_list)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        small = gumbel_nni.speedup(model, masks, example_inputs)
+
+    Args:
+        model: The plain model, unwrapped. It is left alone, and so are its train/eval flags.
+        masks: The pruner's `get_masks`, or the path of a masks file; left alone too.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs, batch first.
+        verify: Whether to compare the outputs before returning.
+
+    Raises:
+        LifecycleError: If the model is wrapped.
+        TargetError: If a mask's module or tensor does not exist, or its shape does not fit.
+        GraphError: If the model cannot be traced, or NNI cannot shrink it.
+        EquivalenceError: If the small model's outputs differ from the masked model's.
+        DataError: If the masks file cannot be read.
+    """
+    refuse_wrapped(model, "speedup")
+    given = load_masks(masks) if isinstance(masks, str | Path) else masks
+    return shrink(model, given, example_inputs, "nni", verify)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gumbel_plugin import verify_equivalence
+from gumbel_plugin.errors import ConfigError, LifecycleError
+from gumbel_plugin.learning.gates import GATES
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from gumbel_transformers import GumbelPruningCallback  # noqa: E402
+
+RULES = [
+    {"op_names": ["bert.encoder.layer.0.attention.self"], "sparse_ratio": 0.5},
+    {"op_names_re": [r".*intermediate\.dense"], "sparse_ratio": 0.5},
+]
+CONFIG = {"pruning": {"config_list": RULES, "phases": {"fixed": 0.4}}}
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=30,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=24,
+            max_position_embeddings=16,
+            num_labels=2,
+        )
+    )
+
+
+def data(count: int = 32) -> list[dict[str, Any]]:
+    ids = torch.randint(3, 30, (count, 6), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "attention_mask": torch.ones(6).long(), "labels": int(row[0] > 15)} for row in ids]
+
+
+EXAMPLE = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6).long()}
+
+
+def arguments(folder: Path, **options: Any) -> Any:
+    settings: dict[str, Any] = {"max_steps": 10, "save_strategy": "no", **options}
+    return transformers.TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to=[],
+        logging_steps=5,
+        disable_tqdm=True,
+        learning_rate=1e-3,
+        **settings,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _trainer_may_warn() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def train(folder: Path, callback: Any, resume: Any = None, **options: Any) -> Any:
+    trainer = transformers.Trainer(bert(), arguments(folder, **options), train_dataset=data(), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_heads_and_hidden_widths_go(tmp_path: Path) -> None:
+    callback = GumbelPruningCallback(CONFIG, EXAMPLE)
+    trainer = train(tmp_path, callback)
+    small = callback.shrink()
+    assert small.bert.encoder.layer[0].attention.self.num_attention_heads == 2
+    assert [layer.intermediate.dense.out_features for layer in small.bert.encoder.layer] == [12, 12]
+    assert verify_equivalence(trainer.model, small, EXAMPLE).passed
+    assert not any(GATES in name for name, _ in trainer.model.named_modules())
+    assert [entry["sparsity"] for entry in trainer.state.log_history if "loss" in entry][-1] == pytest.approx(0.5)
+
+
+def test_resumed_from_the_trainers_own_checkpoint(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", GumbelPruningCallback(CONFIG, EXAMPLE))
+    train(tmp_path / "parts", GumbelPruningCallback(CONFIG, EXAMPLE), save_strategy="steps", save_steps=3)
+    resumed = train(tmp_path / "parts", GumbelPruningCallback(CONFIG, EXAMPLE), str(tmp_path / "parts/checkpoint-3"))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_without_the_gates(tmp_path: Path) -> None:
+    train(tmp_path, GumbelPruningCallback(CONFIG, EXAMPLE), save_strategy="steps", save_steps=3)
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "gumbel_pruning.pt").unlink()
+    with pytest.raises(ConfigError, match="pass the checkpoint's folder as resume_from="):
+        train(tmp_path, GumbelPruningCallback(CONFIG, EXAMPLE), str(checkpoint))
+
+
+def test_before_the_training() -> None:
+    with pytest.raises(LifecycleError, match="train with this callback first"):
+        GumbelPruningCallback(CONFIG).shrink()
