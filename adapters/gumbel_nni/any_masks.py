@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from gumbel_nni.unwrapping import refuse_wrapped
 from gumbel_plugin.shrinking.inputs import ExampleInputs
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.shrink import shrink
+from gumbel_plugin.wrapped import refuse_wrapped
 
 
 def speedup(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +18,19 @@ from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
+from gumbel_nni.compat.messages import complaints
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
 from gumbel_nni.schedules import Goals, TrainingLength
-from gumbel_nni.unwrapping import SITE, refuse_wrapped, unwrapped_copy, wrappers_of
+from gumbel_nni.unwrapping import SITE, unwrapped_copy, wrappers_of
 from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
 from gumbel_plugin.learning.plan import Plan, needs_groups
 from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.learning.sites import WeightSite
 from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_plugin.wrapped import refuse_wrapped
 from gumbel_torch_pruning.groups import find_groups
 
 APPLY_METHOD = "gumbel_mul"
@@ -93,9 +97,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             GraphError: If the model's forward fails on the example inputs.
         """
         refuse_wrapped(model, "GumbelPruner")
-        if isinstance(config_list, list):
-            config_list = trans_legacy_config_list(config_list)
-        self.config = PruningConfig.load(config_list)
+        self.config = _load(config_list)
         self._example_inputs = _example_inputs(self.config, evaluator, example_inputs)
         pruning = self.config.pruning
         groups = find_groups(model, self._example_inputs) if needs_groups(pruning) else []
@@ -192,6 +194,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         optimizers = session.optimizers()
 
         def add_loss(loss: Tensor, batch: Any) -> Tensor:
+            self._check_train_mode()
             self._goals.read()
             session.total_steps = length.known(session.total_steps)
             return session.guard(loss) + session.loss()
@@ -209,6 +212,13 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
 
         evaluator.patch_loss(add_loss)
         evaluator.patch_optimizer_step(before_step_tasks=[step_gates], after_step_tasks=[after_step])
+
+    def _check_train_mode(self) -> None:
+        if not any(mask.training for mask in self.session.plan.masks.values()):
+            raise LifecycleError(
+                "the model is trained in eval mode, in which gates are decided and learn nothing from the data: call "
+                "its train() first (Lightning 2.2 and later leaves the mode as it is)"
+            )
 
     def _follow_schedule(self, length: TrainingLength) -> None:
         """Leave the way to the target to NNI's scheduler, which bound this pruner."""
@@ -244,15 +254,18 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         masks: Masks = super().get_masks()
         return masks
 
-    def update_masks(self, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+    def update_masks(self, masks: Mapping[str, Mapping[str, Tensor | None]] | str | Path) -> None:
         """Take over masks: from now on they are fixed, and what they close is zero in the weights.
 
         Args:
-            masks: In the format of `get_masks`.
+            masks: In the format of `get_masks`, or the path of a file of them (`gumbel_plugin.shrinking.mask_file`).
 
         Raises:
             TargetError: If a module or target is not masked by this pruner, or a mask has the wrong shape.
+            DataError: If the file cannot be read.
         """
+        if isinstance(masks, str | Path):
+            masks = load_masks(masks)
         for name, targets in masks.items():
             spaces = self._module_wrappers[name].pruning_target_spaces if name in self._module_wrappers else None
             if spaces is None:
@@ -301,6 +314,18 @@ def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
     if pruning.method_options().gates_blocks:
         return [{"op_names": list(plan.sites)}]
     return [rule.as_nni() for rule in pruning.config_list]
+
+
+def _load(config: ConfigLike) -> PruningConfig:
+    """Read a configuration; where NNI has something to say against a config list too, say that as well."""
+    if not isinstance(config, list):
+        return PruningConfig.load(config)
+    entries: list[Any] = trans_legacy_config_list(config)
+    try:
+        return PruningConfig.load(entries)
+    except ConfigError as error:
+        nnis = complaints(entries)
+        raise ConfigError(f"{error} (NNI: {'; '.join(nnis)})" if nnis else str(error)) from error
 
 
 def _example_inputs(config: PruningConfig, evaluator: Evaluator | None, given: Any) -> Any:

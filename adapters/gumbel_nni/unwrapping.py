@@ -14,34 +14,19 @@ from torch import Tensor, nn
 from gumbel_nni.compat.compressors import with_slim_factor
 from gumbel_nni.compat.patching import innermost
 from gumbel_nni.compat.stacking import spaces_of
-from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.learning.session import remove_gates
 from gumbel_plugin.learning.sites import WeightSite
 from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.wrapped import WRAPPER
 
-_WRAPPER = "_nni_wrapper"
 SITE = "gumbel_site"
 """The attribute of a target space under which a `GumbelPruner` keeps the site that acts there."""
 
 
 def wrappers_of(model: nn.Module) -> dict[str, ModuleWrapper]:
     """Return the wrappers that a compressor has put around a model's layers, by the layer's name."""
-    wrapped = {name: module._modules.get(_WRAPPER) for name, module in model.named_modules()}
+    wrapped = {name: module._modules.get(WRAPPER) for name, module in model.named_modules()}
     return {name: wrapper for name, wrapper in wrapped.items() if isinstance(wrapper, ModuleWrapper)}
-
-
-def refuse_wrapped(model: nn.Module, what: str) -> None:
-    """Refuse a wrapped model where a plain one is needed.
-
-    Raises:
-        LifecycleError: With the way out.
-    """
-    wrappers = wrappers_of(model)
-    if wrappers:
-        raise LifecycleError(
-            f"{what} needs a plain model, but {next(iter(wrappers))!r} is wrapped by a compressor: call that "
-            "compressor's unwrap_model() first (its get_masks() stays)"
-        )
 
 
 def unwrapped_copy(model: nn.Module) -> nn.Module:

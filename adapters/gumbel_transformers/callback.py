@@ -24,7 +24,7 @@ STATE_FILE = "gumbel_pruning.pt"
 """What the callback adds to each of the Trainer's checkpoints."""
 
 
-class GumbelPruningCallback(TrainerCallback):  # type: ignore[misc]
+class GumbelPruningCallback(TrainerCallback):
     """Learns masks while a Trainer trains.
 
     Example::

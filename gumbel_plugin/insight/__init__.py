@@ -1,1 +1,1 @@
-"""What a network costs."""
+"""What a network costs, and what its topology says."""

@@ -23,7 +23,7 @@ Rows = Sequence[Mapping[str, float]]
 BLUE, ORANGE, GREY, INK = "#2563eb", "#ea7317", "#b6bfcc", "#1f2937"
 COLOURS = {"dense": GREY, "masked": ORANGE, "small": BLUE, "fine-tuned": "#0f9d58"}
 _MOST_LAYERS = 24
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -130,10 +130,12 @@ def latency_figure(columns: Mapping[str, Mapping[str, Any]]) -> str:
         axes = figure.subplots(1, len(batches), squeeze=False)[0]
         for axis, batch in zip(axes, batches, strict=True):
             times = [column["latency"][batch] for column in columns.values()]
+            spreads = [time["iqr_ms"] / 2 for time in times]
+            below = [min(spread, time["median_ms"]) for spread, time in zip(spreads, times, strict=True)]
             axis.bar(
                 list(columns),
                 [time["median_ms"] for time in times],
-                yerr=[time["iqr_ms"] / 2 for time in times],
+                yerr=[below, spreads],
                 color=[COLOURS.get(name, "#8b5cf6") for name in columns],
                 error_kw={"elinewidth": 1, "ecolor": INK, "capsize": 3},
                 width=0.62,

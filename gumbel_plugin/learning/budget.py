@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gumbel_plugin.config import BudgetConfig
 from gumbel_plugin.errors import ConfigError
@@ -214,10 +214,15 @@ class Scope:
         return kept
 
 
+_FAR = 0.5
+"""The distance of log densities (density at 1.65 times the target) from which on the budget's pull is constant."""
+
+
 class BudgetController:
     """Steers every scope to its ratio with a Lagrange multiplier, along a falling target.
 
-    loss = Σ μ·v + ρ·v², v = log density − log target; μ ← μ + η·v after every step. Both signs of v count, so gates
+    loss = Σ μ·v + ρ·v², v = log density − log target; μ ← μ + η·v after every step; beyond |v| = ½ the square goes on
+    as a straight line, and μ follows v no faster. Both signs of v count, so gates
     that were closed too far open again.
     """
 
@@ -247,9 +252,12 @@ class BudgetController:
         densities = torch.stack([_at_least(scope.density(), 0.5 / scope.total) for scope in self.scopes])
         targets = torch.tensor(self.targets(progress), device=densities.device)
         violations = torch.log(densities) - torch.log(targets)
-        self._violations = violations.detach()
+        self._violations = violations.detach().clamp(-_FAR, _FAR)
         multipliers = self.multipliers.to(densities.device)
-        return (multipliers * violations + self.config.strength * violations**2).sum()
+        # Huber's loss: v² near the target, straight beyond. Far from it the gates would else follow nothing but the
+        # budget, cross 0 together and leave what the network needs to chance.
+        squares = 2 * nn.functional.huber_loss(violations, torch.zeros_like(violations), reduction="none", delta=_FAR)
+        return (multipliers * violations + self.config.strength * squares).sum()
 
     def step(self) -> None:
         """Move the multipliers along the violations that the last loss saw."""

@@ -63,7 +63,7 @@ class GuestSession:
         """Step the gates; to be called after the host's backward, before its optimizers step or clear gradients."""
         loss = self.session.loss()
         if loss.requires_grad:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         _average_gradients(self.optimizers)
         for optimizer in self.optimizers:
             optimizer.step()

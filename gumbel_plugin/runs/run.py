@@ -178,6 +178,7 @@ def run(
     if output is not None:
         files.check_resumable(output, config) if resume else files.refuse_finished(output, force)
     prepared = prepare(config)
+    trackers.check_mlflow(config.report.mlflow)
     if output is not None:
         files.check_space(output, 8 * sum(p.numel() * p.element_size() for p in prepared.model.parameters()))
         kept = (files.LOG, files.GATES, *_CHECKPOINTS.values()) if resume else ()
@@ -244,7 +245,11 @@ class _Trainer:
         """Return the log, the callbacks, and how many seconds the training took before it was interrupted."""
         epochs = self.prepared.config.training.max_epochs
         if self.output is None:
-            return EpochLog(epochs, None, self.say), [], 0.0
+            return (
+                EpochLog(epochs, None, self.say),
+                [GateLog(session, None, self._macs(session))] if session else [],
+                0.0,
+            )
         path = self.output / _CHECKPOINTS["gated" if session else "dense"]
         checkpoint = Checkpoint(path, read_checkpoint(path))
         if checkpoint.epochs:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 from torch import nn
 
 from gumbel_plugin.config import LayerRule, ModelConfig, PruningConfig
@@ -30,7 +30,7 @@ _WIDTH = 100
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a run's configuration, with the descriptions of its keys."""
     schema = PruningConfig.model_json_schema()
-    sections = {"PruningConfig": PruningConfig, **_sections(PruningConfig)}
+    sections: dict[str, type[BaseModel]] = {"PruningConfig": PruningConfig, **_sections(PruningConfig)}
     for name, definition in [("PruningConfig", schema), *schema.get("$defs", {}).items()]:
         documented = _documented(sections[name]) if name in sections else {}
         for key, text in documented.items():
@@ -117,7 +117,7 @@ def _layers_of(network: Mapping[str, Any]) -> list[str]:
     config = ModelConfig.model_validate(network)
     model = build_model(config.name, config.num_classes, config.in_channels, **config.options)
     types = {type(layer).__name__ for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
-    found = [name for name in ("Conv2d", "Linear") if name in types]
+    found: list[str] = [name for name in ("Conv2d", "Linear") if name in types]
     if not found:
         raise ConfigError(f"model {config.name!r} has no convolution and no linear layer to prune")
     return found
@@ -213,9 +213,5 @@ def _default(field: Any) -> Any:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    if isinstance(value, Path):
-        value = str(value)
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = to_jsonable_python(value)
     return yaml.safe_dump(plain, default_flow_style=True, width=1000, sort_keys=False).removesuffix("\n...\n").strip()

@@ -23,14 +23,24 @@ def tensorboard(folder: Path, first_epoch: int = 0) -> Tracker | None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=first_epoch or None)  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder), purge_step=first_epoch or None)
 
     def track(row: Mapping[str, float], epoch: int) -> None:
         for name, value in row.items():
-            writer.add_scalar(name, value, epoch)  # type: ignore[no-untyped-call]
-        writer.flush()  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, epoch)
+        writer.flush()
 
     return track
+
+
+def check_mlflow(uri: str | None) -> None:
+    """Refuse a tracking URI where MLflow is not installed, before anything is trained.
+
+    Raises:
+        MissingExtraError: If so.
+    """
+    if uri is not None and importlib.util.find_spec("mlflow") is None:
+        raise MissingExtraError("mlflow", "mlflow")
 
 
 def mlflow(uri: str, run_name: str) -> Tracker:
@@ -43,10 +53,9 @@ def mlflow(uri: str, run_name: str) -> Tracker:
     Raises:
         MissingExtraError: If MLflow is not installed.
     """
-    try:
-        from mlflow.tracking import MlflowClient
-    except ImportError as error:
-        raise MissingExtraError("mlflow", "mlflow") from error
+    check_mlflow(uri)
+    from mlflow.tracking import MlflowClient
+
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name("gumbel-plugin")
     experiment = found.experiment_id if found else client.create_experiment("gumbel-plugin")

@@ -54,7 +54,7 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
         **header,
     }
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    content = save({**tensors, HINT: torch.empty(0)}, {"format": FORMAT, "network": json.dumps(about)})
+    content = save({**tensors, HINT: torch.empty(0)}, {FORMAT: json.dumps(about)})  # one entry: their order is random
     temporary = Path(f"{path}.partial")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -113,12 +113,11 @@ def read_header(path: str | Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise DataError(f"network file {path} cannot be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        found = metadata.get("format", "none")
-        raise DataError(f"{path} is no network file of this version: its format is {found!r}, expected {FORMAT!r}")
+    if FORMAT not in metadata:
+        raise DataError(f"{path} is no network file of this version: its header has {sorted(metadata)}, not {FORMAT!r}")
     try:
-        header: dict[str, Any] = json.loads(metadata["network"])
-    except (KeyError, ValueError) as error:
+        header: dict[str, Any] = json.loads(metadata[FORMAT])
+    except ValueError as error:
         raise DataError(f"network file {path} has a damaged header: {error}") from error
     return header
 
@@ -192,7 +191,7 @@ def _fit_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 fresh: Tensor = old.new_empty(stored.shape)
                 if isinstance(old, nn.Parameter):
                     fresh = made.setdefault(id(old), nn.Parameter(fresh, old.requires_grad))
-                own[key] = fresh  # type: ignore[assignment]
+                own[key] = fresh
 
 
 def _own_version() -> str:

@@ -20,6 +20,7 @@ from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equiva
 from gumbel_plugin.shrinking.inputs import random_inputs_like
 from gumbel_plugin.shrinking.kept import find_kept, note_kept
 from gumbel_plugin.shrinking.precision import dtypes_of, round_to
+from gumbel_plugin.wrapped import refuse_wrapped
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +66,9 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None
 
     Raises:
         TargetError: If a mask's module or tensor does not exist, or its shape does not fit.
+        LifecycleError: If the model is wrapped by a compressor of NNI's.
     """
+    refuse_wrapped(model, "shrinking")
     masked = plain_copy(model)
     modules = dict(masked.named_modules(remove_duplicate=False))
     for name, targets in masks.items():

@@ -54,6 +54,12 @@ ALL_REPAIRS = (
     "settable_max_steps",
     "loss_with_item_count",
     "default_optimizer_of_trainer",
+    "steps_after_backward",
+    "steps_of_trainer",
+    "config_errors_with_index",
+    "untraced_optimizers",
+    "optimizers_of_another_model",
+    "layer_types_by_name",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -12,8 +13,9 @@ from torch import nn
 
 from gumbel_plugin import GumbelPruner, shrink, verify_equivalence
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, NonFiniteLossError, TargetError
+from gumbel_plugin.errors import ConfigError, DataError, GraphError, LifecycleError, NonFiniteLossError, TargetError
 from gumbel_plugin.learning.session import GATES
+from gumbel_plugin.shrinking.mask_file import save_masks
 
 import nni  # isort: skip  (importable once gumbel_plugin is)
 from nni.compression import TorchEvaluator  # isort: skip
@@ -229,6 +231,22 @@ def test_masks_round_trip_through_a_fresh_pruner():
     assert verify_equivalence(pruner_copy(fresh), fresh.speedup(), inputs).passed
 
 
+def test_masks_travel_through_a_file(tmp_path):
+    pruner, inputs = compressed("residual")
+    masks = pruner.get_masks()
+    save_masks(tmp_path / "masks.safetensors", masks, "residual")
+    torch.save(masks, tmp_path / "old.pth")
+    for name in ("masks.safetensors", "old.pth"):
+        torch.manual_seed(0)
+        fresh = GumbelPruner(ResidualNet(), STRUCTURED["residual"], example_inputs=inputs)
+        with pytest.warns(UserWarning, match="save_masks") if name == "old.pth" else contextlib.nullcontext():
+            fresh.update_masks(tmp_path / name)
+        for layer, targets in fresh.get_masks().items():
+            assert all(torch.equal(mask, masks[layer][target]) for target, mask in targets.items())
+    with pytest.raises(DataError, match="nowhere"):
+        fresh.update_masks("nowhere.safetensors")
+
+
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
@@ -246,12 +264,13 @@ def test_update_masks_rejects_what_does_not_fit(masks, message):
 def test_inherits_another_pruners_wrappers():
     torch.manual_seed(0)
     model, inputs = ResidualNet(), torch.randn(2, 3, 8, 8)
+    evaluator = evaluator_for(model, (3, 8, 8))
     first = L1NormPruner(model, [{"op_names": ["conv2"], "sparse_ratio": 0.25}])
     first.compress()
     pruner = GumbelPruner.from_compressor(
         first,
         [{"op_names": ["conv1", "conv3"], "sparse_ratio": 0.5}],
-        evaluator=evaluator_for(model, (3, 8, 8)),
+        evaluator=evaluator,
         example_inputs=inputs,
     )
     pruner.compress(max_steps=20)

@@ -185,6 +185,19 @@ def test_the_loss_is_the_augmented_lagrangian_of_the_log_densities() -> None:
     assert controller.multipliers.tolist() == pytest.approx([0.2 * violation])
 
 
+def test_far_from_the_target_the_pull_is_constant() -> None:
+    gated = member("a", [3.0] * 100)
+    controller = BudgetController([Scope("a", [gated], 0.99)], BudgetConfig(strength=2.0, multiplier_rate=0.1))
+    violation = math.log(1 / 0.01)
+    loss = controller.loss(1.0)
+    assert float(loss.detach()) == pytest.approx(2 * (violation - 0.25))  # 2·½·v − ½², joined to v² at ½
+    (gradient,) = torch.autograd.grad(loss, gated.mask.logit)
+    probability = 1 / (1 + math.exp(-3))
+    assert gradient.tolist() == pytest.approx([2 * probability * (1 - probability) / 100] * 100)
+    controller.step()
+    assert controller.multipliers.tolist() == pytest.approx([0.1 * 0.5])
+
+
 def test_without_a_budget_there_is_no_loss() -> None:
     controller = BudgetController([Scope("a", [member("a", [1.0])])], BudgetConfig())
     assert controller.loss(1.0) is None

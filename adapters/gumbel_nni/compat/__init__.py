@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from gumbel_nni.compat import compressors, evaluators, speedup, tracing
+from gumbel_nni.compat import compressors, evaluators, messages, speedup, tracing
 from gumbel_plugin.compat import make_torchvision_importable
 from gumbel_plugin.errors import MissingExtraError
 
@@ -35,6 +35,12 @@ _REPAIRS: tuple[Callable[[], bool], ...] = (
     evaluators.settable_max_steps,
     evaluators.loss_with_item_count,
     evaluators.default_optimizer_of_trainer,
+    evaluators.steps_after_backward,
+    evaluators.steps_of_trainer,
+    messages.config_errors_with_index,
+    messages.untraced_optimizers,
+    messages.optimizers_of_another_model,
+    messages.layer_types_by_name,
 )
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from gumbel_nni.compat.patching import replace_once
+
+_STEP_PATCHES = "_step_patches"
 
 
 def settable_max_steps() -> bool:
@@ -63,6 +65,110 @@ def default_optimizer_of_trainer() -> bool:
         return False
     replace_once(evaluator.TransformersEvaluator, "_init_optimizer_helpers", _init_optimizer_helpers)
     return True
+
+
+def steps_after_backward() -> bool:
+    """Let what LightningEvaluator runs before the optimizer's step see this step's gradients.
+
+    Cause: Lightning computes loss and gradients inside ``optimizer.step(closure)`` (1.5 and later), so that tasks
+    "before the step" ran before the backward: a pruner's own optimizer used the gradients of the step before, and never
+    the last ones. Remedy: the closure runs first.
+    """
+    from nni.compression.utils import evaluator
+
+    if not evaluator.LIGHTNING_INSTALLED:
+        return False
+    replace_once(evaluator.LightningEvaluator, "patch_optimizer_step", _patch_lightning_step)
+    return True
+
+
+def steps_of_trainer() -> bool:
+    """Let TransformersEvaluator patch the optimizer's step, and several compressors patch it.
+
+    Cause: NNI takes ``trainer.deepspeed`` for the optimizer if there is such an attribute, and there is, None
+    (Transformers 4.9 and later); and it keeps one patch in a class attribute, which a second patch replaces, in the
+    whole process.
+    """
+    from nni.compression.utils import evaluator
+
+    if not evaluator.TRANSFORMERS_INSTALLED:
+        return False
+    replace_once(evaluator.TransformersEvaluator, "patch_optimizer_step", _patch_trainer_step)
+    return True
+
+
+Tasks = Sequence[Callable[[], Any]]
+
+
+def _patch_lightning_step(self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
+    _patch_lightning_step.__wrapped__(self, [], after_step_tasks)  # type: ignore[attr-defined]
+    if not before_step_tasks:
+        return
+    configure = self.model.configure_optimizers
+
+    def with_tasks(_: Any) -> Any:
+        configured = configure()
+        _run_before_step(_first_optimizer(configured), before_step_tasks)
+        return configured
+
+    self.model.configure_optimizers = types.MethodType(with_tasks, self.model)
+
+
+def _run_before_step(optimizer: Any, tasks: Tasks) -> None:
+    step = optimizer.step
+
+    def patched(_: Any, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
+        loss = closure() if closure is not None else None
+        for task in tasks:
+            task()
+        return step(**({} if closure is None else {"closure": lambda: loss}), **extra)
+
+    optimizer.step = types.MethodType(patched, optimizer)
+
+
+def _first_optimizer(configured: Any) -> Any:
+    """Return the first optimizer of what configure_optimizers returned, in any of NNI's three forms."""
+    first = configured[0]
+    if isinstance(first, dict):
+        return first["optimizer"]
+    return first[0] if isinstance(first, list | tuple) else first
+
+
+def _patch_trainer_step(self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
+    patches = getattr(self.trainer, _STEP_PATCHES, None)
+    if patches is None:
+        patches = []
+        setattr(self.trainer, _STEP_PATCHES, patches)
+        self.trainer.add_callback(_step_patcher(self.trainer, patches))
+    patches.append((before_step_tasks, after_step_tasks))
+
+
+def _step_patcher(trainer: Any, patches: Sequence[tuple[Tasks, Tasks]]) -> Any:
+    from transformers import TrainerCallback
+
+    class StepPatcher(TrainerCallback):
+        """Patches the optimizer's step when the training begins and the optimizer exists."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            optimizer = getattr(trainer, "deepspeed", None) or kwargs["optimizer"]
+            for before, after in patches:
+                _run_around_step(optimizer, before, after)
+
+    return StepPatcher()
+
+
+def _run_around_step(optimizer: Any, before: Tasks, after: Tasks) -> None:
+    step = optimizer.step
+
+    def patched(_: Any, *args: Any, **kwargs: Any) -> Any:
+        for task in before:
+            task()
+        output = step(*args, **kwargs)
+        for task in after:
+            task()
+        return output
+
+    optimizer.step = types.MethodType(patched, optimizer)
 
 
 def _patch_loss(self: Any, patch: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
