@@ -32,10 +32,15 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Which data set, known to `gumbel_plugin.runs.data`, and how it is fed."""
+    """Which data set, known to `gumbel_plugin.runs.data`, and how it is fed.
+
+    Attributes:
+        samples: How many training images to use, drawn at random with the run's seed; None takes all.
+    """
 
     name: str
     root: Path | None = None
+    samples: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=64, ge=1)
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     augment: bool = False

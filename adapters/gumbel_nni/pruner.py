@@ -18,6 +18,7 @@ from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
+from gumbel_nni.aligning import align_masks, split_aligned
 from gumbel_nni.compat.messages import complaints
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
 from gumbel_nni.schedules import Goals, TrainingLength
@@ -97,7 +98,8 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             GraphError: If the model's forward fails on the example inputs.
         """
         refuse_wrapped(model, "GumbelPruner")
-        self.config = _load(config_list)
+        learnt, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
+        self.config = _load(learnt)
         self._example_inputs = _example_inputs(self.config, evaluator, example_inputs)
         pruning = self.config.pruning
         groups = find_groups(model, self._example_inputs) if needs_groups(pruning) else []
@@ -106,7 +108,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         # What a scheduler of NNI's sets: every so many steps, and how often, it changes the sparse ratios.
         self.interval_steps = -1
         self.total_times = 1
-        super().__init__(model, _nni_entries(pruning, self.session.plan), evaluator, existed_wrappers)
+        super().__init__(model, _nni_entries(pruning, self.session.plan) + aligned, evaluator, existed_wrappers)
         for site in self.session.plan.sites.values():
             self._place(site)
         self._goals = Goals(self.session.plan, self._target_spaces)
@@ -246,6 +248,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
                 space = self._target_spaces.get(name, {}).get(target)
                 if space is not None and isinstance(space.target, Tensor):
                     space.mask = mask
+        align_masks(masks, self._target_spaces)
 
     # NNI's verbs --------------------------------------------------------------------------------------------------
 

@@ -99,6 +99,7 @@ def load_data(
     name: str,
     *,
     root: str | Path | None = None,
+    samples: int | None = None,
     validation_fraction: float = 0.0,
     augment: bool = False,
     download: bool = False,
@@ -114,10 +115,11 @@ def load_data(
         name: One of `data_names`.
         root: Folder that holds the files, torchvision's layout included. None means ``./data`` and, for
             ``fashion_mnist``, the place where Debian's package puts them.
+        samples: How many training images to use, drawn at random (validation images among them); None takes all.
         validation_fraction: Fraction of the training set to hold out, in [0, 1), the same in every class.
         augment: Whether to crop and flip the training images at random (``cifar10`` and ``cifar100`` only).
         download: Whether torchvision may download what is missing.
-        seed: Seed of the validation split. The test set does not depend on it.
+        seed: Seed of the samples and of the validation split. The test set does not depend on it.
 
     Returns:
         The data set; images are (channels, height, width) float32.
@@ -135,6 +137,11 @@ def load_data(
         raise ConfigError(f"augment is true for data set {name!r}; only {' and '.join(_AUGMENTED)} can be augmented")
     tables = _READERS[name](None if root is None else Path(root).expanduser(), download)
     inputs, targets = tables.train
+    if samples is not None:
+        if not 1 <= samples <= len(inputs):
+            raise ConfigError(f"samples is {samples}; data set {name!r} has {len(inputs)} to train with")
+        chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:samples]
+        inputs, targets = inputs[chosen], targets[chosen]
     wrap: Callable[..., Dataset[Any]] = TensorDataset
     if inputs.dtype == torch.uint8:
         mean, std = _statistics(inputs)

@@ -301,6 +301,7 @@ def load_config_data(config: PruningConfig) -> DataBundle:
     return load_data(
         data.name,
         root=data.root,
+        samples=data.samples,
         validation_fraction=data.validation_fraction,
         augment=data.augment,
         download=data.download,

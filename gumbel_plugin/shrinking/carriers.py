@@ -89,9 +89,9 @@ def _has_silent_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> 
     for part in group.producers:
         found = _silent(modules[part.module])
         if found is not None:
-            silent[part.units] |= found[0].cpu()[part.positions]
+            silent[part.units[found[0].cpu()[part.positions]]] = True
     for part in group.consumers if bool(silent.any()) else ():
-        read[part.units] |= read_channels(modules[part.module]).cpu()[part.positions]
+        read[part.units[read_channels(modules[part.module]).cpu()[part.positions]]] = True
     return bool((silent & read).any())
 
 

@@ -98,9 +98,9 @@ def _uncaused(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tensor:
         rows = _incoming(module)
         if rows is not None:
             computed[part.units] = True
-            caused[part.units] |= rows[part.positions]
+            caused[part.units[rows[part.positions]]] = True
     for part in group.consumers:
-        read[part.units] |= read_channels(modules[part.module]).cpu()[part.positions]
+        read[part.units[read_channels(modules[part.module]).cpu()[part.positions]]] = True
     return torch.nonzero(computed & ~caused & read).flatten()
 
 

@@ -29,7 +29,8 @@ def unread_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tenso
     """Return the units of a group that no consumer reads, int64, ascending."""
     needed = torch.zeros(group.size, dtype=torch.bool)
     for part in group.consumers:
-        needed[part.units] |= read_channels(modules[part.module]).cpu()[part.positions]
+        read = read_channels(modules[part.module]).cpu()[part.positions]
+        needed[part.units[read]] = True  # one of a unit's channels is enough, if it has several
     return torch.nonzero(~needed).flatten()
 
 

@@ -30,7 +30,7 @@ from gumbel_plugin.shrinking.mask_file import save_masks
 from gumbel_plugin.shrinking.shrink import masked_copy
 
 Masks = dict[str, dict[str, Tensor]]
-NETWORKS = ("conv_bn_relu", "residual", "depthwise", "concat", "squeeze_excite", "sigmoid")
+NETWORKS = ("conv_bn_relu", "residual", "depthwise", "concat", "squeeze_excite", "sigmoid", "grouped", "flatten_linear")
 
 
 def evaluator_of(model: nn.Module, inputs: Tensor) -> TorchEvaluator:

@@ -204,6 +204,26 @@ class TestDigits:
         assert len(train | validation | test) == len(train) + len(validation) + len(test) == 1797
 
 
+class TestSamples:
+    def test_some_of_the_training_images_the_same_for_a_seed(self) -> None:
+        first, again, other = (load_data("digits", samples=100, seed=seed).train.tensors[0] for seed in (0, 0, 1))
+        assert len(first) == 100
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert rows(load_data("digits", samples=100).train) <= rows(load_data("digits").train)
+
+    def test_they_include_the_validation_images_and_not_the_test_images(self) -> None:
+        bundle = load_data("digits", samples=200, validation_fraction=0.1)
+        assert len(bundle.train) + len(bundle.validation) == 200
+        assert rows(bundle.test) == rows(load_data("digits").test)
+
+    def test_as_many_as_there_are(self) -> None:
+        count = len(load_data("digits").train)
+        for samples in (0, count + 1):
+            with pytest.raises(ConfigError, match=f"samples is {samples}; data set 'digits' has {count} to train with"):
+                load_data("digits", samples=samples)
+
+
 class TestValidation:
     def test_fraction_and_strata(self) -> None:
         bundle = load_data("digits", validation_fraction=0.25)
