@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench zoo clean
+.PHONY: help demo test lint docs bench zoo nni-conformance clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,9 @@ docs: $(READY)  ## Build the documentation into build/docs, without warnings
 
 bench: $(READY)  ## Measure the mask layer (docs/speed.md)
 	$(BIN)/python benchmarks/sampling.py
+
+nni-conformance: $(READY)  ## What NNI promises of every pruner, asked of ours and its own (docs/nni_conformance.md)
+	NNI_CONFORMANCE=docs/nni_conformance.md $(BIN)/pytest tests/gumbel_nni/test_conformance.py
 
 zoo: $(READY)  ## Shrink every torchvision model at random and compare (hours; docs/zoo.md)
 	$(BIN)/python benchmarks/zoo.py --kind all --json docs/data/zoo.json --output docs/zoo.md

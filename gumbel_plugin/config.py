@@ -14,6 +14,7 @@ from gumbel_plugin.errors import ConfigError, nearest
 from gumbel_plugin.masks import method_named
 from gumbel_plugin.masks.base import MaskOptions, WeightMode
 from gumbel_plugin.masks.targets import granularity_of
+from gumbel_plugin.yaml_files import read_yaml
 
 ConfigLike: TypeAlias = "str | Path | Mapping[str, Any] | PruningConfig | Sequence[Mapping[str, Any]]"
 
@@ -229,6 +230,8 @@ class PruningSection(_Section):
         gate_optimizer: Optimizer of the gates; None takes the method's published one where it has one, else SGD 50 with
             momentum 0.9 for frozen weights (Dupont et al. 2022), Adam 0.05 for trained ones.
         config_list: NNI's config list.
+        per_rank_samples: In a distributed run, whether every process draws gates of its own; by default all draw the
+            same ones.
     """
 
     method: str = "gumbel_softmax"
@@ -241,6 +244,7 @@ class PruningSection(_Section):
     scale_optimizer: OptimizerConfig = OptimizerConfig(name="sgd", lr=1e-3, momentum=0.9)
     budget: BudgetConfig = BudgetConfig()
     phases: PhaseConfig = PhaseConfig()
+    per_rank_samples: bool = False
 
     @model_validator(mode="after")
     def _check_options(self) -> PruningSection:
@@ -328,54 +332,6 @@ class PruningConfig(_Section):
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML that `load` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
-
-
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file.
-
-    Raises:
-        ConfigError: If the file is missing or is no YAML mapping.
-    """
-    if not path.is_file():
-        raise ConfigError(f"config {str(path)!r} does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {str(path)!r} is no valid YAML: {error}") from error
-    if not isinstance(content, dict | list):
-        raise ConfigError(f"config {str(path)!r} must hold a mapping or an NNI config list")
-    return content
-
-
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the values with ``a.b=c`` settings applied; c is read as YAML, list items go by number.
-
-    Raises:
-        ConfigError: If a setting is not of that form or its path runs through a plain value.
-    """
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))
-    for setting in overrides:
-        path, equals, text = setting.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"--set {setting!r} must read key.subkey=value")
-        *parents, last = path.split(".")
-        place: Any = result
-        for key in parents:
-            place = place[_item(place, key, setting)] if isinstance(place, list) else place.setdefault(key, {})
-            if not isinstance(place, dict | list):
-                raise ConfigError(f"--set {setting!r}: {key!r} is a plain value, it has no sub-keys")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {setting!r}: {text!r} is no valid YAML: {error}") from error
-        place[_item(place, last, setting) if isinstance(place, list) else last] = value
-    return result
-
-
-def _item(place: list[Any], key: str, setting: str) -> int:
-    if not key.isdecimal() or int(key) >= len(place):
-        raise ConfigError(f"--set {setting!r}: {key!r} is no number of an item; the list has {len(place)}, from 0 on")
-    return int(key)
 
 
 def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

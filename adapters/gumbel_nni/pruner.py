@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nni.compression.base import config as nni_config
 from nni.compression.base.apply_method import pruning_apply_methods
 from nni.compression.base.compressor import Pruner
-from nni.compression.base.config import trans_legacy_config_list
 from nni.compression.base.setting import PruningSetting
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
@@ -323,7 +323,7 @@ def _load(config: ConfigLike) -> PruningConfig:
     """Read a configuration; where NNI has something to say against a config list too, say that as well."""
     if not isinstance(config, list):
         return PruningConfig.load(config)
-    entries: list[Any] = trans_legacy_config_list(config)
+    entries: list[Any] = nni_config.trans_legacy_config_list(config)
     try:
         return PruningConfig.load(entries)
     except ConfigError as error:

@@ -56,7 +56,7 @@ class Plan:
         self.groups: dict[str, ChannelGroup] = {}
         self._modules = dict(model.named_modules())
         self._config = config
-        self.noise = NoiseSource(seed)
+        self.noise = NoiseSource(seed, per_rank=config.per_rank_samples)
         self._positions: dict[str, float] = {}
         if method_named(config.method).counts_macs and example_inputs is not None:
             layers = [name for name, module in self._modules.items() if is_matrix(module)]

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from typing_extensions import Self, override
 
 from gumbel_plugin.errors import ConfigError, TargetError
@@ -41,10 +41,13 @@ class NoiseSource:
     Attributes:
         seed: The run's seed.
         forward: How many training forwards were started.
+        per_rank: Whether each rank of a distributed run draws samples of its own in training forwards (what is drawn
+            before the first one, such as initial scores, stays the same).
     """
 
     seed: int = 0
     forward: int = 0
+    per_rank: bool = False
 
     def uniform_like(self, logit: Tensor, stream: int, draw: int = 0, bits: Literal[16, 32] = 16) -> Tensor:
         """Draw uniform numbers in (0, 1) for one mask in this forward, of the shape, dtype and device of its logits.
@@ -58,12 +61,17 @@ class NoiseSource:
         return uniform_noise(
             logit.shape,
             seed=self.seed,
-            counter=self.forward,
+            counter=self.forward + (self._rank() << 48),
             stream=stream + (draw << 32),
             device=logit.device,
             dtype=logit.dtype,
             bits=bits,
         )
+
+    def _rank(self) -> int:
+        if not (self.per_rank and self.forward and distributed.is_available() and distributed.is_initialized()):
+            return 0
+        return distributed.get_rank()
 
 
 Usage = Callable[[Sequence[Tensor]], Tensor]

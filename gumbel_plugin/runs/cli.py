@@ -12,11 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gumbel_plugin.config import PruningConfig, apply_overrides, read_yaml
+from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, GumbelPluginError
 from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, result_rows
 from gumbel_plugin.runs.folder import CONFIG
 from gumbel_plugin.runs.reporting import warnings_of
+from gumbel_plugin.yaml_files import apply_overrides, read_yaml
 
 if TYPE_CHECKING:  # the commands import these themselves: help is quick, and a missing extra is an error like others
     from gumbel_plugin.runs.run import RunResult

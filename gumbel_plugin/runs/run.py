@@ -180,9 +180,7 @@ def run(
     prepared = prepare(config)
     trackers.check_mlflow(config.report.mlflow)
     if output is not None:
-        files.check_space(output, 8 * sum(p.numel() * p.element_size() for p in prepared.model.parameters()))
-        kept = (files.LOG, files.GATES, *_CHECKPOINTS.values()) if resume else ()
-        files.claim(output, config, kept, _CHECKPOINTS.values())
+        _open(output, prepared, resume)
     trainer = _Trainer(prepared, output, say, followers)
     dense = copy.deepcopy(prepared.model)
     if config.training.dense_baseline:
@@ -206,6 +204,13 @@ def run(
         result = _write(output, masks, result, prepared, say)
     report.raise_for_failure()
     return result
+
+
+def _open(output: Path, prepared: Prepared, resume: bool) -> None:
+    """Make sure that the folder can take the results, and clear it of older ones; a resumed run keeps its own."""
+    files.check_space(output, 8 * sum(p.numel() * p.element_size() for p in prepared.model.parameters()))
+    kept = (files.LOG, files.GATES, *_CHECKPOINTS.values()) if resume else ()
+    files.claim(output, prepared.config, kept, _CHECKPOINTS.values())
 
 
 def _check_outputs(config: PruningConfig, data: DataBundle, model: nn.Module, example: Tensor) -> None:

@@ -29,6 +29,8 @@ except ImportError as error:
 _LOSSES = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 _EVALUATION_BATCH = 256
 _PASSED_ON = ("accelerator", "devices", "strategy", "precision")
+# Before and after they are learnt, gates get no gradient, which DDP takes for a mistake unless it looks for such.
+_STRATEGIES = {"ddp": "ddp_find_unused_parameters_true", "ddp_spawn": "ddp_spawn_find_unused_parameters_true"}
 Loader = DataLoader[Any]
 
 
@@ -252,10 +254,11 @@ def check_training(training: TrainingConfig, has_validation: bool) -> None:
 def _trainer(training: TrainingConfig, followers: Any) -> Any:
     several = followers if isinstance(followers, Sequence) else [] if followers is None else [followers]
     best = [] if training.patience is None else [_BestState(training.patience)]
+    strategy = _STRATEGIES.get(training.strategy, training.strategy)
     try:
         return pl.Trainer(
             max_epochs=training.max_epochs,
-            **{key: getattr(training, key) for key in _PASSED_ON},
+            **{key: getattr(training, key) for key in _PASSED_ON} | {"strategy": strategy},
             logger=[each for each in several if not isinstance(each, pl.Callback)] or False,
             callbacks=best + [each for each in several if isinstance(each, pl.Callback)],
             enable_checkpointing=False,

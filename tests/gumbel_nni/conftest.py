@@ -24,20 +24,21 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if path is None:
         return
     cells: dict[str, dict[str, str]] = {}
-    reasons: dict[str, str] = {}
+    reasons: dict[str, list[str]] = {}
     for outcome in ("passed", "xfailed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):
             found = dict(report.user_properties)
             if "promise" in found:
                 cells.setdefault(found["promise"], {})[found["pruner"]] = "✓" if outcome == "passed" else "✗"
             if outcome == "xfailed" and "promise" in found:
-                reasons.setdefault(report.wasxfail, found["promise"])
+                promises = reasons.setdefault(report.wasxfail, [])
+                promises += [found["promise"]] * (found["promise"] not in promises)
     order = sorted(cells, key=lambda text: _ORDER.index(text) if text in _ORDER else len(_ORDER))
     pruners = list(next(iter(cells.values()), {}))
     lines = [_INTRODUCTION, f"NNI {version('nni')}, torch {version('torch')}.", ""]
     lines += [f"| promise | {' | '.join(pruners)} |", f"|---|{':---:|' * len(pruners)}"]
     lines += [f"| {text} | {' | '.join(cells[text].get(name, '-') for name in pruners)} |" for text in order]
-    lines += ["", "## Why not", "", *(f"- {text}: NNI {reason}." for reason, text in reasons.items()), ""]
+    lines += ["", "## Why not", "", *(f"- NNI {reason} ({'; '.join(text)})." for reason, text in reasons.items()), ""]
     Path(path).write_text("\n".join(lines), encoding="utf-8")
 
 

@@ -30,6 +30,7 @@ import gumbel_nni
 from gumbel_nni import compat
 from gumbel_nni.compat import evaluators, tracing
 from gumbel_nni.compat import speedup as repairs
+from gumbel_nni.compat.patching import innermost
 from gumbel_plugin.errors import MissingExtraError
 from gumbel_plugin.shrinking.mask_file import save_masks
 
@@ -43,7 +44,9 @@ ALL_REPAIRS = (
     "values_last_used_by_size",
     "pytree_nodes_of_fx",
     "masks_by_path",
+    "modes_and_statistics",
     "two_pruners_on_one_layer",
+    "total_sparsity_of_old_lists",
     "masks_of_unknown_modules",
     "slim_factors_in_weights",
     "biases_of_norms",
@@ -255,7 +258,7 @@ def test_masks_of_a_pruner_load_from_a_path(tmp_path: Path, monkeypatch: pytest.
     torch.save(masks, path)
     save_masks(ours, masks)
     with monkeypatch.context() as undo:
-        undo.setattr(ModelSpeedup, "__init__", ModelSpeedup.__init__.__wrapped__)
+        undo.setattr(ModelSpeedup, "__init__", innermost(ModelSpeedup.__init__))
         with pytest.raises(pickle.UnpicklingError, match="defaultdict"):
             ModelSpeedup(two_layers(), torch.ones(2, 4), str(path))
     for file in (path, str(path), ours):
@@ -402,3 +405,23 @@ def test_transformers_default_optimizer_is_traced(monkeypatch: pytest.MonkeyPatc
     optimizer = instance._optimizer_helper.call(two_layers(), {name: name for name, _ in model.named_parameters()})
     assert optimizer.param_groups[0]["lr"] == 0.25
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+
+
+def test_speedup_leaves_modes_and_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shrunk() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+        model[3].eval()
+        masks = {"0": {"weight": torch.ones(6, 4), "bias": torch.ones(6)}}
+        masks["0"]["weight"][::2] = masks["0"]["bias"][::2] = 0
+        return ModelSpeedup(model, torch.randn(3, 4) + 5, masks).speedup_model()
+
+    with monkeypatch.context() as undo:
+        for name in ("__init__", "speedup_model"):
+            undo.setattr(ModelSpeedup, name, innermost(getattr(ModelSpeedup, name)))
+        model = shrunk()
+        assert bool(model[1].running_mean.any())
+        assert model[3].training
+    model = shrunk()
+    assert not bool(model[1].running_mean.any())
+    assert [module.training for module in model] == [True, True, True, False]
+    assert (model.training, model[0].out_features) == (True, 3)

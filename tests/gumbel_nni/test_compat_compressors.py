@@ -11,6 +11,7 @@ import pytest
 import torch
 from nni.compression import TorchEvaluator
 from nni.compression.base import apply_method
+from nni.compression.base import config as nni_config
 from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.target_space import TargetType
 from nni.compression.base.wrapper import ModuleWrapper
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from gumbel_nni.compat import compressors, stacking
 from gumbel_nni.compat.patching import innermost
+from gumbel_plugin.errors import ConfigError
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 
@@ -245,3 +247,13 @@ def test_gradients_of_quantized_values(name: str, monkeypatch: pytest.MonkeyPatc
     weights = torch.ones(3)
     assert gradient().tolist() == [0.0, 1.0, 0.0]
     assert weights.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_old_config_lists_may_share_a_budget() -> None:
+    old = [{"op_names": ["0", "2"], "total_sparsity": 0.5}]
+    translate = nni_config.trans_legacy_config_list.__wrapped__
+    with pytest.raises(ConfigError, match="Wrong key 'group_id'"):
+        L1NormPruner(network(), translate(old))
+    masks = LevelPruner(network(), old).compress()[1]
+    assert sum(float((masks[name]["weight"] == 0).sum()) for name in masks) == 0.5 * (48 + 32)
+    assert old == [{"op_names": ["0", "2"], "total_sparsity": 0.5}]

@@ -29,6 +29,21 @@ def two_pruners_on_one_layer() -> bool:
     return True
 
 
+def total_sparsity_of_old_lists() -> bool:
+    """Let config lists of NNI 2 share a budget by ``total_sparsity``.
+
+    Cause (a slip, whatever the versions): they are translated with a key ``group_id``, which NNI's own schema rejects;
+    it is called ``global_group_id``.
+    """
+    from nni.compression.base import compressor, config
+
+    if not hasattr(config.trans_legacy_config_list, "__wrapped__"):
+        original = config.trans_legacy_config_list
+        repaired = functools.update_wrapper(functools.partial(_translated, original), original)
+        config.trans_legacy_config_list = compressor.trans_legacy_config_list = repaired
+    return True
+
+
 def masks_of_unknown_modules() -> bool:
     """Let update_masks ignore masks of modules that a pruner does not wrap, as its docstring says.
 
@@ -118,6 +133,15 @@ def gradients_of_quantized_values() -> bool:
     replace_once(apply_method.QATClampRound, "backward", _qat_backward)
     replace_once(apply_method.BNNClampRound, "backward", _bnn_backward)
     return True
+
+
+def _translated(original: Any, config_list: Any) -> Any:
+    translated = original(config_list)
+    for entry in translated or ():
+        settings = (entry.get("target_settings") or {}).get("weight", {}) if isinstance(entry, dict) else {}
+        if "group_id" in settings and entry not in config_list:
+            settings["global_group_id"] = settings.pop("group_id")
+    return translated
 
 
 def _update_known_masks(self: Any, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from gumbel_nni.compat.patching import replace_once
@@ -88,6 +90,19 @@ def masks_by_path() -> bool:
     return True
 
 
+def modes_and_statistics() -> bool:
+    """Let ModelSpeedup leave train/eval flags and the statistics of batch norms alone.
+
+    Cause (a slip, whatever the versions): tracing runs the model in the mode it is in, so that a model in train mode
+    gets the dummy input into its running means; and replaced modules come back in train mode.
+    """
+    from nni.compression.speedup import ModelSpeedup
+
+    replace_once(ModelSpeedup, "__init__", _init_in_eval_mode)
+    replace_once(ModelSpeedup, "speedup_model", _speedup_in_eval_mode)
+    return True
+
+
 def _tree_map_zip(function: Callable[..., Any], *trees: Any) -> Any:
     flat = [pytree.tree_flatten(tree, is_leaf=lambda node: isinstance(node, torch.Size)) for tree in trees]
     leaves = zip(*(leaves for leaves, _ in flat), strict=True)
@@ -104,3 +119,27 @@ def _init_speedup(
         }
     original = _init_speedup.__wrapped__  # type: ignore[attr-defined]
     original(self, model, dummy_input, masks_or_file, map_location, *args, **kwargs)
+
+
+def _init_in_eval_mode(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    with _eval_mode(model):
+        _init_in_eval_mode.__wrapped__(self, model, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _speedup_in_eval_mode(self: Any) -> nn.Module:
+    with _eval_mode(self.bound_model):
+        model: nn.Module = _speedup_in_eval_mode.__wrapped__(self)  # type: ignore[attr-defined]
+    return model
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set all modules to eval mode; give those that have their names afterwards the flags of before."""
+    flags = {name: module.training for name, module in model.named_modules()}
+    try:
+        for module in model.modules():
+            module.training = False
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = flags.get(name, module.training)
