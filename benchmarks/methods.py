@@ -32,7 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": {"name": "lenet300", "options": {"in_features": 64}},
         "data": {"name": "digits", "batch_size": 64},
-        "training": {"max_epochs": 60, "optimizer": {"name": "adam", "lr": 0.003}, "lr_decay": 0.8},
+        "training": {"max_epochs": 40, "optimizer": {"name": "adam", "lr": 0.003}, "lr_decay": 0.85},
     },
     "fashion_mnist": {
         "model": {"name": "lenet300"},
@@ -41,7 +41,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 # All trained methods share the phases of the first: dense, learning masks, fixed masks.
-PHASES = {"dense": 0.15, "fixed": 0.4}
+PHASES = {"dense": 0.15, "fixed": 0.5}
 FROZEN = {"weights": "frozen", "weight_init": "signed_constant"}
 METHODS: dict[str, dict[str, Any]] = {
     "Gumbel-Softmax, joint (C)": {"method": "gumbel_softmax", "phases": PHASES},
@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Gibbs (D)": {"method": "gibbs", "phases": PHASES},
     "reparametrisation, no fine-tuning (B)": {"method": "reparametrization"},
     "magnitude, no fine-tuning": {"method": "magnitude", "phases": {"dense": 0.999}},
-    "magnitude, fine-tuned": {"method": "magnitude", "phases": {"dense": 0.599, "fixed": 0.4}},
+    "magnitude, fine-tuned": {"method": "magnitude", "phases": {"dense": 0.499, "fixed": 0.5}},
     "random": {"method": "random", "phases": {"dense": 0.0, "fixed": 0.999}},
     "Gumbel-Softmax, frozen (A)": {"method": "gumbel_softmax", **FROZEN},
     "Gumbel-Softmax, frozen, smart rescale (A)": {"method": "gumbel_softmax", "rescale": "learned", **FROZEN},

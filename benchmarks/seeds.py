@@ -19,7 +19,8 @@ import torch
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import GumbelPluginError
-from gumbel_plugin.runs.run import RunResult, library_versions, run
+from gumbel_plugin.runs.run import RunResult, run
+from gumbel_plugin.versions import library_versions
 
 COLUMNS = {
     "dense": "dense score",

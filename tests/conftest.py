@@ -5,8 +5,12 @@ What stands behind a ReLU has a batch norm before it (or is a SiLU), so that in 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,8 @@ import gumbel_plugin  # noqa: F401  (makes torchvision, and with it nni and torc
 from gumbel_plugin.config import LayerRule, PruningSection
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_torch_pruning import find_groups
+
+ROOT = Path(__file__).parents[1]
 
 
 class Residual(nn.Module):
@@ -213,3 +219,25 @@ def section() -> Callable[..., PruningSection]:
         return PruningSection(config_list=[{"op_types": sorted(layers), **entry}], **keys)
 
     return configure
+
+
+@pytest.fixture
+def run_block(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """Return a function that runs one Python block of a page, and compares what it prints with the text behind it."""
+
+    def run(page: Path, number: int) -> None:
+        monkeypatch.chdir(ROOT)
+        torch.manual_seed(0)
+        code, expected = blocks_of(page)[number]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, f"{page.name}, block {number}", "exec"), {})
+        if expected:
+            assert printed.getvalue() == expected
+
+    return run
+
+
+def blocks_of(page: Path) -> list[tuple[str, str]]:
+    """Return a page's Python blocks, each with the text block that follows it, if one does."""
+    return re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", page.read_text(encoding="utf-8"), re.DOTALL)

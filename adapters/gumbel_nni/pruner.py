@@ -255,7 +255,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
     def get_masks(self) -> Masks:
         """Return the masks of all layers that a configuration names: ``{module: {target: 0/1 tensor}}``."""
         masks: Masks = super().get_masks()
-        return masks
+        return {name: masks[name] for name, _ in self.bound_model.named_modules() if name in masks}  # in its order
 
     def update_masks(self, masks: Mapping[str, Mapping[str, Tensor | None]] | str | Path) -> None:
         """Take over masks: from now on they are fixed, and what they close is zero in the weights.

@@ -1,0 +1,74 @@
+"""An NNI evaluator from a configuration, for compressors that train what a YAML file describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import nni
+import torch
+from nni.compression import TorchEvaluator
+from torch import Tensor, nn
+
+from gumbel_plugin.config import ConfigLike, OptimizerConfig, PruningConfig
+from gumbel_plugin.runs.train import Loader, evaluate, loaders
+
+_LOSSES = {"cross_entropy": nn.functional.cross_entropy, "mse": nn.functional.mse_loss}
+_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluator:
+    """Return an evaluator that trains and scores a plain model as a configuration says.
+
+    It knows data, loss, optimizer and (for quantizers that calibrate) test data; learning rate schedules, precision and
+    several devices are for runs of our own (`gumbel-prune run`), or for an evaluator of your own.
+
+    Args:
+        model: The plain model, before any compressor wraps it.
+        config: A configuration with a ``data`` section.
+
+    Raises:
+        ConfigError: If the configuration has no data section.
+        DataError: If the data is not there.
+    """
+    resolved = PruningConfig.load(config)
+    train, _, test = loaders(resolved)
+    loss = _LOSSES[resolved.training.loss]
+
+    def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
+        return loss(model(batch[0]), batch[1])
+
+    def training_func(
+        model: nn.Module, optimizer: Any, step: Any, scheduler: Any, max_steps: int | None, max_epochs: int | None
+    ) -> None:
+        model.train()
+        for batch in _batches(train, max_steps, max_epochs or resolved.training.max_epochs):
+            optimizer.zero_grad()
+            step(batch, model).backward()
+            optimizer.step()
+
+    return TorchEvaluator(
+        training_func,
+        _traced_optimizer(model, resolved.training.optimizer),
+        training_step,
+        dummy_input=next(iter(train))[0][:2],
+        evaluating_func=lambda model: evaluate(model, test, resolved.training.loss),
+    )
+
+
+def _batches(loader: Loader, max_steps: int | None, max_epochs: int) -> Iterator[Any]:
+    left = max_steps if max_steps is not None else max_epochs * len(loader)
+    while left > 0:
+        for batch in loader:
+            yield batch
+            left -= 1
+            if left == 0:
+                return
+
+
+def _traced_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    options: dict[str, float] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.name == "sgd":
+        options["momentum"] = settings.momentum
+    made: torch.optim.Optimizer = nni.trace(_OPTIMIZERS[settings.name])(model.parameters(), **options)
+    return made
