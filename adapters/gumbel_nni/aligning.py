@@ -22,33 +22,51 @@ def split_aligned(entries: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return learnt, [entry for entry, follows in zip(entries, follow, strict=True) if follows]
 
 
-@torch.no_grad()
-def align_masks(masks: Masks, target_spaces: TargetSpaces) -> None:
-    """Set the masks of all target spaces that follow others, and have no mask of their own.
-
-    Args:
-        masks: The masks of the modules that may be followed, whole.
-        target_spaces: A pruner's target spaces.
+def followers_in(target_spaces: TargetSpaces) -> set[str]:
+    """Return the modules whose weights follow another module's masks.
 
     Raises:
-        TargetError: If a module that is to be followed has no mask.
+        TargetError: If a module that is to be followed is not pruned.
     """
-    followers: dict[str, dict[str, PruningTargetSpace]] = {}
+    found = set()
     for name, spaces in target_spaces.items():
-        for target, space in spaces.items():
-            if space.align is None or space.target is None or target in masks.get(name, {}):
-                continue
-            source = space.align["module_name"] or name
-            if source in masks:
-                followers.setdefault(name, {})[target] = space
-            elif source != name:
-                raise TargetError(
-                    f"{name}.{target} is aligned with {source!r}, which has no mask{nearest(source, masks)}"
-                )
-    found = sparse_gen._expand_masks(sparse_gen._generate_align_sparsity(masks, followers), followers)
-    for name, targets in found.items():
-        for target, mask in targets.items():
-            target_spaces[name][target].mask = mask
+        space = spaces.get("weight")
+        if space is None or space.align is None:
+            continue
+        source = space.align["module_name"]
+        if source not in target_spaces:
+            hint = nearest(str(source), target_spaces)
+            raise TargetError(f"{name}.weight is aligned with {source!r}, which the config list does not prune{hint}")
+        found.add(name)
+    return found
+
+
+@torch.no_grad()
+def align_masks(masks: Masks, target_spaces: TargetSpaces) -> None:
+    """Set the masks of the modules that follow others.
+
+    Args:
+        masks: The masks of the modules that are followed; one without follows nothing, and closes nothing.
+        target_spaces: Target spaces of the followers, by module.
+    """
+    known: Masks = {name: dict(targets) for name, targets in masks.items()}
+    for own in (False, True):  # a bias may follow its own weight, which follows another module's
+        ready: dict[str, dict[str, PruningTargetSpace]] = {}
+        for name, spaces in target_spaces.items():
+            for target, space in spaces.items():
+                follows = space.align is not None and space.target is not None and own is _follows_own(space, name)
+                if follows and (space.align["module_name"] or name) in known:
+                    ready.setdefault(name, {})[target] = space
+        found = sparse_gen._expand_masks(sparse_gen._generate_align_sparsity(known, ready), ready)
+        for name, targets in found.items():
+            for target, mask in targets.items():
+                target_spaces[name][target].mask = mask
+                known.setdefault(name, {})[target] = target_spaces[name][target].mask
+
+
+def _follows_own(space: PruningTargetSpace, name: str) -> bool:
+    following: bool = space.align["module_name"] in (None, name)
+    return following
 
 
 def _weight_settings(entry: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from gumbel_nni.aligning import align_masks, split_aligned
+from gumbel_nni.aligning import align_masks, followers_in, split_aligned
 from gumbel_nni.compat.messages import complaints
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
 from gumbel_nni.schedules import Goals, TrainingLength
@@ -109,6 +109,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         self.interval_steps = -1
         self.total_times = 1
         super().__init__(model, _nni_entries(pruning, self.session.plan) + aligned, evaluator, existed_wrappers)
+        self._followers = followers_in(self._target_spaces)
         for site in self.session.plan.sites.values():
             self._place(site)
         self._goals = Goals(self.session.plan, self._target_spaces)
@@ -243,12 +244,13 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         self._show(self.session.extract())
 
     def _show(self, masks: Masks) -> None:
-        for name, targets in masks.items():
+        learnt = {name: targets for name, targets in masks.items() if name not in self._followers}
+        for name, targets in learnt.items():
             for target, mask in targets.items():
                 space = self._target_spaces.get(name, {}).get(target)
                 if space is not None and isinstance(space.target, Tensor):
                     space.mask = mask
-        align_masks(masks, self._target_spaces)
+        align_masks(learnt, {name: self._target_spaces[name] for name in self._followers})
 
     # NNI's verbs --------------------------------------------------------------------------------------------------
 

@@ -174,6 +174,22 @@ def test_element_masks_meet_a_global_ratio_exactly():
     assert verify_equivalence(pruner_copy(pruner), pruner.speedup(inputs), inputs).passed
 
 
+def test_aligned_entries_follow_what_is_learnt():
+    torch.manual_seed(0)
+    model = ResidualNet()
+    follower = {"op_names": ["bn2"], "target_settings": {"weight": {"align": {
+        "module_name": "conv2", "target_name": "weight", "dims": [0],
+    }}}}  # fmt: skip
+    pruner = GumbelPruner(model, [*STRUCTURED["residual"], follower], evaluator_for(model, (3, 8, 8)))
+    _, masks = pruner.compress(max_steps=10)
+    assert torch.equal(masks["bn2"]["weight"], masks["conv2"]["bias"])
+    assert torch.equal(masks["bn2"]["bias"], masks["conv2"]["bias"]), "by default a bias follows its weight"
+    assert pruner.speedup().conv2.out_channels == 6
+    follower["target_settings"]["weight"]["align"]["module_name"] = "conv9"
+    with pytest.raises(TargetError, match=r"bn2\.weight is aligned with 'conv9', which .* not prune; did you"):
+        GumbelPruner(ResidualNet(), [*STRUCTURED["residual"], follower], example_inputs=torch.randn(2, 3, 8, 8))
+
+
 def pruner_copy(pruner):
     from gumbel_nni import unwrapped_copy
 

@@ -1,0 +1,113 @@
+"""Subnetworks of an untrained network: ASLP, with and without smart rescale, beside Supermask and edge-popup.
+
+LeNet-300-100 on Fashion-MNIST with signed-constant weights that never change; a tenth of the training images validates.
+"Epochs to" counts the epochs until the validation accuracy first reaches the best that plain ASLP ever has.
+
+    python benchmarks/frozen.py --seeds 0 1 2 --output docs/data/frozen.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gumbel_plugin.config import PruningConfig
+from gumbel_plugin.runs.run import run
+
+ASLP = {"method": "gumbel_softmax", "options": {"initial_logit": 0.0}}
+METHODS: dict[str, dict[str, Any]] = {
+    "ASLP": ASLP,
+    "ASLP, smart rescale": {**ASLP, "rescale": "learned"},
+    "ASLP, dynamic rescale": {**ASLP, "rescale": "dynamic"},
+    "Supermask": {"method": "supermask", "options": {"initial_logit": 0.0}},
+    "Supermask, dynamic rescale": {"method": "supermask", "options": {"initial_logit": 0.0}, "rescale": "dynamic"},
+    "edge-popup, half of the weights": {"method": "edge_popup"},
+}
+
+
+def measure(method: str, seed: int, epochs: int) -> dict[str, Any]:
+    """Run one method and return its validation accuracies by epoch and its test accuracy."""
+    rule: dict[str, Any] = {"op_types": ["Linear"], "granularity": "element"}
+    if "edge-popup" in method:
+        rule["sparse_ratio"] = 0.5
+    config = PruningConfig.load(
+        {
+            "seed": seed,
+            "model": {"name": "lenet300"},
+            "data": {"name": "fashion_mnist", "batch_size": 256, "validation_fraction": 0.1},
+            "training": {"max_epochs": epochs},
+            "pruning": {
+                **METHODS[method],
+                "weights": "frozen",
+                "weight_init": "signed_constant",
+                "config_list": [rule],
+            },
+            "report": {"html": False, "tensorboard": False, "latency_batches": ()},
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(config, Path(folder) / "run")
+        with (Path(folder) / "run" / "log.csv").open(newline="") as log:
+            curve = [float(row["validation_score"]) for row in csv.DictReader(log)]
+    return {
+        "method": method,
+        "seed": seed,
+        "validation": curve,
+        "test": result.columns["small"].score,
+        "density": 1 - result.sparsity,
+        "seconds_an_epoch": result.training_seconds / epochs,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = ["| method | test accuracy | kept | epochs to plain ASLP's best | s an epoch | seeds |", "|---" * 6 + "|"]
+    goals = {row["seed"]: max(row["validation"]) for row in rows if row["method"] == "ASLP"}
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        if not own:
+            continue
+        scores = [row["test"] for row in own]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        reached = [_first(row["validation"], goals[row["seed"]]) for row in own if row["seed"] in goals]
+        density = statistics.mean(row["density"] for row in own)
+        seconds = statistics.median(row["seconds_an_epoch"] for row in own)
+        lines.append(
+            f"| {method} | {statistics.mean(scores):.2f} ± {spread:.2f} | {density:.1%} | {', '.join(reached)} "
+            f"| {seconds:.2f} | {len(own)} |"
+        )
+    return "\n".join(lines)
+
+
+def _first(curve: Sequence[float], goal: float) -> str:
+    return next((str(epoch) for epoch, score in enumerate(curve, 1) if score >= goal), "never")
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=Path("docs/data/frozen.json"))
+    options = parser.parse_args()
+    rows = json.loads(options.output.read_text()) if options.output.exists() else []
+    done = {(row["method"], row["seed"]) for row in rows}
+    for seed in options.seeds:
+        for method in options.methods:
+            if (method, seed) not in done:
+                rows.append(measure(method, seed, options.epochs))
+                print(method, seed, rows[-1]["test"], flush=True)
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
