@@ -141,8 +141,8 @@ class Scope:
 
     def usage(self, gates: Sequence[Tensor]) -> Tensor:
         """Return the fraction of the dense cost that stays under gates (soft or hard), one tensor a member."""
-        costs = (gate.sum() * member.cost for gate, member in zip(gates, self.members, strict=True))
-        return sum(costs, start=torch.zeros(())) / self.total
+        shares = [g.sum() * (member.cost / self.total) for g, member in zip(gates, self.members, strict=True)]
+        return sum(shares[1:], start=shares[0])
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:
@@ -249,8 +249,9 @@ class BudgetController:
         return torch.stack(losses).sum() if losses else None
 
     def _steering_loss(self, progress: float) -> Tensor:
-        densities = torch.stack([_at_least(scope.density(), 0.5 / scope.total) for scope in self.scopes])
-        targets = torch.tensor(self.targets(progress), device=densities.device)
+        densities = torch.stack([scope.density() for scope in self.scopes])
+        densities = _at_least(densities, densities.new_tensor([0.5 / scope.total for scope in self.scopes]))
+        targets = densities.new_tensor(self.targets(progress))
         violations = torch.log(densities) - torch.log(targets)
         self._violations = violations.detach().clamp(-_FAR, _FAR)
         multipliers = self.multipliers.to(densities.device)
@@ -271,9 +272,9 @@ def _own_loss(scope: Scope) -> Tensor | None:
     return None if scope.ratio is None else masks[0].budget_loss(masks, weights, scope.ratio, scope.usage)
 
 
-def _at_least(value: Tensor, floor: float) -> Tensor:
-    """Raise a value to a floor but keep its gradient, so that a mask that closed everything can open again."""
-    return value + (floor - value.detach()).clamp_min(0.0)
+def _at_least(values: Tensor, floors: Tensor) -> Tensor:
+    """Raise values to their floors but keep their gradients, so that a mask that closed everything can open again."""
+    return values + (floors - values.detach()).clamp_min(0.0)
 
 
 def portion_of(total: float, ratio: float) -> float:
