@@ -9,6 +9,8 @@ from gumbel_plugin.errors import MissingExtraError
 from gumbel_plugin.insight.report_data import (
     COMPARISON_HEADINGS,
     ReportData,
+    agreement_line,
+    agreement_rows,
     comparison_rows,
     latency_warnings,
     result_rows,
@@ -38,7 +40,11 @@ def render_report(data: ReportData) -> str:
     if data.gates:
         figures["gates"] = draw.gates_figure(data.gates)
     rows = result_rows(data.columns)
-    return _page("report.html.j2", data=data, figures=figures, rows=rows, warnings=latency_warnings(data))
+    agreement = None
+    if data.agreement is not None:
+        agreement = {"line": agreement_line(data.agreement), "rows": agreement_rows(data.agreement)}
+    warnings = latency_warnings(data)
+    return _page("report.html.j2", data=data, figures=figures, rows=rows, agreement=agreement, warnings=warnings)
 
 
 def render_comparison(runs: Sequence[ReportData]) -> str:

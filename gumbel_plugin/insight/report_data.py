@@ -27,6 +27,7 @@ class ReportData:
         facts: What else is worth a line, for instance the seed and the git revision.
         versions: Of the libraries.
         config: The resolved configuration, as YAML.
+        agreement: Where each sample had gates of its own, `gumbel_plugin.learning.agreement.Agreement.as_dict`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ReportData:
     facts: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     config: str = ""
+    agreement: Mapping[str, Any] | None = None
 
 
 def latency_warnings(data: ReportData) -> list[str]:
@@ -89,6 +91,23 @@ def result_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, lis
         rows.append((f"latency (batch {batch})", cells))
     scores = ["-" if column["score"] is None else f"{column['score']:.2f}" for column in columns.values()]
     return [*rows, ("test score", scores)]
+
+
+def agreement_line(agreement: Mapping[str, Any]) -> str:
+    """Return in a sentence how far samples agree with the decided gates."""
+    unanimous = f"{100 * agreement['unanimous']:.1f} % of {agreement['samples']:,} held-out samples"
+    return f"{unanimous} have exactly the decided gates as their own"
+
+
+def agreement_rows(agreement: Mapping[str, Any]) -> list[list[str]]:
+    """Return a row for every mask: its name, how many gates it has, and the samples that agree with them.
+
+    Of the samples, the mean over the gates comes first, then the gate that fewest samples agree with.
+    """
+    return [
+        [name, f"{len(shares):,}", f"{100 * sum(shares) / len(shares):.1f} %", f"{100 * min(shares):.1f} %"]
+        for name, shares in agreement["gates"].items()
+    ]
 
 
 def comparison_rows(runs: Sequence[ReportData]) -> list[list[str]]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, GumbelPluginError
-from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, result_rows
+from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, agreement_line, result_rows
 from gumbel_plugin.runs.folder import CONFIG
 from gumbel_plugin.runs.reporting import warnings_of
 from gumbel_plugin.yaml_files import apply_overrides, read_yaml
@@ -69,6 +69,8 @@ def run(
     _print_table(result_table(result))
     for warning in warnings_of(folder):
         typer.echo(f"warning: {warning}")
+    if result.agreement is not None:
+        typer.echo(f"agreement: {agreement_line(result.agreement.as_dict())}")
     typer.echo(str(result.equivalence))
     typer.echo(f"training with gates took {result.training_seconds:.0f} s; everything is in {folder}")
     if result.report is not None:
@@ -87,6 +89,8 @@ def report(
     except (GumbelPluginError, OSError) as error:
         _fail(error)
     _print_table(_table("result", ["", *data.columns], [[label, *cells] for label, cells in result_rows(data.columns)]))
+    if data.agreement is not None:
+        typer.echo(f"agreement: {agreement_line(data.agreement)}")
     typer.echo(f"report: {page}")
 
 

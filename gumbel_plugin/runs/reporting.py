@@ -85,6 +85,7 @@ def read_result(path: Path) -> ReportData:
         facts=facts,
         versions=summary["versions"],
         config=config.to_yaml(),
+        agreement=summary.get("agreement"),
     )
 
 

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gumbel_plugin  # noqa: F401  (makes torchvision importable)
-from gumbel_plugin import GumbelPruner, MaskingSession
+from gumbel_plugin import GumbelGroupPruner, GumbelPruner, MaskingSession
 from gumbel_plugin.config import PruningConfig
 from gumbel_torch_pruning import find_groups
 
@@ -97,6 +97,25 @@ def train_with_nni(rank: int) -> dict[str, Any]:
     return {"masks": masks, "weights": tensors_of(model), "learnt": learnt}
 
 
+def train_with_torch_pruning(rank: int) -> dict[str, Any]:
+    """A `GumbelGroupPruner`, and the model wrapped once it has its gates."""
+    model = make_model()
+    inputs = batch(0, 0)[0]
+    pruner = GumbelGroupPruner(model, inputs, pruning_ratio=0.5, ignored_layers=[model[4]], total_steps=STEPS)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(STEPS):
+        inputs, targets = batch(rank, step)
+        loss = nn.functional.cross_entropy(wrapped(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        pruner.regularize(wrapped, loss)
+        optimizer.step()
+    learnt = {"logit": torch.cat([p.detach() for p in pruner.gate_parameters()])}
+    pruner.step()
+    return {"masks": pruner.masks(), "weights": tensors_of(model), "learnt": learnt}
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
@@ -104,6 +123,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         "same": train_by_hand(rank),
         "own": train_by_hand(rank, per_rank_samples=True),
         "nni": train_with_nni(rank),
+        "groups": train_with_torch_pruning(rank),
     }
     torch.save(results, folder / f"rank{rank}.pth")
     dist.destroy_process_group()

@@ -1,21 +1,13 @@
-"""The recipes of docs/nni.md run, and print what they say they print."""
+"""What docs/nni.md names is there; its recipes run with those of all pages, in tests/test_docs.py."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "nni.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("number", range(TEXT.count("```python")))
-def test_recipe(number: int, run_block: Callable[[Path, int], None]) -> None:
-    run_block(PAGE, number)
 
 
 def test_there_are_five() -> None:

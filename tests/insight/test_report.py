@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import pytest
@@ -15,8 +15,16 @@ from torch import nn
 
 from gumbel_plugin.errors import MissingExtraError
 from gumbel_plugin.insight.report import render_comparison, render_report
-from gumbel_plugin.insight.report_data import ReportData, comparison_rows, latency_warnings, result_rows
+from gumbel_plugin.insight.report_data import (
+    ReportData,
+    agreement_line,
+    agreement_rows,
+    comparison_rows,
+    latency_warnings,
+    result_rows,
+)
 from gumbel_plugin.insight.widths import layer_widths, ragged
+from gumbel_plugin.learning.agreement import Agreement
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -136,6 +144,31 @@ class TestSlower:
     def test_within_the_noise_nothing_is_said(self) -> None:
         assert latency_warnings(data(columns={**data().columns, "small": column(1, 98.0, 1.05)})) == []
         assert latency_warnings(data()) == []
+
+
+class TestAgreement:
+    """Consensus runs: each sample had gates of its own."""
+
+    AGREEMENT: ClassVar[dict[str, Any]] = {
+        "samples": 10000,
+        "unanimous": 0.0651,
+        "gates": {"stage1.0": [1.0], "conv<1>": [1.0, 0.5, 0.0716]},
+    }
+
+    def test_the_page_has_a_row_for_every_mask(self) -> None:
+        page = render_report(data(agreement=self.AGREEMENT, gates=()))
+        section = page.split("<h2>Agreement</h2>")[1].split("</section>")[0]
+        cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", section.split("<tbody>")[1])
+        assert cells == ["stage1.0", "1", "100.0 %", "100.0 %", "conv&lt;1&gt;", "3", "52.4 %", "7.2 %"]
+        assert "6.5 % of 10,000 held-out samples" in section
+
+    def test_other_runs_have_none(self) -> None:
+        assert "Agreement" not in render_report(data(gates=()))
+
+    def test_rows_are_those_of_a_session(self) -> None:
+        agreement = Agreement(4, 0.75, {"0": [1.0, 0.75]}).as_dict()
+        assert agreement_rows(agreement) == [["0", "2", "87.5 %", "75.0 %"]]
+        assert agreement_line(agreement) == "75.0 % of 4 held-out samples have exactly the decided gates as their own"
 
 
 class TestTables:

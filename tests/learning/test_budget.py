@@ -165,7 +165,7 @@ def test_the_target_falls_from_whole_to_the_ratio_over_the_ramp() -> None:
     )
     assert len(controller.scopes) == 1  # what has no ratio is not steered
     assert controller.targets(0.0) == [1.0]
-    halfway = 0.1 + 0.9 * (1 - 0.5) ** 3  # Zhu and Gupta's cubic
+    halfway = 0.1 ** (1 - (1 - 0.5) ** 3)  # Zhu and Gupta's cubic, in log density
     assert controller.targets(0.4) == pytest.approx([halfway])
     assert controller.targets(0.8) == pytest.approx([0.1])
     assert controller.targets(1.0) == pytest.approx([0.1])

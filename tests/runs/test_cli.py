@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,19 @@ class TestRun:
         assert result.stderr == ""
         assert "MACs" in result.stdout
         assert Path("here/summary.json").exists()
+
+    def test_where_samples_have_gates_of_their_own_it_says_how_far_they_agree(self) -> None:
+        options = {"unit": "channel", "hidden": 4}
+        pruning = {
+            "method": "consensus",
+            "options": options,
+            "config_list": [{"op_names": ["fc1"], "sparse_ratio": 0.5}],
+        }
+        Path("good.yaml").write_text(yaml.safe_dump({**RUN, "pruning": pruning}))
+        lines = call("run", "good.yaml", "--quiet", "--set", "report.latency_batches=[]").stdout.splitlines()
+        assert re.fullmatch(r"agreement: \d+\.\d % of \d+ held-out samples have .*", lines[-4])
+        assert lines[-4] in call("report", "runs/good").stdout.splitlines()
+        assert "<h2>Agreement</h2>" in Path("runs/good/report.html").read_text()
 
     def test_a_finished_run_needs_force(self) -> None:
         call("run", "good.yaml", "--quiet")
