@@ -48,8 +48,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         pruner.update_optimizer(optimizer)    # momentum follows the shrunk parameters, should training go on
 
     One gate per unit of a group acts at every layer that reads the group's channels, so that closing and removing are
-    the same thing. All arguments of `BasePruner` mean what they mean there, with three exceptions: ``importance`` is not
-    needed; ``prune_head_dims`` narrows no head, which would change its softmax; and counts are met as they are
+    the same thing. All arguments of `BasePruner` mean what they mean there, with three exceptions: ``importance`` is
+    not needed; ``prune_head_dims`` narrows no head, which would change its softmax; and counts are met as they are
     written: ⌊n·ratio⌋ of n channels go, where Torch-Pruning removes n − int(n·(1 − ratio)), one more wherever n·ratio
     is not whole. With another target than channels the groups share the one budget.
 
