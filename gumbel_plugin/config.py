@@ -197,12 +197,13 @@ class BudgetConfig(_Section):
     Attributes:
         ramp: The part of the mask learning over which the target falls from whole to its final value.
         strength: Weight of the quadratic term of the budget loss.
-        multiplier_rate: How fast the Lagrange multiplier follows the violation, per step.
+        multiplier_rate: How fast the Lagrange multiplier follows the violation, per step; None (the default) lets it
+            come equally far however many steps the mask learning has.
     """
 
     ramp: float = Field(default=0.8, ge=0, le=1)
     strength: float = Field(default=1.0, gt=0)
-    multiplier_rate: float = Field(default=0.01, ge=0)
+    multiplier_rate: float | None = Field(default=None, ge=0)
 
 
 class PhaseConfig(_Section):

@@ -218,6 +218,12 @@ _FAR = 0.5
 """The distance of log densities (density at 1.65 times the target) from which on the budget's pull is constant."""
 
 
+_REACH = 16.0
+"""How far a violation of 1 throughout the mask learning takes a multiplier: 0.01 a step over 1600 of them."""
+_RATE = 0.01  # where nobody knows how many there will be
+_FASTEST = 0.1
+
+
 class BudgetController:
     """Steers every scope to its ratio with a Lagrange multiplier, along a falling target.
 
@@ -264,11 +270,19 @@ class BudgetController:
         squares = 2 * nn.functional.huber_loss(violations, torch.zeros_like(violations), reduction="none", delta=_FAR)
         return (multipliers * violations + self.config.strength * squares).sum()
 
-    def step(self) -> None:
-        """Move the multipliers along the violations that the last loss saw."""
-        if self._violations is not None:
-            self.multipliers = self.multipliers + self.config.multiplier_rate * self._violations.cpu()
-            self._violations = None
+    def step(self, length: int | None = None) -> None:
+        """Move the multipliers along the violations that the last loss saw.
+
+        Args:
+            length: How many steps the mask learning has, if that is known.
+        """
+        if self._violations is None:
+            return
+        rate = self.config.multiplier_rate
+        if rate is None:
+            rate = _RATE if length is None else min(_FASTEST, _REACH / max(1, length))
+        self.multipliers = self.multipliers + rate * self._violations.cpu()
+        self._violations = None
 
 
 def _own_loss(scope: Scope) -> Tensor | None:

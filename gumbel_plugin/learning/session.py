@@ -227,7 +227,8 @@ class MaskingSession:
         """Advance schedules, multipliers and phases; to be called after every optimiser step."""
         self.steps += 1
         self.plan.noise.forward += 1  # a new sample, also where the loop calls parts of the model instead of the model
-        self.controller.step()
+        begin, end = self._boundaries()
+        self.controller.step(None if self.total_steps is None else end - begin)
         for mask in self.plan.masks.values():
             mask.advance(self.progress)
         self._enter_phase()

@@ -173,6 +173,18 @@ def test_the_target_falls_from_whole_to_the_ratio_over_the_ramp() -> None:
     assert at_once.targets(0.0) == pytest.approx([0.1])
 
 
+def test_multipliers_come_equally_far_however_long_the_mask_learning_is() -> None:
+    reached = []
+    for length in (200, 1600, None):
+        controller = BudgetController([Scope("a", [member("a", [1.0, 1.0, 1.0, -1.0])], 0.5)], BudgetConfig())
+        for _ in range(length or 1600):
+            controller.loss(1.0)
+            controller.step(length)
+        reached += controller.multipliers.tolist()
+    violation = math.log(0.75 / 0.5)
+    assert reached == pytest.approx([16 * violation] * 3, rel=1e-3)
+
+
 def test_the_loss_is_the_augmented_lagrangian_of_the_log_densities() -> None:
     scope = Scope("a", [member("a", [1.0, 1.0, 1.0, -1.0])], 0.5)
     controller = BudgetController([scope], BudgetConfig(strength=2.0, multiplier_rate=0.1))
