@@ -41,6 +41,7 @@ def test_tensorboard_has_the_rows_of_the_log(tmp_path: Path) -> None:
     assert rows[-1]["macs"] == 451_904  # half of every convolution's channels, as the small network has
 
 
+@pytest.mark.filterwarnings("ignore")  # of what MLflow stands on
 def test_mlflow(tmp_path: Path) -> None:
     config = PruningConfig.load({**CONFIG, "report": {**CONFIG["report"], "mlflow": f"sqlite:///{tmp_path}/flow.db"}})
     if importlib.util.find_spec("mlflow") is None:
