@@ -221,7 +221,7 @@ _FAR = 0.5
 _REACH = 16.0
 """How far a violation of 1 throughout the mask learning takes a multiplier: 0.01 a step over 1600 of them."""
 _RATE = 0.01  # where nobody knows how many there will be
-_FASTEST = 0.1
+_FASTEST = 0.05  # beyond it the gates of small groups overshoot
 
 
 class BudgetController:
