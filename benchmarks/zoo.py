@@ -268,7 +268,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=Path("docs/data/zoo.json"), help="rows measured so far")
     parser.add_argument("--output", type=Path, default=Path("docs/zoo.md"))
     parser.add_argument("--again", action="store_true", help="measure models anew that have a row")
-    parser.add_argument("--memory", type=float, default=14.0, help="GiB that one model may need")
+    parser.add_argument("--memory", type=float, default=19.0, help="GiB that one model may need")
     parser.add_argument("--timeout", type=int, default=600, help="seconds that one model may take")
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "KIND"), help=argparse.SUPPRESS)
     return parser.parse_args()
