@@ -56,6 +56,10 @@ class ProgressBar(pl.Callback):  # type: ignore[misc]
         epochs = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._progress.update(self._task, advance=1, numbers=_numbers(trainer.callback_metrics), epochs=epochs)
 
+    def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
+        """Draw it now: an epoch may be shorter than the time between two drawings."""
+        self._progress.refresh()
+
     def on_train_end(self, trainer: Any, task: Any) -> None:
         """Take it away; the lines that were said stay."""
         self._progress.remove_task(self._task)

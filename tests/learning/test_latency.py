@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin import GumbelGroupPruner
 from gumbel_plugin.errors import ConfigError, DataError, TargetError
+from gumbel_plugin.learning import latency as latency_module
 from gumbel_plugin.learning.cost import layer_channels
 from gumbel_plugin.learning.latency import LatencyTable, LayerGrid, latency_cost, measure_table
 
@@ -89,6 +90,13 @@ def test_times_are_positive_and_never_fall_with_the_width(measured):
         assert bool((times > 0).all())
         assert bool((times.diff(dim=0) >= 0).all())
         assert bool((times.diff(dim=1) >= 0).all())
+
+
+def test_a_disturbed_measurement_makes_no_other_width_slow(monkeypatch):
+    times = iter([9.0, 2.0, 3.0, 4.0] * 3)  # the narrowest of four widths was disturbed, for each number of inputs
+    monkeypatch.setattr(latency_module, "_milliseconds", lambda call, min_run_time: next(times))
+    grid = measure_table(nn.Sequential(nn.Conv2d(3, 16, 3)), INPUTS).layers["0"]
+    torch.testing.assert_close(torch.tensor(grid.scaled_to(4.0).milliseconds), torch.tensor([[2.0, 2.0, 3.0, 4.0]] * 3))
 
 
 def test_measuring_leaves_the_model_as_it_is():

@@ -62,7 +62,7 @@ class TestProgress:
     def test_a_live_line_at_a_terminal(self) -> None:
         console = Console(file=io.StringIO(), force_terminal=True, width=160)
         whole = progress_module._progress()
-        with Progress(*whole.columns, console=console, transient=True) as progress:
+        with Progress(*whole.columns, console=console, transient=True, auto_refresh=False) as progress:
             short = {**CONFIG, "training": {"max_epochs": 4, "accelerator": "cpu"}}
             short["pruning"] = {**CONFIG["pruning"], "phases": {"fixed": 0.5}}
             run(PruningConfig.load(short), followers=[ProgressBar(progress)])
