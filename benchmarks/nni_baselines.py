@@ -14,7 +14,7 @@ import gumbel_nni  # noqa: F401  (repairs NNI on today's torch)
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.insight.profile import count_nonzero
 from gumbel_plugin.runs.models import build_model
-from gumbel_plugin.runs.train import evaluate, load_config_data, loaders
+from gumbel_plugin.runs.train import evaluate, load_config_data, loaders, make_loss
 from gumbel_plugin.shrinking.shrink import shrink
 
 import nni  # isort: skip
@@ -38,6 +38,7 @@ class Baseline:
         """
         assert config.model is not None
         self.config = config
+        self.criterion = make_loss(config.training)
         data = load_config_data(config)
         self.train, _, self.test = loaders(config, data)
         self.example = torch.stack([data.test[index][0] for index in range(2)])
@@ -84,7 +85,7 @@ class Baseline:
         return AGPPruner(LevelPruner(self.model, [entry]), learning // TIMES, TIMES, evaluator)
 
     def _loss(self, batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return self.criterion(model(batch[0]), batch[1])
 
     def _fit(
         self,

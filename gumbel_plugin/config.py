@@ -61,6 +61,7 @@ class TrainingConfig(_Section):
     """How a run trains; the Lightning Trainer takes accelerator, devices, strategy and precision as they are.
 
     Attributes:
+        label_smoothing: Of the cross entropy: the probability that is spread over all classes.
         lr_decay: What the learning rate of the weights is multiplied by each epoch once the masks are fixed.
         dense_baseline: Also train the same network without gates for as many epochs, to compare with.
         patience: Stop after this many epochs without a better validation accuracy (needs validation data).
@@ -68,6 +69,7 @@ class TrainingConfig(_Section):
 
     max_epochs: int = Field(default=10, ge=1)
     loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_decay: float = Field(default=1.0, gt=0, le=1)
@@ -78,6 +80,14 @@ class TrainingConfig(_Section):
     precision: str = "32-true"
     dense_baseline: bool = False
     patience: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _smooths_classes_only(self) -> TrainingConfig:
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} is for the loss 'cross_entropy', not {self.loss!r}"
+            )
+        return self
 
 
 class ReportConfig(_Section):

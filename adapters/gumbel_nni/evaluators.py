@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import nni
@@ -11,12 +11,8 @@ from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 
 from gumbel_plugin.config import ConfigLike, OptimizerConfig, PruningConfig
-from gumbel_plugin.runs.train import Loader, evaluate, loaders
+from gumbel_plugin.runs.train import Loader, evaluate, loaders, make_loss
 
-_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": nn.functional.cross_entropy,
-    "mse": nn.functional.mse_loss,
-}
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -36,7 +32,7 @@ def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluato
     """
     resolved = PruningConfig.load(config)
     train, _, test = loaders(resolved)
-    loss = _LOSSES[resolved.training.loss]
+    loss = make_loss(resolved.training)
 
     def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
         return loss(model(batch[0]), batch[1])

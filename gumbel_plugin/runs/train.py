@@ -26,7 +26,6 @@ try:
 except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
 
-_LOSSES = {"cross_entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 _EVALUATION_BATCH = 256
 _PASSED_ON = ("accelerator", "devices", "strategy", "precision")
 # Before and after they are learnt, gates get no gradient, which DDP takes for a mistake unless it looks for such.
@@ -51,7 +50,7 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
         self.model = model
         self.session = session
         self.training_config = training
-        self.criterion = _LOSSES[training.loss]()
+        self.criterion = make_loss(training)
         self.total_steps = total_steps
         self.steps = 0
         self._fixed_epochs = 0
@@ -291,6 +290,13 @@ def loaders(config: PruningConfig, bundle: DataBundle | None = None) -> tuple[Lo
     return train, make_loader(bundle.validation, _EVALUATION_BATCH, shuffle=False, seed=config.seed), test
 
 
+def make_loss(training: TrainingConfig) -> nn.Module:
+    """Return the loss of outputs and targets that a configuration names."""
+    if training.loss == "mse":
+        return nn.MSELoss()
+    return nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+
+
 def load_config_data(config: PruningConfig) -> DataBundle:
     """Return the data of a configuration.
 
@@ -366,4 +372,5 @@ __all__ = [
     "fit",
     "load_config_data",
     "loaders",
+    "make_loss",
 ]

@@ -20,7 +20,7 @@ from gumbel_plugin.learning.session import GATES, MaskingSession
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import make_loader
 from gumbel_plugin.runs.epoch_log import EpochLog
-from gumbel_plugin.runs.train import evaluate, fit, loaders
+from gumbel_plugin.runs.train import evaluate, fit, loaders, make_loss
 
 ELEMENTS = {"op_types": ["Linear"], "granularity": "element"}
 
@@ -392,6 +392,22 @@ class TestEvaluate:
         x, y = data.tensors
         expected = -nn.functional.mse_loss(model(x), y).item()
         assert evaluate(model, DataLoader(data, batch_size=4), "mse") == pytest.approx(expected)
+
+
+class TestMakeLoss:
+    def test_smoothed_targets_are_shared_with_all_classes(self) -> None:
+        outputs, targets = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+        smooth = 0.9 * nn.functional.one_hot(targets, 4) + 0.1 / 4
+        expected = -(smooth * outputs.log_softmax(1)).sum(1).mean()
+        assert float(make_loss(training(label_smoothing=0.1))(outputs, targets)) == pytest.approx(float(expected))
+
+    def test_of_numbers(self) -> None:
+        outputs, targets = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
+        assert float(make_loss(training(loss="mse"))(outputs, targets)) == pytest.approx(2.5)
+
+    def test_numbers_have_nothing_to_smooth(self) -> None:
+        with pytest.raises(ValueError, match="label_smoothing 0.1 is for the loss 'cross_entropy', not 'mse'"):
+            training(loss="mse", label_smoothing=0.1)
 
 
 class TestLoaders:
