@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -290,7 +290,7 @@ def loaders(config: PruningConfig, bundle: DataBundle | None = None) -> tuple[Lo
     return train, make_loader(bundle.validation, _EVALUATION_BATCH, shuffle=False, seed=config.seed), test
 
 
-def make_loss(training: TrainingConfig) -> nn.Module:
+def make_loss(training: TrainingConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss of outputs and targets that a configuration names."""
     if training.loss == "mse":
         return nn.MSELoss()

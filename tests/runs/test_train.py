@@ -406,7 +406,7 @@ class TestMakeLoss:
         assert float(make_loss(training(loss="mse"))(outputs, targets)) == pytest.approx(2.5)
 
     def test_numbers_have_nothing_to_smooth(self) -> None:
-        with pytest.raises(ValueError, match="label_smoothing 0.1 is for the loss 'cross_entropy', not 'mse'"):
+        with pytest.raises(ValueError, match=r"label_smoothing 0\.1 is for the loss 'cross_entropy', not 'mse'"):
             training(loss="mse", label_smoothing=0.1)
 
 
