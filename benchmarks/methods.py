@@ -28,7 +28,7 @@ import lightning.pytorch as pl  # isort: skip  (after gumbel_plugin, which makes
 from nni_baselines import BASELINES, Baseline  # isort: skip
 
 KEPT = (0.5, 0.1, 0.05, 0.03, 0.02, 0.005, 0.0015)
-# Learning rates, phases and the loss on Fashion-MNIST were chosen for the joint method on 10,000 training images held out.
+# Rates, phases and loss on Fashion-MNIST were chosen for the joint method on 10,000 training images held out.
 TASKS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": {"name": "lenet300", "options": {"in_features": 64}},
