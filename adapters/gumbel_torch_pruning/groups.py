@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import GraphError
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, input_channels, output_dimension
+from gumbel_plugin.shrinking.equivalence import named_tensors
 from gumbel_plugin.shrinking.inputs import call_model, observing
 from gumbel_torch_pruning.attention import find_heads, kind_of
-from gumbel_torch_pruning.exactness import Cut, Judge, Safety, Treatment, output_tensors, tried
+from gumbel_torch_pruning.exactness import Cut, Judge, Safety, Treatment, tried
 from gumbel_torch_pruning.removal import Item, Remover, unchanging_graph
 from gumbel_torch_pruning.repairs import FrozenNormPruner, missing_pruners, repaired_tracing
 from gumbel_torch_pruning.tracing import traceable
@@ -72,6 +74,7 @@ class DependencyGroups:
         self._names = {module: name for name, module in model.named_modules()}
         self.graph = graph or _build_graph(model, example_inputs)
         self._items: dict[str, list[Item]] = {}
+        self._tied = _tied_layers(self._names)
         judge = Judge(model, example_inputs, self._parameters(), self._treatments(not own_attention))
         with unchanging_graph():
             found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
@@ -114,7 +117,10 @@ class DependencyGroups:
     def _describe(self, group: Any, judge: Judge, parts: Callable[[Any], int] | None) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
         root = group[0].dep.target.module
-        name, size = self._names[root], _channels(root) // self._coupled(group, parts)
+        name, channels = self._names[root], self._width(root)
+        if channels is None:
+            return ChannelGroup(name, 1, (), (), "unsupported", f"the {type(root).__name__} {name!r} has no channels")
+        size = channels // self._coupled(group, parts)
         items = self._items[name] = [self._read(item, size) for item in group.items]
         producers: list[ChannelSlice] = []
         consumers: list[ChannelSlice] = []
@@ -130,13 +136,19 @@ class DependencyGroups:
         safety, reason = judge.verdict(cuts)
         if safety == "exact":
             safety, reason = self._check_parts(size, producers, consumers)
-        return ChannelGroup(name, size, tuple(producers), tuple(consumers), safety, reason)
+        outside = sum(self._elements(item) for item in items if item.is_parameter)
+        return ChannelGroup(name, size, tuple(producers), tuple(consumers), safety, reason, outside // size)
 
     def _read(self, item: Any, size: int) -> Item:
         """Translate one item of Torch-Pruning's groups."""
         target, roots = item.dep.target, torch.tensor(item.root_idxs)
         names = self.graph._param_to_name if target.type == tp.ops.OPTYPE.PARAMETER else self._names
         return Item(item.dep, names.get(target.module), torch.tensor(item.idxs), roots, roots % size)
+
+    def _elements(self, item: Item) -> int:
+        """Return how many numbers go with all channels of a parameter that belongs to no layer."""
+        parameter, dim = item.dep.target.module, item.dep.target.pruning_dim
+        return len(item.positions) * int(parameter.numel()) // int(parameter.shape[dim])
 
     def _parameters(self) -> dict[nn.Parameter, tuple[str, int]]:
         """Return the parameters that belong to no layer which Torch-Pruning knows, and where it would cut them."""
@@ -193,6 +205,8 @@ class DependencyGroups:
             return "unsupported", "it has one unit, which must stay"
         for part in (*producers, *consumers):
             module = self.model.get_submodule(part.module)
+            if part.module in self._tied:
+                return "unsupported", f"{part.module} shares a parameter with {self._tied[part.module]}"
             width = input_channels(module) if part in consumers else self._width(module)
             if width is None or int(part.positions.max()) >= width:
                 return "unsupported", f"Torch-Pruning does not find its channels in {part.module}"
@@ -212,6 +226,16 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
         GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
     """
     return DependencyGroups(copy.deepcopy(model), example_inputs).groups
+
+
+def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:
+    """Return the layers that share a parameter with another one, each with that one."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for module, name in names.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(name)
+    pairs = itertools.chain.from_iterable(itertools.permutations(each, 2) for each in owners.values())
+    return dict(pairs)
 
 
 def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
@@ -250,10 +274,4 @@ def _forward(model: nn.Module, example_inputs: Any) -> Any:
 
 def mark_outputs(outputs: Any) -> list[Tensor]:
     """Give every output a node of its own: a final layer alone is not recognised as an output."""
-    return [tensor.clone() for tensor in output_tensors(outputs) if tensor.grad_fn is not None]
-
-
-def _channels(module: nn.Module) -> int:
-    channels = getattr(module, "out_channels", getattr(module, "out_features", None))
-    assert isinstance(channels, int)
-    return channels
+    return [tensor.clone() for _, tensor in named_tensors(outputs) if tensor.grad_fn is not None]

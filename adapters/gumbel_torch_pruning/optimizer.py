@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import LifecycleError
+from gumbel_plugin.masks.base import LearntMask
 
 _logger = logging.getLogger(__name__)
 
@@ -49,6 +50,25 @@ class ParameterChanges:
     def drop(self, parameters: Iterable[nn.Parameter]) -> None:
         """Note parameters that are gone."""
         self.gone.extend(parameters)
+
+    def add_gates(self, old: LearntMask, new: LearntMask | None, gone: Tensor | None) -> None:
+        """Let the gates of the units that stayed go on where they were, in the optimizer too; the others leave it.
+
+        Args:
+            old: A group's mask before the step.
+            new: Its mask afterwards, if it is gated again.
+            gone: The units that left, int64.
+        """
+        left = torch.ones(old.shape, dtype=torch.bool)
+        left[[] if gone is None else gone] = False
+        kept = torch.nonzero(left).flatten()
+        if new is None or new.shape != kept.shape:
+            self.drop(old.parameters())
+            return
+        for (_, before), (_, after) in zip(old.named_parameters(), new.named_parameters(), strict=True):
+            with torch.no_grad():
+                after.copy_(before[kept.to(before.device)])
+            self.add(before, after, kept)
 
     def apply_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer go on with the new parameters; momentum and the like are cut like the weights.

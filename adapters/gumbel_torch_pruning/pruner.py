@@ -12,22 +12,23 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningSection
-from gumbel_plugin.errors import LifecycleError, TargetError, nearest
+from gumbel_plugin.errors import LifecycleError, TargetError
 from gumbel_plugin.learning.latency import LatencyTable, measure_table
 from gumbel_plugin.learning.plan import Plan
 from gumbel_plugin.learning.session import MaskingSession, Masks
-from gumbel_plugin.masks.base import LearntMask, Phase
+from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
-from gumbel_plugin.shrinking.dead_units import find_dead_units
-from gumbel_plugin.shrinking.inputs import call_model
+from gumbel_plugin.shrinking.inputs import call_model, dtype_of, inputs_following
 from gumbel_torch_pruning.arguments import check_arguments, check_layers, check_model, forward_of, own_copies
 from gumbel_torch_pruning.attention import kind_of
 from gumbel_torch_pruning.gradients import EvenGradients
 from gumbel_torch_pruning.groups import DependencyGroups, check_forward, mark_outputs
-from gumbel_torch_pruning.heads import KnownHeads, find_heads_to_prune
+from gumbel_torch_pruning.heads import find_heads_to_prune
+from gumbel_torch_pruning.history import replay
 from gumbel_torch_pruning.importance import GateImportance
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
+from gumbel_torch_pruning.removal import closed_units
 from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank
 from gumbel_torch_pruning.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
 
@@ -94,6 +95,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         check_arguments(target, arguments)
         check_model(model)
         self.example_inputs = example_inputs
+        self._dtype = dtype_of(model)
         self._settings = pruning or PruningSection()
         self._target, self._inexact, self._table = target, inexact, latency_table
         self._total_steps = total_steps
@@ -117,8 +119,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             check_layers(self, arguments)
             self._read_graph()
             self._original = {group.name: group.size for group in self._groups}
-            if not self._gated_groups():
-                raise TargetError("no dependency group of this model can be gated; groups() says why")
+            self._require_gated_groups()
             if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
                 self._plan(-1, self._settings)
             self._attach()
@@ -183,24 +184,24 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             )
         if self._attached:  # otherwise nothing is left that can be gated
             self._structure.check(self.model)
+        masks = self.session.extract() if self._attached else {}
         self.current_step += 1
-        groups = self._prune() if self._attached else iter(())
+        groups = self._prune(masks) if self._attached else iter(())
         if interactive:
             return groups
         for group in groups:
             group.prune()
         return None
 
-    def _prune(self) -> Iterator[Any]:
+    def _prune(self, masks: Masks) -> Iterator[Any]:
         plan = self.session.plan
-        masks = self.session.extract()
         self._detach()
-        dead = find_dead_units(self.model, list(plan.groups.values()), include_inexact=self._inexact)
+        closed = closed_units(self.model, plan)
         if not self._record.masks:
             self._record.start(self.model, plan.groups, masks)
-        self._record.remove(dead)
+        self._record.remove(closed)
         with tracked(self.model) as self._changes:
-            for name, units in dead.items():
+            for name, units in closed.items():
                 heads = self._heads.get(name)
                 yield heads.removal(self.DG, units) if heads else self._dependency.pruning_group(name, units)
         self._update_graph()
@@ -208,7 +209,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._attach()
         next_masks = self.session.plan.masks if self._attached else {}
         for name, mask in plan.masks.items():
-            self._carry_gates(mask, next_masks.get(name), dead.get(name))
+            self._changes.add_gates(mask, next_masks.get(name), closed.get(name))
         self._changes.drop(parameter for site in plan.sites.values() if (parameter := site.scale) is not None)
 
     def update_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -224,6 +225,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Start over: ``iterative_steps`` count from zero again, and new gates are attached to what is left."""
+        self._require_gated_groups()
         super().reset()
         self._detach()
         self._attach()
@@ -240,7 +242,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         They say what was removed so far; before the first `step`, what the gates would close now.
         """
         if self._record.masks or not self._attached:
-            return self._record.masks
+            return copy.deepcopy(self._record.masks)
         if self.session.phase is Phase.FIXED:
             return self.session.masks()
         hard = {m.name: m.mask.decide(m.weight) for scope in self.session.plan.scopes for m in scope.members}
@@ -288,19 +290,12 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """
         if self.pruning_history():
             raise LifecycleError("this pruner pruned something already; replay a history on the unpruned network")
-        modules = dict(self.model.named_modules())
-        for name, *_ in pruning_history:
-            if modules.get(name) not in self.DG.module2node and name not in self._heads:
-                raise TargetError(f"pruning history: layer {name!r} is not in the graph{nearest(str(name), modules)}")
+        trial = copy.deepcopy(self)
+        trial._detach()
+        replay(trial.model, trial.DG, trial._heads, pruning_history)
         self._detach()
         with tracked(self.model) as self._changes:
-            for name, reads, positions in copy.deepcopy(pruning_history):
-                known = isinstance(self._heads.get(name), KnownHeads)
-                if known:
-                    self._heads[name].removal(self.DG, torch.tensor(positions)).prune()
-                else:
-                    super().load_pruning_history([(name, reads, positions)])
-                    catch_up(self.DG, {})
+            replay(self.model, self.DG, self._heads, pruning_history)
         self.DG._pruning_history = copy.deepcopy(list(pruning_history))
         self._update_graph()
         self.current_step = self.iterative_steps
@@ -316,6 +311,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _read_graph(self) -> None:
         """Find the groups of the network as it is now."""
+        self.example_inputs = inputs_following(self.model, self.example_inputs, self._dtype)
+        self._dtype = dtype_of(self.model)
         with calling(self.model, self._forward, self.example_inputs):
             self._dependency = DependencyGroups(
                 self.model,
@@ -375,6 +372,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             groups = [group for group in groups if ratios[group.name] > 0]
         return groups
 
+    def _require_gated_groups(self) -> None:
+        if not self._gated_groups():
+            raise TargetError("no dependency group of this model can be gated; groups() says why")
+
     def _may_go(self, group: ChannelGroup) -> bool:
         """Whether the arguments let units of a group go: heads stay unless ``prune_num_heads`` says otherwise."""
         return group.name in self._heads or kind_of(self.model.get_submodule(group.name)) is None
@@ -390,16 +391,3 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             dense_cost=self._dense_cost,
             table=self._table,
         )
-
-    def _carry_gates(self, old: LearntMask, new: LearntMask | None, gone: Tensor | None) -> None:
-        """Let the gates of the units that stayed go on where they were, in the optimizer too; the others leave it."""
-        left = torch.ones(old.shape, dtype=torch.bool)
-        left[[] if gone is None else gone] = False
-        kept = torch.nonzero(left).flatten()
-        if new is None or new.shape != kept.shape:
-            self._changes.drop(old.parameters())
-            return
-        for (_, before), (_, after) in zip(old.named_parameters(), new.named_parameters(), strict=True):
-            with torch.no_grad():
-                after.copy_(before[kept.to(before.device)])
-            self._changes.add(before, after, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,11 +56,12 @@ class Record:
                     mask.index_fill_(dimension if target == "weight" else 0, rows.to(mask.device), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything, in plain types and tensors."""
+        """Return everything, in plain types and tensors of its own: later steps do not change it."""
         rows = {name: [list(row) for row in own] for name, own in self._rows.items()}
-        return {"masks": self.masks, "left": self._left, "rows": rows}
+        return copy.deepcopy({"masks": self.masks, "left": self._left, "rows": rows})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.masks, self._left = state["masks"], dict(state["left"])
+        state = copy.deepcopy({key: state[key] for key in ("masks", "left", "rows")})
+        self.masks, self._left = state["masks"], state["left"]
         self._rows = {name: [(m, d, p, u) for m, d, p, u in own] for name, own in state["rows"].items()}

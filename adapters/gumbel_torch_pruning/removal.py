@@ -6,6 +6,7 @@ later only their numbers change, and Torch-Pruning's functions cut the layers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
+from gumbel_plugin.learning.plan import Plan
+from gumbel_plugin.shrinking.dead_units import removable_units
 from gumbel_torch_pruning.attention import remove_heads
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +154,22 @@ class _Group(tp.dependency.Group):  # type: ignore[misc]
         super().prune(idxs, record_history)
         if idxs is None:
             self._pruned()
+
+
+def closed_units(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Return the units that go because their gates are closed, by group.
+
+    What the weights alone leave unread stays, or a ratio, its limits and ``round_to`` would not hold.
+    """
+    modules, units = dict(model.named_modules()), {}
+    for name, mask in plan.masks.items():
+        closed = torch.nonzero(mask.hard.cpu() == 0).flatten()
+        removable = removable_units(modules, plan.groups[name], closed)
+        if len(removable) < len(closed):
+            _logger.warning("group %s: a closed unit stays, because a layer would have no channel left", name)
+        if len(removable):
+            units[name] = removable
+    return units
 
 
 @contextmanager

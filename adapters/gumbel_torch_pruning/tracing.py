@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning.dependency import index_mapping
 
 from gumbel_plugin.errors import GraphError, LifecycleError
 from gumbel_plugin.learning.session import GATES
@@ -123,6 +124,7 @@ def catch_up(graph: Any, replaced: Mapping[int, nn.Parameter]) -> None:
     for node in graph.module2node.values():
         if node.type == tp.ops.OPTYPE.SPLIT and node.module.split_sizes is not None:
             node.module.offsets = [0, *itertools.accumulate(node.module.split_sizes)]
+    index_mapping.update_index_mapping(graph)  # where the pieces of a concatenation begin
 
 
 def shared_parts(graph: Any) -> dict[int, Any]:

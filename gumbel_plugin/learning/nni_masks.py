@@ -71,7 +71,7 @@ def _rows(module: nn.Module, positions: Tensor, hard: Tensor) -> dict[str, Tenso
     dim = output_dimension(module)
     assert dim is not None
     channels = torch.ones(weight.shape[dim], device=weight.device)
-    channels[positions] = hard.float()
+    channels[positions] = hard.to(channels)
     shape = [-1 if d == dim else 1 for d in range(weight.dim())]
     masks = {"weight": channels.reshape(shape).expand_as(weight).clone()}
     if isinstance(getattr(module, "bias", None), Tensor):

@@ -34,6 +34,32 @@ def unread_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tenso
     return torch.nonzero(~needed).flatten()
 
 
+def removable_units(modules: Mapping[str, nn.Module], group: ChannelGroup, units: Tensor) -> Tensor:
+    """Leave out of some units those without which a layer would have no channel left.
+
+    Args:
+        modules: The model's modules, by name.
+        group: Their group.
+        units: Unit numbers, int64.
+
+    Returns:
+        The units that can go, int64, ascending.
+    """
+    gone = torch.zeros(group.size, dtype=torch.bool).index_fill(0, units, True)
+    owns = [torch.arange(group.size)]
+    for part in (*group.producers, *group.consumers):
+        module = modules[part.module]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        width = input_channels(module) if part in group.consumers else weight.shape[output_dimension(module) or 0]
+        if len(part.positions) == width:
+            owns.append(part.units)
+    for own in owns:
+        if bool(gone[own].all()):
+            gone[own.min()] = False
+    return torch.nonzero(gone).flatten()
+
+
 @torch.no_grad()
 def find_dead_units(
     model: nn.Module, groups: Sequence[ChannelGroup], *, include_inexact: bool = False
@@ -41,7 +67,7 @@ def find_dead_units(
     """Find every unit that can go without changing the output, to the end of the chain.
 
     What a dead unit computes does not matter, so its producers' rows are set to zero; that may leave units before it
-    unread, and so on until nothing changes. A group always keeps one unit.
+    unread, and so on until nothing changes. A group, and every layer of it, always keeps one unit.
 
     Args:
         model: The masked model; rows of dead units are zeroed in place, which does not change its output.
@@ -60,7 +86,7 @@ def find_dead_units(
         changed = False
         for group in exact:
             unread = unread_units(modules, group)
-            units = unread[1:] if len(unread) == group.size else unread
+            units = removable_units(modules, group, unread)
             if len(units) > len(dead.get(group.name, ())):
                 dead[group.name] = units
                 changed = True

@@ -152,7 +152,7 @@ def _difference_and_scale(
         for _ in range(samples):
             inputs = random_inputs_like(example_inputs, generator, dtype)
             reference, candidate = (
-                dict(_tensors(call_model(model, inputs_on_device_of(model, inputs)))) for model in models
+                dict(named_tensors(call_model(model, inputs_on_device_of(model, inputs)))) for model in models
             )
             pairs += _compared(reference, candidate)
     if not pairs:
@@ -161,21 +161,36 @@ def _difference_and_scale(
     return float(worst[0]), float(worst[1])
 
 
-def _tensors(output: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors (and numbers, as tensors) of a nested output with the path to each."""
+def named_tensors(
+    output: Any, path: str = "output", above: frozenset[int] = frozenset()
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a nested output with the path to each; numbers and numpy's arrays become tensors.
+
+    Args:
+        output: Tensors in containers, dataclasses and other objects with attributes; strings and functions hold none.
+        path: What to call it.
+        above: The ids of the objects that it is a part of, which it is not entered again.
+    """
     if isinstance(output, Tensor):
         yield path, output
-    elif isinstance(output, Number):
+    elif isinstance(output, Number) or (type(output).__module__ == "numpy" and output.dtype.kind in "biufc"):
         yield path, torch.as_tensor(output)
-    elif isinstance(output, Mapping):  # before dataclasses: a Hugging Face ModelOutput is both
-        for key, value in output.items():
-            yield from _tensors(value, f"{path}[{key!r}]")
-    elif isinstance(output, (tuple, list)):
-        for index, value in enumerate(output):
-            yield from _tensors(value, f"{path}[{index}]")
-    elif is_dataclass(output):
-        for field in fields(output):
-            yield from _tensors(getattr(output, field.name), f"{path}.{field.name}")
+    elif id(output) not in above:
+        for place, part in _parts(output):
+            yield from named_tensors(part, path + place, above | {id(output)})
+
+
+def _parts(output: Any) -> list[tuple[str, Any]]:
+    """Return the parts of a container or object, each with how it is written after the whole."""
+    if isinstance(output, Mapping):  # before dataclasses: a Hugging Face ModelOutput is both
+        return [(f"[{key!r}]", value) for key, value in output.items()]
+    if isinstance(output, (tuple, list)):
+        return [(f"[{index}]", value) for index, value in enumerate(output)]
+    if is_dataclass(output) and not isinstance(output, type):
+        return [(f".{field.name}", getattr(output, field.name)) for field in fields(output)]
+    if isinstance(output, (type, nn.Module)) or callable(output):
+        return []
+    return [(f".{name}", value) for name, value in getattr(output, "__dict__", {}).items()]
 
 
 def _compared(reference: Mapping[str, Tensor], candidate: Mapping[str, Tensor]) -> Iterator[tuple[float, float]]:

@@ -73,6 +73,28 @@ def inputs_on_device_of(model: nn.Module, example_inputs: ExampleInputs) -> Exam
     return _mapped(lambda value: value.to(device) if isinstance(value, Tensor) else value, example_inputs)
 
 
+def inputs_following(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtype) -> ExampleInputs:
+    """Move the inputs with a model: to its device, and those of its former dtype to the one that it has now.
+
+    Args:
+        model: The model.
+        example_inputs: What fitted the model before.
+        dtype: The model's dtype then, see `dtype_of`.
+    """
+    now = dtype_of(model)
+
+    def cast(value: Any) -> Any:
+        return value.to(now) if isinstance(value, Tensor) and value.dtype == dtype else value
+
+    return _mapped(cast, inputs_on_device_of(model, example_inputs))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the model's first floating parameter or buffer, torch's default if it has none."""
+    tensors = (tensor for group in (model.parameters(), model.buffers()) for tensor in group)
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+
+
 def batch_size_of(example_inputs: ExampleInputs) -> int:
     """Return the size of the first dimension of the first tensor that has one.
 

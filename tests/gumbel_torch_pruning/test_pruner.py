@@ -294,6 +294,31 @@ def test_states_and_histories_of_others_are_refused(make_network):
         pruner.load_state_dict(pruner.state_dict())
 
 
+def test_what_was_returned_does_not_change_with_later_steps():
+    def pruner() -> GumbelGroupPruner:
+        model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+        return GumbelGroupPruner(model, torch.randn(2, 3), pruning_ratio=0.75, iterative_steps=3)
+
+    first, second = pruner(), pruner()
+    first.step()
+    state, masks = first.state_dict(), first.masks()
+    first.step()
+    assert int(masks["0"]["bias"].sum()) == 12
+    second.load_state_dict(state)
+    second.step()
+    assert second.model[0].out_features == int(second.masks()["0"]["bias"].sum()) == 8
+    assert len(state["record"]["left"]["0"]) == 12
+
+
+def test_a_reset_needs_something_to_gate():
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 4))
+    pruner = GumbelGroupPruner(model, torch.randn(2, 3))
+    pruner.step()
+    with pytest.raises(TargetError, match="can be gated"):
+        pruner.reset()
+    assert pruner.current_step == 1
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 

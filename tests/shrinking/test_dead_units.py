@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, input_channels
-from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units, read_channels, unread_units
+from gumbel_plugin.shrinking.dead_units import (
+    column_masks,
+    find_dead_units,
+    read_channels,
+    removable_units,
+    unread_units,
+)
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_torch_pruning import find_groups
 
@@ -99,6 +105,15 @@ def test_a_group_always_keeps_a_unit() -> None:
     assert dead["2"].tolist() == [1, 2, 3, 4]
     assert dead["0"].tolist() == [1, 2, 3, 4, 5]  # nobody reads the one that stays, so what only it reads goes too
     assert torch.equal(model(inputs), before)
+
+
+def test_every_layer_keeps_a_channel() -> None:
+    modules: dict[str, nn.Module] = {"left": nn.Linear(3, 2), "right": nn.Linear(3, 3), "reader": nn.Linear(5, 2)}
+    producers = (slice_of("left", 0, 1), slice_of("right", 0, 1, 2, units=(2, 3, 4)))
+    group = ChannelGroup("left", 5, producers, (slice_of("reader", 0, 1, 2, 3, 4),))
+    assert removable_units(modules, group, torch.tensor([0, 1, 3])).tolist() == [1, 3]
+    assert removable_units(modules, group, torch.arange(5)).tolist() == [1, 3, 4]
+    assert removable_units(modules, group, torch.tensor([2, 4])).tolist() == [2, 4]
 
 
 def test_groups_that_are_not_exact_are_left() -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +180,10 @@ def test_outputs_that_cannot_be_compared_are_named(masked, small, message: str) 
         lambda x: torch.complex(x, x),
         lambda x: {"a": x, "cache": object()},
         lambda x: (x, float(x.sum())),
+        lambda x: SimpleNamespace(a=[x], itself=Detection),
+        lambda x: UserDict(a=x),
+        lambda x: {"a": x.detach().numpy()},
+        lambda x: torch.distributions.Normal(x, 1.0),
     ],
 )
 def test_a_difference_is_found_inside_any_output(wrap: Callable[[Tensor], Any]) -> None:

@@ -10,6 +10,8 @@ from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.shrinking.inputs import (
     batch_size_of,
     call_model,
+    dtype_of,
+    inputs_following,
     inputs_on_device_of,
     observing,
     random_inputs_like,
@@ -112,6 +114,14 @@ def test_inputs_go_where_the_model_is() -> None:
     assert moved[0].device.type == "meta"
     assert moved[1] == 3
     assert inputs_on_device_of(nn.Identity(), ONE).device.type == "cpu"
+
+
+def test_inputs_take_the_dtype_that_the_model_was_moved_to() -> None:
+    model = nn.Linear(1, 1).double()
+    moved = inputs_following(model, (ONE, ONE.half(), torch.tensor(3)), torch.float32)
+    assert [tensor.dtype for tensor in moved] == [torch.float64, torch.float16, torch.int64]
+    assert dtype_of(model) == torch.float64
+    assert dtype_of(nn.Identity()) == torch.get_default_dtype()
 
 
 def test_observing_leaves_no_trace_even_after_an_error() -> None:

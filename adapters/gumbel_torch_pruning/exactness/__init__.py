@@ -6,6 +6,6 @@ them, `dyes` keeps the books. `trial` removes units from a copy of the model, fo
 
 from gumbel_torch_pruning.exactness.dyes import Safety
 from gumbel_torch_pruning.exactness.judge import Cut, Judge, Treatment
-from gumbel_torch_pruning.exactness.trial import output_tensors, tried
+from gumbel_torch_pruning.exactness.trial import tried
 
-__all__ = ["Cut", "Judge", "Safety", "Treatment", "output_tensors", "tried"]
+__all__ = ["Cut", "Judge", "Safety", "Treatment", "tried"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,12 +25,14 @@ class Flow(TorchDispatchMode):
     Attributes:
         dyes: The dyes, and what was remarked on them.
         muted: While it is positive nothing is followed: a layer is at work whose effect is known as a whole.
+        met: Parameters that operations outside of such layers used.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.dyes = Dyes()
         self.muted = 0
+        self.met: dict[nn.Parameter, str] = {}
         self._carried = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Tensor | None:
@@ -48,6 +50,7 @@ class Flow(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         inputs = [] if self.muted else [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.met.update((tensor, func._schema.name) for tensor in inputs if isinstance(tensor, nn.Parameter))
         dyed = {id(tensor): dyes for tensor in inputs if (dyes := self.of(tensor)) is not None}
         result = func(*args, **kwargs)
         if dyed:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gumbel_plugin.shrinking.equivalence import named_tensors
 from gumbel_plugin.shrinking.inputs import call_model, observing
 from gumbel_torch_pruning.exactness.dyes import Safety
 from gumbel_torch_pruning.exactness.layers import Layers, Side, Treatment
-from gumbel_torch_pruning.exactness.trial import output_tensors
 
 Cut = tuple[Side, Tensor, Tensor]
 """What a group would remove on one side of a layer: channel numbers, and the group's unit that each belongs to."""
@@ -45,7 +45,8 @@ class Judge:
             layers.dye_parameter(parameter, name, dim)
         with _plain_attention(), layers.watched(model), observing(model), layers.flow:
             output = call_model(model, example_inputs)
-        layers.remark(list(output_tensors(output)), "unsupported", "it reaches the network's output")
+        layers.remark([tensor for _, tensor in named_tensors(output)], "unsupported", "it reaches the network's output")
+        layers.refuse_strays(model)
         self._blocks = layers.blocks
         dyes = layers.flow.dyes
         self._sides = {side: dyes.colours(channels) for side, channels in layers.sides.items()}

@@ -62,6 +62,15 @@ class Layers:
             if dyes is not None:
                 self.flow.dyes.remark(core(dyes), safety, reason)
 
+    def refuse_strays(self, model: nn.Module) -> None:
+        """Note which layers' parameters were used outside of the layers: to cut them would change that, too."""
+        for name, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                for side in ((name, True), (name, False)):
+                    if parameter in self.flow.met and side in self.sides:
+                        reason = f"{self.flow.met[parameter]} uses a parameter of {name} outside of it"
+                        self.flow.dyes.remark(self.sides[side], "unsupported", reason)
+
     @contextmanager
     def watched(self, model: nn.Module) -> Iterator[None]:
         """Watch every known layer of a model at work."""

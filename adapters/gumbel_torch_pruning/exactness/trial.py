@@ -7,15 +7,15 @@ reshape, a scale that depends on the number of channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gumbel_plugin.masks.targets import ChannelGroup, columns_view, input_channels, output_dimension
+from gumbel_plugin.shrinking.equivalence import named_tensors
 from gumbel_plugin.shrinking.inputs import call_model, observing, random_inputs_like
 from gumbel_torch_pruning.exactness.dyes import Safety
 
@@ -74,17 +74,7 @@ def _trial(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup])
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
     with observing(model):
-        return list(output_tensors(call_model(model, inputs)))
-
-
-def output_tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nested output, dataclasses included."""
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            for field in fields(leaf):
-                yield from output_tensors(getattr(leaf, field.name))
+        return [tensor for _, tensor in named_tensors(call_model(model, inputs))]
 
 
 def _alike(before: Tensor, after: Tensor) -> bool:
