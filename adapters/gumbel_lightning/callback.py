@@ -13,6 +13,8 @@ from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError
 from gumbel_plugin.learning.guest import GuestSession, refuse_scaled_gradients
 from gumbel_plugin.learning.nni_masks import Masks
+from gumbel_plugin.learning.session import GATES
+from gumbel_plugin.shrinking.inputs import inputs_following
 from gumbel_plugin.shrinking.shrink import Backend, shrink
 
 
@@ -61,7 +63,8 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         self._attribute = attribute
         self._guest: GuestSession | None = None
         self._network: nn.Module | None = None
-        self._stepping = False
+        self._hook: Any = None
+        self._stepping = self._restored = False
         self.masks: Masks | None = None
 
     def shrink(self, example_inputs: Any = None, backend: Backend = "torch_pruning") -> nn.Module:
@@ -80,7 +83,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         inputs = self._example_inputs if example_inputs is None else example_inputs
         if inputs is None:
             raise ConfigError("shrink needs example_inputs: a tensor, a tuple of them, or a dict")
-        return shrink(self._network.cpu(), self.masks, inputs, backend)
+        return shrink(self._network.cpu(), self.masks, _fitting(self._network, inputs), backend)
 
     # Lightning's hooks --------------------------------------------------------------------------------------------
 
@@ -88,24 +91,25 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         """Attach the gates, before Lightning wraps the module or restores a checkpoint into it."""
         if stage != "fit":
             return
-        if self._guest is not None:
+        if self.masks is not None:
             raise LifecycleError("this callback has trained once; a new one learns new masks")
         refuse_scaled_gradients(str(trainer.precision), f"Trainer(precision={trainer.precision!r})")
-        network = pl_module if self._attribute is None else getattr(pl_module, self._attribute, None)
-        if not isinstance(network, nn.Module):
-            raise ConfigError(f"attribute {self._attribute!r}: the module has no network of that name")
+        self._refuse_averages(trainer)
+        self._network = network = self._network_of(pl_module)
         if self._example_inputs is None:
             self._example_inputs = pl_module.example_input_array
-        self._network = network
-        guest = GuestSession(network, self._config, self._example_inputs)
-        steps = trainer.estimated_stepping_batches
-        guest.start(int(steps) if math.isfinite(steps) and steps > 0 else None)
-        self._guest = guest
+        guest = GuestSession(network, self._config, _fitting(network, self._example_inputs))
+        guest.start(None)
+        self._guest, self._restored = guest, False
+        self._hook = network.register_load_state_dict_pre_hook(_keep_gates)  # type: ignore[no-untyped-call]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take the gates out of the module's optimizers."""
+        """Take the gates out of the module's optimizers; plan the phases, now that the module has its data."""
         for optimizer in trainer.optimizers:
             self._running.disown(optimizer)
+        steps = trainer.estimated_stepping_batches
+        if not self._restored and math.isfinite(steps) and steps > 0:
+            self._running.session.expect(int(steps))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Stop at a loss that is no number."""
@@ -128,21 +132,105 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         status = self._running.session.status()
         pl_module.log_dict({"sparsity": status.sparsity, "soft_sparsity": status.soft_sparsity})
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Decide the masks and leave the plain module, its closed weights at zero."""
         self.masks = self._running.finish()
+        self._hook.remove()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the plain module as it is now; the callback may train again."""
+        self._leave()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the plain module where a fit ends before its end, as that of a tuner does."""
+        self._leave()
+
+    # Checkpoints hold the plain network with its masks applied, for whoever loads them without this callback; what a
+    # training needs to go on, the weights under the masks among it, is in the callback's state.
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint hold the plain network."""
+        if self._attached:
+            state, prefix = checkpoint["state_dict"], self._prefix
+            for name in [name for name in state if GATES in name]:
+                del state[name]
+            state.update({prefix + name: tensor for name, tensor in self._running.plain_state().items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return gates, schedules and optimizers, for Lightning's checkpoints."""
-        return {} if self._guest is None else self._guest.state_dict()
+        """Return gates, schedules, optimizers and masked weights, for Lightning's checkpoints."""
+        if not self._attached:
+            return {}
+        assert self._network is not None
+        plain, own = self._running.plain_state(), self._network.state_dict()
+        under = {name: own[name] for name, tensor in plain.items() if not torch.equal(tensor, own[name])}
+        return {**self._running.state_dict(), "weights": under}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        if state_dict and self._guest is not None:
-            self._guest.load_state_dict(state_dict)
+        if state_dict and self._attached:
+            assert self._network is not None
+            self._network.load_state_dict({**self._network.state_dict(), **state_dict["weights"]})
+            self._running.load_state_dict(state_dict)
+            self._restored = True
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def _network_of(self, pl_module: Any) -> nn.Module:
+        if self._attribute is None:
+            return pl_module  # type: ignore[no-any-return]
+        if not isinstance(getattr(pl_module, self._attribute, None), nn.Module):
+            pl_module.configure_model()  # Lightning calls it later, and demands that it may be called twice
+        network = getattr(pl_module, self._attribute, None)
+        if not isinstance(network, nn.Module):
+            raise ConfigError(
+                f"attribute {self._attribute!r}: the module has no network of that name; build it in __init__ or in "
+                "configure_model"
+            )
+        return network
+
+    def _refuse_averages(self, trainer: Any) -> None:
+        """Refuse callbacks that average a copy of the network which lacks the gates, or the gates' decisions."""
+        place = trainer.callbacks.index(self)
+        for number, callback in enumerate(trainer.callbacks):
+            name, kinds = type(callback).__name__, {kind.__name__ for kind in type(callback).__mro__}
+            if not kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
+                continue
+            if number < place:
+                raise ConfigError(
+                    f"callbacks: GumbelPruning goes before {name}, which copies the network with its gates"
+                )
+            if getattr(callback, "_use_buffers", False):
+                raise ConfigError(f"{name}(use_buffers=True) averages the gates' decisions; pass use_buffers=False")
+
+    def _leave(self) -> None:
+        """Take gates and hooks off a network whose masks were not decided."""
+        if self._attached:
+            self._running.session.detach()
+            self._hook.remove()
+            self._guest, self._stepping = None, False
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self._attribute is None else f"{self._attribute}."
+
+    @property
+    def _attached(self) -> bool:
+        return self._guest is not None and self.masks is None
 
     @property
     def _running(self) -> GuestSession:
         if self._guest is None:
             raise LifecycleError("the callback was not set up: pass it to the Trainer that fits")
         return self._guest
+
+
+def _fitting(network: nn.Module, example_inputs: Any) -> Any:
+    """Give inputs that fitted a float32 network the dtype that the Trainer's precision gave the network."""
+    return None if example_inputs is None else inputs_following(network, example_inputs, torch.float32)
+
+
+def _keep_gates(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a plain state be loaded into a gated network: the gates stay as they are."""
+    for name, tensor in module.state_dict().items():
+        if GATES in name:
+            state_dict.setdefault(prefix + name, tensor)

@@ -67,6 +67,17 @@ class GumbelPruningCallback(TrainerCallback):
         inputs = self._example_inputs if example_inputs is None else example_inputs
         return shrink(self._model.cpu(), self.masks, inputs, backend)
 
+    def detach(self) -> None:
+        """Leave the plain model, its weights as they are, after a training that failed; then train again.
+
+        Raises:
+            LifecycleError: If no training has begun, or it ended well.
+        """
+        if self.masks is not None:
+            raise LifecycleError("the training ended well: the model is a plain one already")
+        self._running.session.detach()
+        self._guest = None
+
     # The Trainer's events -----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -77,12 +88,18 @@ class GumbelPruningCallback(TrainerCallback):
         if self._example_inputs is None:
             self._example_inputs = getattr(model, "dummy_inputs", None)
         self._model = model
+        guest = GuestSession(model, self._config, self._example_inputs)
         restored = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        self._guest = GuestSession(model, self._config, self._example_inputs)
-        self._guest.start(state.max_steps)
-        if state.global_step > 0:  # the weights are those of the checkpoint; `start` may have drawn new ones
+        own = self._read(args, state) if state.global_step > 0 else None
+        guest.start(state.max_steps)
+        self._guest = guest
+        if own is not None:  # the weights are those of the checkpoint; `start` may have drawn new ones
             model.load_state_dict({name: t for name, t in restored.items() if GATES not in name}, strict=False)
-            self._guest.load_state_dict(self._read(args, state))
+            try:
+                guest.load_state_dict(own)
+            except Exception:
+                self.detach()
+                raise
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Step the gates."""

@@ -13,8 +13,8 @@ from gumbel_plugin.config import ConfigLike, PruningConfig
 from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError
 from gumbel_plugin.learning.nni_masks import Masks
 from gumbel_plugin.learning.plan import needs_groups
-from gumbel_plugin.learning.session import MaskingSession
-from gumbel_plugin.shrinking.inputs import inputs_on_device_of
+from gumbel_plugin.learning.session import GATES, MaskingSession
+from gumbel_plugin.shrinking.inputs import inputs_on_device_of, observing
 
 
 class GuestSession:
@@ -72,6 +72,17 @@ class GuestSession:
     def after_step(self) -> None:
         """Advance the schedules; to be called after the host's optimizers have stepped."""
         self.session.step()
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """Return the state dict of the plain model that computes what the gated one does now in eval mode."""
+        plan, model = self.session.plan, self.session.model
+        state = {name: tensor for name, tensor in model.state_dict().items() if GATES not in name}
+        with observing(*plan.masks.values()):
+            for name, site in plan.sites.items():
+                state[f"{name}.weight"] = site.apply(site.weight).detach().clone()
+                if site.block is not None and site.mask is not None and site.bias is not None:
+                    state[f"{name}.bias"] = site.bias * site.mask.gates().all()
+        return state
 
     def finish(self) -> Masks:
         """Decide the masks, write them into the weights, and take gates and hooks off the model; return the masks."""

@@ -139,6 +139,13 @@ class MaskingSession:
         self._enter_phase()
         self._snapshot.take(self.steps)
 
+    def expect(self, total_steps: int) -> None:
+        """Say how long the training will be, if `start` could not know; before the first step."""
+        self.total_steps = total_steps
+        for mask in self.plan.masks.values():
+            mask.phase = Phase.OPEN
+        self._enter_phase()
+
     def attach(self, *, hooks: bool = True) -> None:
         """Attach a started session again to its model, from which it was detached; `start` does it the first time.
 

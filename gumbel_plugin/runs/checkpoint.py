@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Checkpoint(pl.Callback):  # type: ignore[misc]
@@ -74,7 +74,7 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
             "session": None if task.session is None else task.session.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "task": task.progress_state(),
-            "callbacks": [callback.state_dict() for callback in trainer.callbacks],
+            "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
             "random": _random_state(),
             "loaders": [generator.get_state() for generator in _generators(trainer)],
         }
@@ -86,8 +86,9 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
         for optimizer, own in zip(trainer.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
         task.load_progress_state(state["task"])
-        for callback, own in zip(trainer.callbacks, state["callbacks"], strict=True):
-            callback.load_state_dict(own)
+        for callback in trainer.callbacks:  # a run at a terminal has a progress bar, its resumption perhaps not
+            if state["callbacks"].get(callback.state_key):
+                callback.load_state_dict(state["callbacks"][callback.state_key])
         for generator, own in zip(_generators(trainer), state["loaders"], strict=True):
             generator.set_state(own)
         _set_random_state(state["random"])

@@ -143,6 +143,123 @@ class TestBoth:
         assert callback._running.session.steps == callback._running.session.total_steps == 4
 
 
+class Watching(importlib.import_module("lightning.pytorch").Callback):  # type: ignore[misc, name-defined]
+    """Notes what the gated network returns in eval mode at the end of every epoch."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.eval()
+        with torch.no_grad():
+            self.outputs.append(pl_module.net(EXAMPLE + 1))
+        pl_module.train()
+
+
+class TestCheckpoints:
+    """Files of a training, loaded with and without the callback."""
+
+    def save(self, tmp_path: Path) -> tuple[Any, GumbelPruning, Watching, Any]:
+        pl = importlib.import_module("lightning.pytorch")
+        saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        task, callback, watching = module("lightning.pytorch"), GumbelPruning(CONFIG, attribute="net"), Watching()
+        fitter = trainer("lightning.pytorch", callback, tmp_path, more=[watching, saving], enable_checkpointing=True)
+        fitter.fit(task, loader())
+        return task, callback, watching, fitter
+
+    def test_a_plain_module_loads_what_the_gated_one_computed(self, tmp_path: Path) -> None:
+        *_, watching, _ = self.save(tmp_path)
+        sparsities = []
+        for epoch, outputs in enumerate(watching.outputs):  # dense, learning, fixed
+            plain = module("lightning.pytorch")
+            plain.load_state_dict(torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)["state_dict"])
+            assert torch.equal(plain.eval().net(EXAMPLE + 1), outputs)
+            sparsities.append(float((plain.net[2].weight == 0).float().mean()))
+        assert sparsities[0] == 0
+        assert sparsities[-1] == 0.5
+
+    def test_the_best_one_is_tested_after_the_fit(self, tmp_path: Path) -> None:
+        task, _, _, fitter = self.save(tmp_path)
+        task.test_step = lambda batch: task.log("loss", nn.functional.cross_entropy(task.net(batch[0]), batch[1]))
+        assert fitter.test(task, loader(), ckpt_path="best", verbose=False)[0]["loss"] > 0
+        assert type(task).load_from_checkpoint(tmp_path / "epoch=1.ckpt").net[0].out_features == 12
+
+    def test_a_training_killed_after_its_last_one_is_finished(self, tmp_path: Path) -> None:
+        whole, first, *_ = self.save(tmp_path)
+        resumed, second = module("lightning.pytorch"), GumbelPruning(CONFIG, attribute="net")
+        trainer("lightning.pytorch", second, tmp_path).fit(resumed, loader(), ckpt_path=tmp_path / "epoch=3.ckpt")
+        assert all(torch.equal(a, b) for a, b in zip(resumed.net.parameters(), whole.net.parameters(), strict=True))
+        assert first.masks is not None
+        assert second.masks is not None
+        assert all(torch.equal(mask["weight"], second.masks[name]["weight"]) for name, mask in first.masks.items())
+        assert [layer.out_features for layer in second.shrink() if isinstance(layer, nn.Linear)] == [6, 4, 3]
+
+
+class TestLightningsOwnIdioms:
+    def widths(self, callback: GumbelPruning) -> list[int]:
+        return [layer.out_features for layer in callback.shrink() if isinstance(layer, nn.Linear)]
+
+    def test_data_that_setup_makes(self, tmp_path: Path) -> None:
+        class Own(type(module("lightning.pytorch"))):  # type: ignore[misc]
+            def setup(self, stage: str) -> None:
+                self.data = loader()
+
+            def train_dataloader(self) -> DataLoader[Any]:
+                return self.data
+
+        callback = GumbelPruning(CONFIG, attribute="net")
+        trainer("lightning.pytorch", callback, tmp_path).fit(Own())
+        assert callback._running.session.total_steps == 12
+        assert self.widths(callback) == [6, 4, 3]
+
+    def test_a_network_that_configure_model_makes(self, tmp_path: Path) -> None:
+        class Late(type(module("lightning.pytorch"))):  # type: ignore[misc]
+            def configure_model(self) -> None:
+                if self.net is None:
+                    self.net = network()
+
+        task, callback = Late(), GumbelPruning(CONFIG, EXAMPLE, "net")
+        task.net = task.example_input_array = None
+        trainer("lightning.pytorch", callback, tmp_path).fit(task, loader())
+        assert self.widths(callback) == [6, 4, 3]
+
+    @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+    def test_a_network_of_another_dtype(self, precision: str, tmp_path: Path) -> None:
+        callback = GumbelPruning(CONFIG, EXAMPLE, "net")
+        trainer("lightning.pytorch", callback, tmp_path, precision=precision).fit(module("lightning.pytorch"), loader())
+        assert self.widths(callback) == [6, 4, 3]
+
+    def test_averages_of_the_weights(self, tmp_path: Path) -> None:
+        callbacks = importlib.import_module("lightning.pytorch").callbacks
+        for average in (
+            callbacks.EMAWeightAveraging(decay=0.5, use_buffers=False),
+            callbacks.StochasticWeightAveraging(1e-3, swa_epoch_start=1, annealing_epochs=1),
+        ):
+            task, callback = module("lightning.pytorch"), GumbelPruning(CONFIG, attribute="net")
+            trainer("lightning.pytorch", callback, tmp_path, more=[average]).fit(task, loader())
+            assert self.widths(callback) == [6, 4, 3]
+            assert verify_equivalence(task.net, callback.shrink(), EXAMPLE).passed
+
+    def test_a_search_for_the_learning_rate(self, tmp_path: Path) -> None:
+        tuner = importlib.import_module("lightning.pytorch.tuner")
+        task, callback = module("lightning.pytorch"), GumbelPruning(CONFIG, attribute="net")
+        task.lr = 0.01
+        fitter = trainer("lightning.pytorch", callback, tmp_path)
+        tuner.Tuner(fitter).lr_find(task, loader(), num_training=4)
+        assert not list(task.net.named_buffers())
+        fitter.fit(task, loader())
+        assert self.widths(callback) == [6, 4, 3]
+
+    def test_a_training_that_failed_leaves_a_plain_module(self, tmp_path: Path) -> None:
+        task, callback = module("lightning.pytorch", poison=float("nan")), GumbelPruning(CONFIG, attribute="net")
+        with pytest.raises(NonFiniteLossError):
+            trainer("lightning.pytorch", callback, tmp_path).fit(task, loader())
+        assert [name for name, _ in task.net.named_parameters()] == [name for name, _ in network().named_parameters()]
+        task.poison = 1.0
+        trainer("lightning.pytorch", callback, tmp_path).fit(task, loader())
+        assert self.widths(callback) == [6, 4, 3]
+
+
 class TestRefusals:
     def fit(self, callback: GumbelPruning, tmp_path: Path, task: Any = None, **options: Any) -> None:
         trainer(PACKAGES[0], callback, tmp_path, **options).fit(task or module(PACKAGES[0]), loader())
@@ -152,6 +269,14 @@ class TestRefusals:
         callback = GumbelPruning(CONFIG, attribute="net")
         with pytest.raises(ConfigError, match=r"Trainer\(precision='16-mixed'\): .* use bfloat16"):
             callback.setup(SimpleNamespace(precision="16-mixed"), module(PACKAGES[0]), "fit")
+
+    def test_averages_that_would_lose_the_gates(self, tmp_path: Path) -> None:
+        average = importlib.import_module("lightning.pytorch").callbacks.EMAWeightAveraging
+        callback = GumbelPruning(CONFIG, attribute="net")
+        with pytest.raises(ConfigError, match="pass use_buffers=False"):
+            self.fit(callback, tmp_path, more=[average()])
+        with pytest.raises(ConfigError, match="GumbelPruning goes before EMAWeightAveraging"):
+            trainer(PACKAGES[0], average(), tmp_path, more=[callback]).fit(module(PACKAGES[0]), loader())
 
     def test_no_example(self, tmp_path: Path) -> None:
         task = module(PACKAGES[0])

@@ -280,6 +280,22 @@ def test_python_functions_run_inside_leaves() -> None:
     torch.testing.assert_close(traced(2 * x), Normalised()(2 * x), rtol=0, atol=0)
 
 
+def test_traced_code_may_name_generic_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pooled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.max_pool2d(F.relu(x), 2).mean((2, 3))
+
+    x = torch.randn(2, 3, 4, 4)
+    with monkeypatch.context() as patch:
+        for name in ("_create_wrapped_leaf_class", "_create_wrapped_leaf_iterable_class"):
+            patch.setattr(concrete_tracer, name, innermost(getattr(concrete_tracer, name)))
+        with pytest.raises(TypeError, match="not subscriptable"):
+            concrete_trace(Pooled(), (x,))
+    assert tracing.generic_classes_in_tracer()
+    traced = concrete_trace(Pooled(), (x,))
+    torch.testing.assert_close(traced(2 * x), Pooled()(2 * x), rtol=0, atol=0)
+
+
 def test_a_value_may_be_used_last_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     class Sized(nn.Module):
         def __init__(self) -> None:

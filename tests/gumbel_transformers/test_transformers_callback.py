@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gumbel_plugin import verify_equivalence
-from gumbel_plugin.errors import ConfigError, LifecycleError
+from gumbel_plugin.errors import ConfigError, DataError, LifecycleError
 from gumbel_plugin.learning.gates import GATES
 
 transformers = pytest.importorskip("transformers")
@@ -98,6 +98,35 @@ def test_a_checkpoint_without_the_gates(tmp_path: Path) -> None:
     (checkpoint / "gumbel_pruning.pt").unlink()
     with pytest.raises(ConfigError, match="pass the checkpoint's folder as resume_from="):
         train(tmp_path, GumbelPruningCallback(CONFIG, EXAMPLE), str(checkpoint))
+
+
+def test_a_damaged_checkpoint_leaves_the_model_plain(tmp_path: Path) -> None:
+    train(tmp_path, GumbelPruningCallback(CONFIG, EXAMPLE), save_strategy="steps", save_steps=3)
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "gumbel_pruning.pt").write_bytes(b"nothing")
+    model = bert()
+    callback = GumbelPruningCallback(CONFIG, EXAMPLE)
+    trainer = transformers.Trainer(model, arguments(tmp_path), train_dataset=data(), callbacks=[callback])
+    with pytest.raises(DataError, match="gumbel_pruning.pt cannot be read"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert not any(GATES in name for name, _ in model.named_modules())
+
+
+def test_a_training_that_failed_can_be_taken_back(tmp_path: Path) -> None:
+    class Failing(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise RuntimeError("a bug of the user's")
+
+    model, callback = bert(), GumbelPruningCallback(CONFIG, EXAMPLE)
+    callbacks = [callback, Failing()]
+    trainer = transformers.Trainer(model, arguments(tmp_path), train_dataset=data(), callbacks=callbacks)
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer.train()
+    callback.detach()
+    assert not any(GATES in name for name, _ in model.named_modules())
+    transformers.Trainer(model, arguments(tmp_path), train_dataset=data(), callbacks=[callback]).train()
+    with pytest.raises(LifecycleError, match="plain one already"):
+        callback.detach()
 
 
 def test_before_the_training() -> None:

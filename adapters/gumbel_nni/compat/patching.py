@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-def replace_once(owner: type, name: str, replacement: Callable[..., Any]) -> None:
-    """Put a function in the place of a class's own, which it carries on as ``__wrapped__``; once.
+def replace_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Put a function in the place of a class's or module's own, which it carries on as ``__wrapped__``; once.
 
     Several repairs may replace one function, each the one before it.
     """

@@ -57,6 +57,20 @@ def python_functions_in_tracer() -> bool:
     return True
 
 
+def generic_classes_in_tracer() -> bool:
+    """Let traced code write ``list[int]``.
+
+    Cause: the tracer puts callable objects in the place of list, tuple, dict and others, which take no subscript;
+    ``F.max_pool2d(x, 2)`` evaluates ``torch.jit.annotate(list[int], [])`` (``List[int]`` until about torch 2.9):
+    TypeError. Remedy: a subscript goes to the class behind the object.
+    """
+    from nni.common.concrete_trace_utils import concrete_tracer
+
+    replace_once(concrete_tracer, "_create_wrapped_leaf_class", _wrapped_class)
+    replace_once(concrete_tracer, "_create_wrapped_leaf_iterable_class", _wrapped_iterable_class)
+    return True
+
+
 def classes_after_tracing() -> bool:
     """Leave torch's classes as they were when concrete_trace returns.
 
@@ -115,6 +129,20 @@ def bytecode_caches_in_proxy() -> bool:
     before = [dis.opmap[name] for name in ("COMPARE_OP", "UNARY_NOT", "TO_BOOL") if name in dis.opmap]
     proxy.jump_before_opcodes = tuple(before)
     return True
+
+
+def _wrapped_class(tracer: Any, clz: type) -> Any:
+    return _with_subscript(_wrapped_class.__wrapped__(tracer, clz), clz)  # type: ignore[attr-defined]
+
+
+def _wrapped_iterable_class(tracer: Any, clz: type) -> Any:
+    return _with_subscript(_wrapped_iterable_class.__wrapped__(tracer, clz), clz)  # type: ignore[attr-defined]
+
+
+def _with_subscript(wrapper: Any, clz: Any) -> Any:
+    """Give the wrapper's class, which is its own, the subscript of the class that it stands for."""
+    type(wrapper).__getitem__ = lambda self, item: clz[item]
+    return wrapper
 
 
 def _trace(self: Any, *args: Any, **kwargs: Any) -> torch.fx.Graph:
