@@ -154,6 +154,11 @@ class LayerRule(_Section):
         unknown = set(settings) - {"weight", "bias"}
         if unknown:
             raise ValueError(f"target_settings {sorted(unknown)} cannot be learnt; masks cover 'weight' (and its bias)")
+        odd = next((name for name, own in settings.items() if not isinstance(own, Mapping | None)), None)
+        if odd is not None:
+            raise ValueError(f"target_settings.{odd} = {settings[odd]!r}: it must be a mapping of settings")
+        if settings.get("bias"):
+            raise ValueError("target_settings.bias: a bias follows its weight's mask; leave its settings out")
         return {**values, **(settings.get("weight") or {})}
 
     @field_validator("target_names")
@@ -185,6 +190,13 @@ class LayerRule(_Section):
             raise ValueError("an entry names its layers by op_types, op_names or op_names_re; it has none of them")
         if self.sparse_ratio is not None and self.sparse_threshold is not None:
             raise ValueError("sparse_ratio and sparse_threshold exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_leave_room(self) -> LayerRule:
+        low, high = self.min_sparse_ratio, self.max_sparse_ratio
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_sparse_ratio {low} is above max_sparse_ratio {high}")
         return self
 
     @property
@@ -313,7 +325,7 @@ class PruningConfig(_Section):
     training: TrainingConfig = TrainingConfig()
     report: ReportConfig = ReportConfig()
     example_shape: tuple[int, ...] | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @classmethod
     def load(cls, config: ConfigLike) -> PruningConfig:
@@ -347,11 +359,13 @@ class PruningConfig(_Section):
 
 def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """Say in one line an error: which key, its value, the rule, and the nearest valid key."""
-    lines = []
-    for item in error.errors():
+    lines: list[str] = []
+    items = error.errors()
+    for item in items:
         path = [part for part in item["loc"] if not _is_alternative(part)]
         key = prefix + ".".join(str(part) for part in path)
-        if item["loc"] and item["loc"][-1] in _SCALARS and isinstance(item["input"], dict | list | tuple):
+        scalar = item["loc"] and item["loc"][-1] in _SCALARS
+        if scalar and isinstance(item["input"], dict | list | tuple) and (lines or item is not items[-1]):
             continue  # "a number or a schedule" was given a mapping: what is wrong with the schedule says enough
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(f"{key}: unknown key{nearest(str(path[-1]), _fields_at(model, path[:-1]))}")

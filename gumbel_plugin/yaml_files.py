@@ -21,8 +21,10 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"config {str(path)!r} does not exist")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {str(path)!r} is no valid YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"config {str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict | list):
         raise ConfigError(f"config {str(path)!r} must hold a mapping or an NNI config list")
     return content

@@ -104,6 +104,13 @@ def test_files_that_hold_no_config_are_an_error(text: str, message: str, tmp_pat
     assert str(path) in str(error.value)
 
 
+def test_a_file_of_another_encoding_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("# größer".encode("latin-1"))
+    with pytest.raises(ConfigError, match="no valid YAML: 'utf-8' codec"):
+        read_yaml(path)
+
+
 def test_a_missing_file_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"'nowhere\.yaml' does not exist"):
         PruningConfig.load("nowhere.yaml")
@@ -124,6 +131,8 @@ def test_a_missing_file_is_an_error() -> None:
         ({"training": {"max_epochs": 0}}, r"training\.max_epochs = 0: .*greater than or equal to 1"),
         ({"model": {}}, r"model\.name: required, but missing"),
         ({"seed": "x"}, "seed = 'x': .*integer"),
+        ({"seed": 10**23}, "seed = 1.*: .*less than"),
+        ({"seed": -1}, "seed = -1: .*greater than"),
     ],
 )
 def test_errors_name_the_key_the_value_and_the_rule(values: dict[str, Any], message: str) -> None:
@@ -182,6 +191,10 @@ def test_a_ratio_outside_zero_to_one_is_an_error(ratio: float) -> None:
         ({"target_names": ["_output_"]}, r"target_names \['_output_'\]: learnt masks cover 'weight'"),
         ({"target_settings": {"input": {}}}, r"target_settings \['input'\] cannot be learnt"),
         ({"target_settings": 3}, "target_settings = 3"),
+        ({"target_settings": {"weight": 3}}, r"target_settings\.weight = 3: it must be a mapping"),
+        ({"target_settings": {"bias": {"sparse_ratio": 0.9}}}, "a bias follows its weight's mask"),
+        ({"global_group_id": [1]}, r"global_group_id.*valid (integer|string)"),
+        ({"min_sparse_ratio": 0.6, "max_sparse_ratio": 0.2}, "min_sparse_ratio 0.6 is above max_sparse_ratio 0.2"),
         ({"op_names_re": ["conv("]}, r"'conv\(' is no regular expression"),
         ({"exclude_op_names_re": ["*"]}, r"'\*' is no regular expression"),
         ({"op_types": "Conv2d"}, r"config_list\.0\.op_types = 'Conv2d'"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.masks.base import LearntMask
+from gumbel_plugin.shrinking.kept import Kept, indices_left
 
 _logger = logging.getLogger(__name__)
 
@@ -24,11 +25,13 @@ class Change:
         old: The parameter that the optimizer knows.
         new: The parameter that the model has now.
         kept: Where each element of the new one stood in the flattened old one, int64; None if that is not known.
+        name: The name of both in the model; empty if they have different ones or are not the model's own.
     """
 
     old: nn.Parameter
     new: nn.Parameter
     kept: Tensor | None
+    name: str = ""
 
 
 @dataclass(eq=False)
@@ -69,6 +72,13 @@ class ParameterChanges:
             with torch.no_grad():
                 after.copy_(before[kept.to(before.device)])
             self.add(before, after, kept)
+
+    def kept(self) -> Kept:
+        """Return which rows, columns, ... of the model's parameters stayed, by name."""
+        found = {
+            c.name: indices_left(c.kept, tuple(c.old.shape)) for c in self.changes if c.name and c.kept is not None
+        }
+        return {name: dims for name, dims in found.items() if dims is not None and any(d is not None for d in dims)}
 
     def apply_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer go on with the new parameters; momentum and the like are cut like the weights.
@@ -130,7 +140,7 @@ def tracked(model: nn.Module) -> Iterator[ParameterChanges]:
                 kept = None if new.grad is None else _read(new.grad)
                 new.grad = None if kept is None else _cut(gradients[origin], before[origin], new, kept)
                 new.requires_grad_(flags[origin])
-                result.add(before[origin], new, kept)
+                result.changes.append(Change(before[origin], new, kept, name if name == origin else ""))
         for module, mode in training.items():
             module.training = mode
 

@@ -19,6 +19,7 @@ from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.inputs import call_model, dtype_of, inputs_following
+from gumbel_plugin.shrinking.kept import kept_after, kept_of, note_kept
 from gumbel_torch_pruning.arguments import check_arguments, check_layers, check_model, forward_of, own_copies
 from gumbel_torch_pruning.attention import kind_of
 from gumbel_torch_pruning.gradients import EvenGradients
@@ -204,6 +205,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             for name, units in closed.items():
                 heads = self._heads.get(name)
                 yield heads.removal(self.DG, units) if heads else self._dependency.pruning_group(name, units)
+        note_kept(self.model, kept_after(kept_of(self.model), self._changes.kept()))
         self._update_graph()
         if self.current_step < self.iterative_steps and self._gated_groups():
             self._attach()

@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark.utils.timer import timer  # waits for an accelerator before it reads the clock
 
 from gumbel_plugin.errors import ConfigError, DataError, TargetError, nearest
+from gumbel_plugin.files import write_bytes
 from gumbel_plugin.learning.cost import (
     CostModel,
     LayerCost,
@@ -88,9 +88,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON; the file appears whole or not at all."""
-        temporary = Path(f"{path}.partial")
-        temporary.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_bytes(path, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:

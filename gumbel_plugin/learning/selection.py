@@ -36,9 +36,13 @@ def select_modules(
         for word in words or ():
             if word not in valid:
                 raise TargetError(f"{key}: {word!r} matches no module of the model{nearest(word, valid)}")
-    for pattern in rule.op_names_re or ():
-        if not any(re.match(pattern, name) for name in modules):
-            raise TargetError(f"op_names_re: {pattern!r} matches no module of the model{nearest(pattern, modules)}")
+    for key, patterns in (("op_names_re", rule.op_names_re), ("exclude_op_names_re", rule.exclude_op_names_re)):
+        for pattern in patterns or ():
+            if not any(re.match(pattern, name) for name in modules):
+                raise TargetError(f"{key}: {pattern!r} matches no module of the model{nearest(pattern, modules)}")
+    for word in rule.exclude_op_types or ():
+        if word not in types and not hasattr(nn, word):  # a list for many models may name torch's that this one lacks
+            raise TargetError(f"exclude_op_types: {word!r} matches no module of the model{nearest(word, types)}")
     chosen = {name: module for name, module in modules.items() if _selected(name, module, rule)}
     if not chosen:
         raise TargetError(f"config_list entry {rule.as_nni()} selects no module: its keys exclude each other")

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from gumbel_plugin.errors import DataError, MissingExtraError
+from gumbel_plugin.files import write_bytes
 from gumbel_plugin.learning.session import GATES
-from gumbel_plugin.runs.folder import write_bytes
 
 try:
     import lightning.pytorch as pl

@@ -48,6 +48,11 @@ class DataBundle:
     num_classes: int
     input_shape: tuple[int, ...]
 
+    @property
+    def is_regression(self) -> bool:
+        """Whether the targets are numbers instead of classes."""
+        return bool(self.test[0][1].is_floating_point())
+
 
 @dataclass(frozen=True)
 class _Tables:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gumbel_plugin.errors import MissingExtraError
-from gumbel_plugin.runs.folder import read_log, write_bytes
+from gumbel_plugin.files import write_bytes
+from gumbel_plugin.runs.folder import read_log
 from gumbel_plugin.runs.trackers import Tracker
 
 try:

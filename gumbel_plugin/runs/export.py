@@ -51,7 +51,10 @@ def export_run(path: Path, kind: str, output: Path | None = None) -> tuple[Path,
     if kind not in FORMATS:
         raise ConfigError(f"format {kind!r} is unknown{nearest(kind, FORMATS)}")
     model, shape = read_small(path)
-    target = output or path / f"small.{kind}"
+    target = path / f"small.{kind}" if output is None else output
+    if target.is_dir() or not target.parent.is_dir():
+        problem = "it is a folder" if target.is_dir() else "its folder does not exist"
+        raise ConfigError(f"{str(target)!r} cannot be written: {problem}")
     temporary = target.with_name(f"{target.stem}.partial.{kind}")
     try:
         run = FORMATS[kind](model, torch.randn(2, *shape), temporary)

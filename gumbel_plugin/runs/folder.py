@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError
+from gumbel_plugin.files import write_bytes
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
 
@@ -28,6 +28,8 @@ FORMAT = 1
 """The format of `SUMMARY`; a folder with another one was written by another version of this project."""
 
 _SPARE = 16 * 2**20
+_SUMMARY_KEYS = {"columns", "equivalence", "sparsity", "training_seconds", "layers"}
+_SUMMARY_KEYS |= {"versions", "git", "machine", "finished"}
 
 
 @dataclass
@@ -85,22 +87,47 @@ class RunFolder:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Read an epoch log; empty cells become NaN, and a last line that was cut off is left out."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
-    heading = rows[0] if rows else []
-    whole = [row for row in rows[1:] if len(row) == len(heading)]
-    return [{k: float(cell) if cell else math.nan for k, cell in zip(heading, row, strict=True)} for row in whole]
+    """Read an epoch log; empty cells become NaN, and a last line that was cut off is left out.
+
+    Raises:
+        DataError: If it is no epoch log.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+        heading = rows[0] if rows else []
+        whole = [row for row in rows[1:] if len(row) == len(heading)]
+        if whole and "epoch" not in heading:
+            raise ValueError(f"its heading is {','.join(heading)!r}")
+        return [{k: float(cell) if cell else math.nan for k, cell in zip(heading, row, strict=True)} for row in whole]
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{path} is no epoch log: {error}") from error
 
 
 def read_gates(path: Path) -> list[dict[str, Any]]:
-    """Read the histograms of the gates, an entry an epoch; a last line that was cut off is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """Read the histograms of the gates, an entry an epoch; a last line that was cut off is left out.
+
+    Raises:
+        DataError: If it holds something else.
+    """
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    except ValueError as error:
+        raise DataError(f"{path} holds no histograms of gates: {error}") from error
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not {"epoch", "phase", "masks"} <= set(entry):
+            raise DataError(
+                f"{path} holds no histograms of gates: line {number} is no mapping of epoch, phase and masks"
+            )
+    return entries
 
 
 def keep_gates(path: Path, epochs: int) -> None:
-    """Keep the histograms of the first epochs only, those that were finished before a training was killed."""
+    """Keep the histograms of the first epochs only, those that were finished before a training was killed.
+
+    Raises:
+        DataError: If the file holds something else.
+    """
     if path.is_file():
         kept = [entry for entry in read_gates(path) if entry["epoch"] <= epochs]
         write_bytes(path, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in kept).encode())
@@ -186,13 +213,6 @@ def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftove
         raise ConfigError(f"output {str(output)!r} cannot be written: {error}") from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that appears whole or not at all; NaN and infinities, which JSON does not have, become null."""
     write_bytes(path, json.dumps(_json_ready(value), indent=2, allow_nan=False).encode())
@@ -209,6 +229,9 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if not isinstance(summary, dict) or summary.get("format") != FORMAT:
         found = summary.get("format", "none") if isinstance(summary, dict) else "none"
         raise DataError(f"its format is {found}, this version of gumbel-plugin reads format {FORMAT}")
+    missing = _SUMMARY_KEYS - set(summary)
+    if missing:
+        raise DataError(f"it lacks {sorted(missing)}")
     return summary
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.files import write_bytes
 from gumbel_plugin.insight.report_data import ReportData, comparison_rows, latency_warnings
-from gumbel_plugin.runs.folder import CONFIG, GATES, LOG, REPORT, SUMMARY, RunFolder, write_bytes
+from gumbel_plugin.runs.folder import CONFIG, GATES, LOG, REPORT, SUMMARY, RunFolder
 
 _SCORES = {"cross_entropy": "test accuracy (%)", "mse": "test score (negative mean squared error)"}
 _VALIDATION = {"cross_entropy": "validation accuracy (%)", "mse": "validation score"}
@@ -45,10 +46,15 @@ def write_comparison(paths: Sequence[Path], file: Path) -> list[list[str]]:
 
     Raises:
         DataError: If one of the runs is not finished, or a file that is needed is damaged.
+        ConfigError: If the runs have different kinds of scores, or the page cannot be written.
     """
     from gumbel_plugin.insight.report import render_comparison
 
     runs = [read_result(path) for path in paths]
+    scores = {run.score: run.name for run in runs}
+    if len(scores) > 1:
+        listed = "; ".join(f"{name!r} has the {score}" for score, name in scores.items())
+        raise ConfigError(f"runs of different scores cannot be compared: {listed}")
     names = [run.name for run in runs]
     runs = [
         replace(run, name=str(path)) if names.count(run.name) > 1 else run

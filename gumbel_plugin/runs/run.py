@@ -215,9 +215,8 @@ def _open(output: Path, prepared: Prepared, resume: bool) -> None:
 
 def _check_outputs(config: PruningConfig, data: DataBundle, model: nn.Module, example: Tensor) -> None:
     """Refuse a network or a loss that does not fit the data's targets."""
-    regression = data.test[0][1].is_floating_point()
-    if regression != (config.training.loss == "mse"):
-        kind, fitting = ("numbers", "mse") if regression else ("classes", "cross_entropy")
+    if data.is_regression != (config.training.loss == "mse"):
+        kind, fitting = ("numbers", "mse") if data.is_regression else ("classes", "cross_entropy")
         raise ConfigError(f"training.loss = {config.training.loss!r}: the data's targets are {kind}; use {fitting!r}")
     with observing(model):
         outputs = call_model(model, example)

@@ -18,9 +18,9 @@ from torch import nn
 
 from gumbel_plugin.config import LayerRule, ModelConfig, PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, nearest
+from gumbel_plugin.files import write_bytes
 from gumbel_plugin.masks import method_named
 from gumbel_plugin.runs.data import data_names, load_data
-from gumbel_plugin.runs.folder import write_bytes
 from gumbel_plugin.runs.models import build_model, model_options
 
 SCHEMA_FILE = "gumbel-prune.schema.json"
@@ -84,7 +84,7 @@ def starter_text(method: str, model: str, data: str) -> str:
         "pruning": {"method": method, "config_list": [rule], "phases": {"dense": 0.1, "fixed": 0.3}},
         "model": network,
         "data": {"name": data},
-        "training": {"max_epochs": 20, "dense_baseline": True},
+        "training": {"max_epochs": 20, **_fitting_loss(data), "dense_baseline": True},
         "seed": 0,
     }
     PruningConfig.load(chosen)  # what is written is valid
@@ -95,6 +95,15 @@ def starter_text(method: str, model: str, data: str) -> str:
         *_lines(PruningConfig, chosen),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _fitting_loss(data: str) -> dict[str, Any]:
+    """Return the loss that fits a data set's targets, as far as the data is there and the default does not fit."""
+    try:
+        bundle = load_data(data)
+    except DataError:
+        return {}
+    return {"loss": "mse"} if bundle.is_regression else {}
 
 
 def _fitting_sizes(model: str, data: str) -> dict[str, Any]:

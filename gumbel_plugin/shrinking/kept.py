@@ -26,6 +26,17 @@ def note_kept(small: nn.Module, kept: Kept) -> None:
     small.__dict__[_ATTRIBUTE] = dict(kept)
 
 
+def kept_after(first: Kept, then: Kept) -> Kept:
+    """Return what two removals, one after the other, kept of the network before both."""
+    both = dict(first)
+    for name, dims in then.items():
+        before = first.get(name, (None,) * len(dims))
+        both[name] = tuple(
+            old if new is None else new if old is None else old[new] for old, new in zip(before, dims, strict=True)
+        )
+    return both
+
+
 @torch.no_grad()
 def find_kept(dense: nn.Module, remove: Callable[[nn.Module], None]) -> Kept:
     """Find out which entries survive a removal, whatever cuts them.
@@ -48,14 +59,22 @@ def find_kept(dense: nn.Module, remove: Callable[[nn.Module], None]) -> Kept:
     kept = {}
     for name, shape in shapes.items():
         if name in left and left[name].dtype == torch.float64 and tuple(left[name].shape) != shape:
-            dimensions = _indices(left[name], shape)
+            dimensions = indices_left(left[name], shape)
             if dimensions is not None:
                 kept[name] = dimensions
     return kept
 
 
-def _indices(numbers: Tensor, shape: tuple[int, ...]) -> tuple[Tensor | None, ...] | None:
-    """Return the indices that stayed along each dimension; None if what is left is no grid of rows and columns."""
+def indices_left(numbers: Tensor, shape: tuple[int, ...]) -> tuple[Tensor | None, ...] | None:
+    """Return the indices that stayed along each dimension.
+
+    Args:
+        numbers: The places, in the flattened tensor before, of the elements that are left.
+        shape: The tensor's shape before.
+
+    Returns:
+        For each dimension the indices, None where all stayed; None for all if what is left is no grid.
+    """
     places = torch.unravel_index(numbers.flatten().long(), shape)
     found = [torch.unique(place) for place in places]
     if prod(len(indices) for indices in found) != numbers.numel():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import warnings
 import zipfile
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from gumbel_plugin.errors import DataError
+from gumbel_plugin.files import write_bytes
 from gumbel_plugin.versions import library_versions
 
 FORMAT = "gumbel-plugin-masks-1"
@@ -51,9 +51,7 @@ def save_masks(
         "versions": json.dumps(library_versions()),
         **header,
     }
-    temporary = Path(f"{path}.partial")
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    write_bytes(path, save(tensors, metadata))
 
 
 def load_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:

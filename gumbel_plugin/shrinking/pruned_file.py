@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest
+from gumbel_plugin.files import write_bytes
 from gumbel_plugin.learning.blocks import residual_block
 from gumbel_plugin.shrinking.blocks import removed_blocks, replace_block
 from gumbel_plugin.shrinking.kept import kept_of, note_kept
@@ -55,9 +55,7 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
     }
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     content = save({**tensors, HINT: torch.empty(0)}, {FORMAT: json.dumps(about)})  # one entry: their order is random
-    temporary = Path(f"{path}.partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_bytes(path, content)
 
 
 def load_pruned(path: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
@@ -91,8 +89,11 @@ def load_pruned(path: str | Path, factory: Callable[[], nn.Module]) -> nn.Module
         _replace(model, name, kind, path)
     _add_biases(model, tensors)
     _check_names(path, model, tensors)
+    modules = dict(model.named_modules())
     for name, sizes in header["sizes"].items():
-        module = model.get_submodule(name)
+        module = modules.get(name)
+        if module is None:
+            raise DataError(f"{path}: the factory's network has no module {name!r}{nearest(name, modules)}")
         for key, value in sizes.items():
             setattr(module, key, tuple(value) if isinstance(value, list) else value)
     _fit_tensors(model, tensors)
@@ -119,6 +120,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
         header: dict[str, Any] = json.loads(metadata[FORMAT])
     except ValueError as error:
         raise DataError(f"network file {path} has a damaged header: {error}") from error
+    lists = ("kept", "sizes", "replaced")
+    if not isinstance(header, dict) or any(not isinstance(header.get(key), dict) for key in lists):
+        raise DataError(f"network file {path} has a damaged header: it lacks one of {', '.join(lists)}")
     return header
 
 

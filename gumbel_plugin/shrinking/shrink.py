@@ -18,7 +18,7 @@ from gumbel_plugin.shrinking.constants import fold_constants
 from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
 from gumbel_plugin.shrinking.inputs import random_inputs_like
-from gumbel_plugin.shrinking.kept import find_kept, note_kept
+from gumbel_plugin.shrinking.kept import find_kept, kept_after, kept_of, note_kept
 from gumbel_plugin.shrinking.precision import dtypes_of, round_to
 from gumbel_plugin.wrapped import refuse_wrapped
 
@@ -122,7 +122,7 @@ def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend =
         small = remove_channels(small, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
     else:
         dependency.remove_all(dead)
-    note_kept(small, kept)
+    note_kept(small, kept_after(kept_of(masked), kept))
     note_removed(small, blocks)
     gone, constant = (sum(len(units) for units in found.values()) for found in (dead, folded))
     _logger.info("removed %d units in %d groups; the constants of %d were folded", gone, len(dead), constant)

@@ -32,6 +32,7 @@ from gumbel_plugin.shrinking.mask_file import save_masks
 ALL_REPAIRS = (
     "tensor_methods_in_tracer",
     "python_functions_in_tracer",
+    "generic_classes_in_tracer",
     "classes_after_tracing",
     "impure_with_two_arguments",
     "bytecode_caches_in_proxy",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gumbel_plugin import GumbelGroupPruner, verify_equivalence
+from gumbel_plugin import GumbelGroupPruner, load_pruned, save_pruned, verify_equivalence
 from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
 from gumbel_plugin.learning.session import GATES, plain_copy
+from gumbel_plugin.shrinking.kept import kept_of
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 
@@ -308,6 +309,23 @@ def test_what_was_returned_does_not_change_with_later_steps():
     second.step()
     assert second.model[0].out_features == int(second.masks()["0"]["bias"].sum()) == 8
     assert len(state["record"]["left"]["0"]) == 12
+
+
+def test_the_model_knows_what_it_kept(tmp_path):
+    dense = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+    model = copy.deepcopy(dense)
+    pruner = GumbelGroupPruner(model, torch.randn(2, 3), pruning_ratio=0.5, iterative_steps=2)
+    for number in range(2):
+        draw(pruner, number)
+        pruner.step()
+    kept = kept_of(model)
+    rows = kept["0.weight"][0]
+    assert torch.equal(kept["2.weight"][1], rows)
+    assert torch.equal(kept["0.bias"][0], rows)
+    assert torch.equal(dense[0].weight[rows], model[0].weight)
+    save_pruned(tmp_path / "small", model)
+    again = load_pruned(tmp_path / "small", lambda: copy.deepcopy(dense))
+    assert torch.equal(again(torch.ones(1, 3)), model(torch.ones(1, 3)))
 
 
 def test_a_reset_needs_something_to_gate():

@@ -83,6 +83,8 @@ def test_layers_are_selected_as_nni_selects_them(rule: dict[str, Any]) -> None:
         ({"op_types": ["Conv2d", "Conv3d"]}, "op_types: 'Conv3d' matches no module"),
         ({"op_names_re": ["convolution.*"]}, r"op_names_re: 'convolution\.\*' matches no module"),
         ({"op_types": ["Conv2d"], "exclude_op_names": ["conv_1"]}, "exclude_op_names: 'conv_1' matches no module"),
+        ({"op_types": ["Conv2d"], "exclude_op_types": ["Linaer"]}, "exclude_op_types: 'Linaer' matches .* 'Linear'"),
+        ({"op_types": ["Conv2d"], "exclude_op_names_re": ["convv.*"]}, r"exclude_op_names_re: 'convv\.\*' matches no"),
         ({"op_names": ["fc1"], "op_types": ["Conv2d"]}, "selects no module: its keys exclude each other"),
         ({"op_types": ["ReLU"]}, r"'block\.2' is a ReLU, which has no weight to mask"),
     ],
@@ -90,6 +92,11 @@ def test_layers_are_selected_as_nni_selects_them(rule: dict[str, Any]) -> None:
 def test_what_matches_nothing_is_an_error_with_the_nearest(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(TargetError, match=message):
         select_modules(Nested(), section(rule).config_list[0])
+
+
+def test_types_that_only_other_models_have_may_be_excluded() -> None:
+    rule = section({"op_types": ["Conv2d"], "exclude_op_types": ["Embedding"]}).config_list[0]
+    assert select_modules(Nested(), rule)
 
 
 # Layers -----------------------------------------------------------------------------------------------------------

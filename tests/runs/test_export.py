@@ -75,6 +75,11 @@ class TestExport:
             export_run(finished[0], "onx")
         with pytest.raises(ConfigError, match="cannot be written"):
             export_run(finished[0], "safetensors", tmp_path / "nowhere" / "small.safetensors")
+        for kind in FORMATS:
+            with pytest.raises(ConfigError, match="its folder does not exist"):
+                export_run(finished[0], kind, tmp_path / "nowhere" / f"small.{kind}")
+            with pytest.raises(ConfigError, match="it is a folder"):
+                export_run(finished[0], kind, Path(""))
         with pytest.raises(DataError, match="does not exist"):
             export_run(tmp_path / "nowhere", "pt2")
 
@@ -128,6 +133,8 @@ class TestReading:
             ("summary.json", b"{", "summary.json cannot be read"),
             ("summary.json", b'{"format": 99}', "its format is 99, this version of gumbel-plugin reads format 1"),
             ("summary.json", b"[]", "its format is none"),
+            ("summary.json", b'{"format": 1, "columns": {}}', "it lacks ['equivalence', 'finished', 'git'"),
+            ("config.yaml", "# größer".encode("latin-1"), "config.yaml cannot be read"),
             ("config.yaml", b"seed: [", "config.yaml cannot be read"),
             ("config.yaml", yaml.safe_dump({"sede": 1}).encode(), "did you mean 'seed'"),
         ],
@@ -139,6 +146,37 @@ class TestReading:
         assert problem in str(caught.value)
         assert "what can be read: " in str(caught.value)
         assert "masks.safetensors" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "problem"),
+        [
+            ("gates.jsonl", b"{}\n", "line 1 is no mapping of epoch, phase and masks"),
+            ("gates.jsonl", b"[1]\n", "line 1 is no mapping"),
+            ("gates.jsonl", b"{\n", "holds no histograms"),
+            ("log.csv", b"a,b\n1,2\n", "is no epoch log: its heading is 'a,b'"),
+            ("log.csv", b"epoch,loss\n1,x\n", "is no epoch log"),
+        ],
+    )
+    def test_damage_that_a_report_can_do_without(self, name: str, content: bytes, problem: str, folder: Path) -> None:
+        (folder / name).write_bytes(content)
+        assert problem in RunFolder.read(folder).problems[name]
+        data = read_result(folder)
+        assert not (data.log if name == "log.csv" else data.gates)
+
+    def test_scores_of_different_kinds_are_not_compared(self, folder: Path, finished: Any) -> None:
+        path = folder / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        config["training"]["loss"] = "mse"
+        path.write_text(yaml.safe_dump(config))
+        with pytest.raises(ConfigError, match="runs of different scores cannot be compared"):
+            write_comparison([folder, finished[0]], folder / "comparison.html")
+
+    def test_a_page_that_cannot_be_written_leaves_nothing(self, folder: Path, finished: Any) -> None:
+        pytest.importorskip("matplotlib")
+        (folder / "taken").mkdir()
+        with pytest.raises(ConfigError, match="cannot be written"):
+            write_comparison([finished[0]], folder / "taken")
+        assert not list(folder.glob("*.partial"))
 
     def test_a_truncated_network(self, folder: Path) -> None:
         path = folder / "small.safetensors"

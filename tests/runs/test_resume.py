@@ -22,6 +22,8 @@ from gumbel_plugin.runs.checkpoint import read_checkpoint
 from gumbel_plugin.runs.cli import app
 from gumbel_plugin.runs.run import run
 
+import lightning.pytorch as pl  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
+
 RUN: dict[str, Any] = {
     "seed": 3,
     "model": {"name": "resumed_network:build"},
@@ -178,6 +180,28 @@ class TestEveryWrite:
             for path in folder.glob("*.partial"):
                 raise AssertionError(f"{path.name} is left")
         assert stop >= 6  # config, two checkpoints, masks, small, summary
+
+
+class Stopping(pl.Callback):  # type: ignore[misc]
+    """A follower with a state of its own, such as a progress bar at a terminal."""
+
+    def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
+        if trainer.current_epoch == 3:
+            raise Killed
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"something": 1}
+
+
+def test_other_followers_than_before(tmp_path: Path) -> None:
+    """A run that was begun at a terminal goes on without one."""
+    config = PruningConfig.load({**RUN, "training": {**RUN["training"], "dense_baseline": False}})
+    run(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(config, tmp_path / "killed", followers=[Stopping()])
+    assert (tmp_path / "killed" / "checkpoint.pt").exists()
+    run(config, tmp_path / "killed", resume=True)
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
 class TestRefusals:

@@ -23,6 +23,12 @@ def test_every_method_gives_a_run_that_can_be_prepared(method: str) -> None:
     prepare(config)
 
 
+def test_the_loss_fits_the_targets() -> None:
+    config = PruningConfig.load(yaml.safe_load(starter_text("gumbel_softmax", "toy_mlp", "toy_regression")))
+    assert config.training.loss == "mse"
+    prepare(config)
+
+
 def test_every_comment_can_become_a_key() -> None:
     """What is commented out is the default: all of it uncommented is still valid, and means the same."""
     text = starter_text("gumbel_softmax", "digits_cnn", "digits")

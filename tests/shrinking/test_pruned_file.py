@@ -78,6 +78,23 @@ class TestRoundTrip:
         assert torch.equal(again.eval()(network.inputs), small.eval()(network.inputs))
         assert read_header(tmp_path / "small")["kept"]["head.weight"] == [None, [0, 2, 4]]
 
+    def test_two_removals_are_counted_from_the_first_network(self, tmp_path: Path) -> None:
+        dense = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+        for layer in (dense[0], dense[2]):  # nothing is constant, so that nothing is folded
+            nn.init.uniform_(layer.weight, 0.5, 1.0)
+        first, second = copy.deepcopy(dense), None
+        first[2].weight.data[:, [0, 3]] = 0
+        small = remove_dead_units(first, torch.randn(2, 3))
+        small[2].weight.data[:, 1] = 0  # of [1, 2, 4, 5]
+        second = remove_dead_units(small, torch.randn(2, 3))
+        save_pruned(tmp_path / "small", second)
+        kept = read_header(tmp_path / "small")["kept"]
+        assert kept["0.weight"] == [[1, 4, 5], None]
+        assert kept["2.weight"] == [None, [1, 4, 5]]
+        small[4].weight.data[:, 2] = 0
+        kept_now = kept_of(remove_dead_units(small, torch.randn(2, 3)))
+        assert [None if d is None else d.tolist() for d in kept_now["2.weight"]] == [[0, 1, 3], [1, 4, 5]]
+
     def test_copies_know_what_was_kept(self, make_network: Any) -> None:
         network = make_network("residual")
         small = remove_dead_units(half_closed(network), network.inputs)
@@ -169,6 +186,12 @@ class TestDamage:
         with pytest.raises(DataError, match="cannot be read"):
             load_pruned(path, lambda: nn.Linear(3, 4))
 
+    def test_a_module_that_the_factory_lacks(self, tmp_path: Path) -> None:
+        header = {FORMAT: json.dumps({"kept": {}, "replaced": {}, "sizes": {"3.conv": {"groups": 1}}})}
+        save_file({"weight": torch.ones(4, 3), "bias": torch.ones(4)}, tmp_path / "other", metadata=header)
+        with pytest.raises(DataError, match=r"has no module '3\.conv'"):
+            load_pruned(tmp_path / "other", lambda: nn.Linear(3, 4))
+
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="cannot be read"):
             load_pruned(tmp_path / "nothing", lambda: nn.Linear(3, 4))
@@ -179,6 +202,8 @@ class TestDamage:
             (None, r"its header has \[\]"),
             ({"format": "x"}, r"header has \['format'\]"),
             ({FORMAT: "{"}, "damaged header"),
+            ({FORMAT: "3"}, "damaged header"),
+            ({FORMAT: '{"kept": {}, "sizes": []}'}, "lacks one of kept, sizes, replaced"),
         ],
     )
     def test_another_file(self, metadata: Any, message: str, tmp_path: Path) -> None:
