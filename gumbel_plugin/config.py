@@ -20,7 +20,7 @@ ConfigLike: TypeAlias = "str | Path | Mapping[str, Any] | PruningConfig | Sequen
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -164,7 +164,7 @@ class LayerRule(_Section):
     @field_validator("target_names")
     @classmethod
     def _only_weights(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if names is not None and not set(names) <= {"weight", "bias"}:
+        if names is not None and not (set(names) <= {"weight", "bias"} and "weight" in names):
             raise ValueError(f"target_names {list(names)}: learnt masks cover 'weight' and follow on 'bias'")
         return names
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.pruning.tools import sparse_gen
+from torch import nn
 
 from gumbel_plugin.errors import TargetError, nearest
 from gumbel_plugin.learning.session import Masks
@@ -20,6 +21,19 @@ def split_aligned(entries: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     follow = [isinstance(entry, Mapping) and "align" in _weight_settings(entry) for entry in entries]
     learnt = [entry for entry, follows in zip(entries, follow, strict=True) if not follows]
     return learnt, [entry for entry, follows in zip(entries, follow, strict=True) if follows]
+
+
+def check_followers(model: nn.Module, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse entries that align modules which the model does not have; NNI trains first and fails then.
+
+    Raises:
+        TargetError: With the name and the nearest one.
+    """
+    modules = dict(model.named_modules())
+    for entry in entries:
+        for name in entry.get("op_names") or ():
+            if name not in modules:
+                raise TargetError(f"op_names: {name!r} matches no module of the model{nearest(name, modules)}")
 
 
 def followers_in(target_spaces: TargetSpaces) -> set[str]:

@@ -18,7 +18,7 @@ from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from gumbel_nni.aligning import align_masks, followers_in, split_aligned
+from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
 from gumbel_nni.compat.messages import complaints
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
 from gumbel_nni.schedules import Goals, TrainingLength
@@ -29,7 +29,7 @@ from gumbel_plugin.learning.plan import Plan, needs_groups
 from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.learning.sites import WeightSite
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.shrinking.mask_file import load_masks
+from gumbel_plugin.shrinking.mask_file import check_format, load_masks
 from gumbel_plugin.shrinking.shrink import Backend, shrink
 from gumbel_plugin.wrapped import refuse_wrapped
 from gumbel_torch_pruning.groups import find_groups
@@ -99,6 +99,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         """
         refuse_wrapped(model, "GumbelPruner")
         learnt, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
+        check_followers(model, aligned)
         self.config = _load(learnt)
         self._example_inputs = _example_inputs(self.config, evaluator, example_inputs)
         pruning = self.config.pruning
@@ -109,10 +110,14 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         self.interval_steps = -1
         self.total_times = 1
         super().__init__(model, _nni_entries(pruning, self.session.plan) + aligned, evaluator, existed_wrappers)
-        self._followers = followers_in(self._target_spaces)
-        for site in self.session.plan.sites.values():
-            self._place(site)
-        self._goals = Goals(self.session.plan, self._target_spaces)
+        try:
+            self._followers = followers_in(self._target_spaces)
+            for site in self.session.plan.sites.values():
+                self._place(site)
+            self._goals = Goals(self.session.plan, self._target_spaces)
+        except Exception:
+            self.unwrap_model()  # nobody else could
+            raise
 
     def _place(self, site: WeightSite) -> None:
         """Let a site act in a target space: the configured one, or a hidden one where NNI was not asked for any."""
@@ -271,6 +276,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         """
         if isinstance(masks, str | Path):
             masks = load_masks(masks)
+        check_format(masks)
         for name, targets in masks.items():
             spaces = self._module_wrappers[name].pruning_target_spaces if name in self._module_wrappers else None
             if spaces is None:
@@ -325,7 +331,12 @@ def _load(config: ConfigLike) -> PruningConfig:
     """Read a configuration; where NNI has something to say against a config list too, say that as well."""
     if not isinstance(config, list):
         return PruningConfig.load(config)
-    entries: list[Any] = nni_config.trans_legacy_config_list(config)
+    for number, entry in enumerate(config):
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"config_list.{number} is a {type(entry).__name__}; each entry must be a mapping")
+    translated: list[Any] = nni_config.trans_legacy_config_list(config)
+    # What an entry of NNI's older format excludes stands in all the others now.
+    entries = [entry for entry, given in zip(translated, config, strict=True) if not given.get("exclude")]
     try:
         return PruningConfig.load(entries)
     except ConfigError as error:

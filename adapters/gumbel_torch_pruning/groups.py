@@ -225,7 +225,14 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
     Raises:
         GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
     """
-    return DependencyGroups(copy.deepcopy(model), example_inputs).groups
+    try:
+        duplicate = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise GraphError(
+            f"the model cannot be copied: {error}. Take old-style parametrisations off first (torch.nn.utils."
+            "remove_weight_norm, remove_spectral_norm)"
+        ) from error
+    return DependencyGroups(duplicate, example_inputs).groups
 
 
 def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:

@@ -53,14 +53,14 @@ def adopt_consensus(session: MaskingSession, batches: Iterable[ExampleInputs]) -
         DataError: If there is no batch.
     """
     sums: dict[str, list[Tensor]] = {}
-    count = 0
-    for samples, votes in _votes(session, batches):
-        count += samples
+    voters: dict[str, int] = {}  # more than samples where a network puts several rows of a sample through a layer
+    for _, votes in _votes(session, batches):
         for name, (hard, soft) in votes.items():
             own = [hard.double().sum(0), soft.double().sum(0)]
             sums[name] = [a + b for a, b in zip(sums[name], own, strict=True)] if name in sums else own
+            voters[name] = voters.get(name, 0) + len(hard)
     for name, (hard, soft) in sums.items():
-        session.plan.masks[name].adopt(hard / count, soft / count)
+        session.plan.masks[name].adopt(hard / voters[name], soft / voters[name])
 
 
 @torch.no_grad()
@@ -86,6 +86,7 @@ def measure_agreement(session: MaskingSession, batches: Iterable[ExampleInputs])
         together = torch.ones(samples, dtype=torch.bool)
         for name, (hard, _) in votes.items():
             same = ((hard != 0) == session.plan.masks[name].hard.flatten()).cpu()
+            same = same.reshape(samples, -1, same.shape[1]).all(1)  # all rows of a sample
             equal[name] = same.sum(0) + equal.get(name, 0)
             together &= same.all(1)
         count += samples

@@ -123,6 +123,31 @@ class Scope:
                 "share a budget; leave out global_group_id (in Torch-Pruning, global_pruning)"
             )
 
+    def check_units(self) -> None:
+        """Refuse a ratio of one layer that leaves less than the one unit which it cannot do without.
+
+        Raises:
+            ConfigError: With the highest ratio that leaves it.
+        """
+        if self.ratio is None or len(self.members) > 1:
+            return
+        (member,) = self.members
+        most = 1 - member.least / member.units
+        if min(self.ratio, member.max_ratio) > most + 1e-9:
+            raise ConfigError(
+                f"sparse_ratio {self.ratio:g} leaves {member.name!r} less than one of its {member.units} units: lower "
+                f"it to at most {most:.4g}, exclude the layer, or set max_sparse_ratio"
+            )
+
+    @property
+    def attainable(self) -> float:
+        """The fraction to remove as far as the members' limits let it; 0 without a ratio."""
+        limits = [member.removable() for member in self.members]
+        lowest, highest = (
+            sum(m.cost * limit[end] for m, limit in zip(self.members, limits, strict=True)) for end in (0, 1)
+        )
+        return min(max(self.ratio or 0.0, lowest / self.total), highest / self.total)
+
     @property
     def total(self) -> float:
         """The cost of all units."""
@@ -208,10 +233,16 @@ class Scope:
             kept = member.mask.decide(member.weight)
         else:
             kept = member.mask.probability(member.weight) >= self.threshold
-        if member.least and not bool(kept.any()):
-            kept.view(-1)[member.mask.scores(member.weight).argmax()] = True
+        least, most = member.removable()
+        gone = int((~kept).sum())
+        if least <= gone <= most:
+            return kept
+        if gone == member.units:
             _logger.warning("%s would lose its last unit; it keeps one", member.name)
-        return kept
+        order = torch.argsort(member.mask.scores(member.weight).flatten(), stable=True)
+        within = torch.ones_like(kept).flatten()
+        within[order[: min(max(gone, least), most)]] = False
+        return within.reshape(kept.shape)
 
 
 _FAR = 0.5
@@ -249,7 +280,7 @@ class BudgetController:
         """
         ramp = self.config.ramp
         position = 1.0 if ramp == 0 else Schedule(0.0, 1.0, "cubic")(progress / ramp)
-        return [Schedule(1.0, 1.0 - (scope.ratio or 0.0), "exponential")(position) for scope in self.scopes]
+        return [Schedule(1.0, 1.0 - scope.attainable, "exponential")(position) for scope in self.scopes]
 
     def loss(self, progress: float) -> Tensor | None:
         """Return the budget loss (the methods' own, where they steer themselves), or None where there is none."""
@@ -287,7 +318,7 @@ class BudgetController:
 
 def _own_loss(scope: Scope) -> Tensor | None:
     masks, weights = [m.mask for m in scope.members], [m.weight for m in scope.members]
-    return None if scope.ratio is None else masks[0].budget_loss(masks, weights, scope.ratio, scope.usage)
+    return None if scope.ratio is None else masks[0].budget_loss(masks, weights, scope.attainable, scope.usage)
 
 
 def _at_least(values: Tensor, floors: Tensor) -> Tensor:

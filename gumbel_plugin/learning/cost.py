@@ -104,6 +104,11 @@ class CostScope(Scope):
         self._check_floor()
 
     @property
+    def attainable(self) -> float:
+        """The ratio itself: one that cannot be met was refused."""
+        return self.ratio or 0.0
+
+    @property
     def total(self) -> float:
         """The dense network's cost."""
         return self._dense

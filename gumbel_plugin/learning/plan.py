@@ -325,6 +325,8 @@ class _Builder:
         if not self.plan.masks:
             raise TargetError("nothing would be gated: no selected layer belongs to a group that can be cut exactly")
         self.plan.scopes = list(self._scopes.values())
+        for scope in self.plan.scopes:
+            scope.check_units()
         return self.plan
 
     def _join_scope(self, rule: LayerRule, member: Member, together: str | None = None) -> None:

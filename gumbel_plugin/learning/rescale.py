@@ -40,7 +40,10 @@ def initialise_weight(
     fresh = torch.empty(weight.shape)
     nn.init.kaiming_normal_(fresh, mode="fan_in", nonlinearity="relu", generator=generator)
     fresh /= math.sqrt(fan_factor)
-    weight.copy_(torch.sign(fresh) * fresh.std() if how == "signed_constant" else fresh)
+    if how == "signed_constant":
+        spread = fresh.std() if fresh.numel() > 1 else fresh.abs()  # one number has no spread
+        fresh = torch.sign(fresh) * spread
+    weight.copy_(fresh)
 
 
 def dynamic_scale(mask: Tensor, weight: Tensor) -> Tensor:
@@ -48,5 +51,5 @@ def dynamic_scale(mask: Tensor, weight: Tensor) -> Tensor:
 
     A mask that closed everything gives 1, so that an empty sample stays finite.
     """
-    kept = mask.sum() * (weight.numel() / mask.numel())
+    kept = mask.sum(dtype=torch.promote_types(mask.dtype, torch.float32)) * (weight.numel() / mask.numel())
     return torch.where(kept > 0, weight.numel() / kept.clamp_min(1.0), torch.ones_like(kept))

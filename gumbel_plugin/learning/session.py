@@ -130,10 +130,6 @@ class MaskingSession:
             raise LifecycleError("the model has a masking session already; detach that one first")
         self._started = True
         self._initialise_weights()
-        if self.config.weights == "frozen":
-            self._frozen = [p for p in self.model.parameters() if p.requires_grad]
-            for parameter in self._frozen:
-                parameter.requires_grad_(False)
         self.total_steps = total_steps
         self.attach(hooks=hooks)
         self._enter_phase()
@@ -152,6 +148,10 @@ class MaskingSession:
         Args:
             hooks: See `start`.
         """
+        if self.config.weights == "frozen":
+            self._frozen = [p for p in self.model.parameters() if p.requires_grad]
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
         self._register_gates()
         self._root = self.model.register_forward_pre_hook(self._begin_forward)
         # A layer whose parent reads its weight without calling it is out of a wrapper's reach: it needs hooks anyway.
@@ -326,9 +326,9 @@ class MaskingSession:
         with torch.no_grad():
             for scope in self.plan.scopes:
                 for member in scope.members:
-                    fixed = member.mask.phase is Phase.FIXED
-                    gates = member.mask.hard if fixed else member.mask.decide(member.weight)
-                    expected = gates.float() if fixed else member.mask.probability(member.weight)
+                    learning = member.mask.phase is Phase.LEARNING
+                    gates = member.mask.decide(member.weight) if learning else member.mask.hard
+                    expected = member.mask.probability(member.weight) if learning else gates.float()
                     hard += float(gates.sum()) * member.cost
                     soft += float(expected.sum()) * member.cost
                     total += member.units * member.cost
@@ -361,6 +361,7 @@ class MaskingSession:
         elif self.phase is Phase.OPEN and (self.total_steps is None or self.steps >= begin):
             for mask in self.plan.masks.values():
                 mask.phase = Phase.LEARNING
+                mask.advance(self.progress)
 
     def _register_gates(self) -> None:
         """Register every mask with the first layer that it acts on."""

@@ -81,7 +81,7 @@ Usage = Callable[[Sequence[Tensor]], Tensor]
 class MaskOptions(BaseModel):
     """Base of the options of a method: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def gates_blocks(self) -> bool:

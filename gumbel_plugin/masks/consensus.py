@@ -181,11 +181,13 @@ class ConsensusMask(LearntMask):
     def budget_loss(
         self, masks: Sequence[LearntMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
     ) -> Tensor | None:
-        means = [mask.batch_mean() for mask in masks if isinstance(mask, ConsensusMask)]
-        known = [mean for mean in means if mean is not None]
-        if len(known) < len(masks):
+        own = [mask for mask in masks if isinstance(mask, ConsensusMask)]
+        means = [mask.batch_mean() for mask in own]
+        if all(mean is None for mean in means):
             return None  # no training forward yet
-        return self.options.lambda_act * (usage(known) - (1 - ratio)).square()
+        # A unit that this forward left out counts as its samples voted before.
+        used = [mask.votes.reshape(mask.shape) if mean is None else mean for mask, mean in zip(own, means, strict=True)]
+        return self.options.lambda_act * (usage(used) - (1 - ratio)).square()
 
     def batch_mean(self) -> Tensor | None:
         """Return the mean gates of the last batch, of `shape`; None before any batch.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource
@@ -55,6 +55,14 @@ class GibbsOptions(MaskOptions):
         if isinstance(beta, Schedule) and beta.end < beta.start:
             raise ValueError(f"masks are annealed, so beta may not fall, as it does from {beta.start} to {beta.end}")
         return beta
+
+    @model_validator(mode="after")
+    def _fit_the_hamiltonian(self) -> Self:
+        default = type(self).model_fields["sweeps"].default
+        given = "coupling" if self.coupling is not None else "sweeps" if self.sweeps != default else ""
+        if self.hamiltonian == "unstructured" and given:
+            raise ValueError(f"{given} is for hamiltonian 'kernel' or 'filter'; 'unstructured' couples nothing")
+        return self
 
     def schedule(self, progress: float) -> float:
         """Return the inverse temperature at a progress of the mask learning."""

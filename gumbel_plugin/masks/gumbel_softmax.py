@@ -32,6 +32,8 @@ class GumbelSoftmaxOptions(LogitOptions):
         lowest = min(value.start, value.end) if isinstance(value, Schedule) else value
         if lowest <= 0:
             raise ValueError(f"the temperature must stay above 0, got {lowest}")
+        if isinstance(value, Schedule) and value.end > value.start:
+            raise ValueError(f"masks are annealed: the temperature may not rise, as from {value.start} to {value.end}")
         return value
 
 
@@ -79,7 +81,7 @@ class GumbelSoftmaxMask(LearntMask):
 
     @override
     def probability(self, weight: Tensor | None) -> Tensor:
-        return torch.sigmoid(self.logit)
+        return torch.sigmoid(self._logit())
 
     @override
     def advance(self, progress: float) -> None:

@@ -71,7 +71,7 @@ class HardConcreteMask(LearntMask):
 
     @override
     def probability(self, weight: Tensor | None) -> Tensor:
-        return torch.sigmoid(self.log_alpha - self._shift)
+        return torch.sigmoid(at_least_float32(self.log_alpha) - self._shift)
 
     @override
     def penalty(self, weight: Tensor | None) -> Tensor | None:

@@ -36,6 +36,8 @@ class Schedule:
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:
+        if not (math.isfinite(self.start) and math.isfinite(self.end)):
+            raise ValueError(f"a schedule needs finite ends, got {self.start} to {self.end}")
         if self.shape == "exponential" and min(self.start, self.end) <= 0:
             raise ValueError(f"an exponential schedule needs positive ends, got {self.start} to {self.end}")
         return self

@@ -47,4 +47,4 @@ class Supermask(LearntMask):
 
     @override
     def probability(self, weight: Tensor | None) -> Tensor:
-        return torch.sigmoid(self.logit)
+        return torch.sigmoid(at_least_float32(self.logit))

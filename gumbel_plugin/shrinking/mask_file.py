@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gumbel_plugin.errors import DataError
+from gumbel_plugin.errors import DataError, TargetError
 from gumbel_plugin.files import write_bytes
 from gumbel_plugin.versions import library_versions
 
@@ -35,6 +35,7 @@ def save_masks(
         model: The model's name.
         **header: More to note.
     """
+    check_format(masks)
     tensors = {
         f"{module}.{target}": (mask.detach() != 0).to("cpu", torch.uint8).contiguous()
         for module, targets in masks.items()
@@ -52,6 +53,22 @@ def save_masks(
         **header,
     }
     write_bytes(path, save(tensors, metadata))
+
+
+def check_format(masks: Any) -> None:
+    """Refuse what are no masks in NNI's format, ``{module: {target: tensor or None}}``.
+
+    Raises:
+        TargetError: With the module whose masks are none.
+    """
+    if not isinstance(masks, Mapping):
+        raise TargetError(f"masks are a {type(masks).__name__}; they must be {{module: {{target: 0/1 tensor}}}}")
+    for name, targets in masks.items():
+        fits = isinstance(name, str) and isinstance(targets, Mapping)
+        if not fits or not all(isinstance(mask, Tensor | None) for mask in targets.values()):
+            raise TargetError(
+                f"masks of module {name!r} are {type(targets).__name__}; they must be {{target: 0/1 tensor}}"
+            )
 
 
 def load_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:

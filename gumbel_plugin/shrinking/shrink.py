@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, MissingExtraError, TargetError, nearest
+from gumbel_plugin.errors import ConfigError, GraphError, MissingExtraError, TargetError, nearest
 from gumbel_plugin.learning.session import plain_copy
 from gumbel_plugin.shrinking.blocks import note_removed, remove_closed_blocks
 from gumbel_plugin.shrinking.carriers import merge_constants
@@ -19,6 +19,7 @@ from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
 from gumbel_plugin.shrinking.inputs import random_inputs_like
 from gumbel_plugin.shrinking.kept import find_kept, kept_after, kept_of, note_kept
+from gumbel_plugin.shrinking.mask_file import check_format
 from gumbel_plugin.shrinking.precision import dtypes_of, round_to
 from gumbel_plugin.wrapped import refuse_wrapped
 
@@ -69,6 +70,7 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None
         LifecycleError: If the model is wrapped by a compressor of NNI's.
     """
     refuse_wrapped(model, "shrinking")
+    check_format(masks)
     masked = plain_copy(model)
     modules = dict(masked.named_modules(remove_duplicate=False))
     for name, targets in masks.items():
@@ -80,6 +82,11 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None
                 continue
             if not isinstance(tensor, Tensor):
                 raise TargetError(f"mask for {name}.{target}, which is no tensor of that module")
+            if target not in modules[name]._parameters:
+                raise TargetError(
+                    f"mask for {name}.{target}, which is computed from other parameters: take its parametrisation off "
+                    "first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm)"
+                )
             if tensor.shape != mask.shape:
                 raise TargetError(f"{name}.{target}: mask {tuple(mask.shape)}, tensor {tuple(tensor.shape)}")
             tensor.mul_(mask.to(tensor))
@@ -115,18 +122,37 @@ def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend =
         example_inputs = random_inputs_like(example_inputs, torch.Generator().manual_seed(0), torch.float64)
     dead = find_dead_units(small, dependency.groups)
     kept = find_kept(small, lambda copied: dependency.remover_of(copied).remove(dead))
-    if backend == "nni":
-        from gumbel_nni.model_speedup import remove_channels
-
-        masks = column_masks(small, dependency.groups, dead)
-        small = remove_channels(small, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
-    else:
+    by_nni = _removed_by_nni(small, dependency, dead, example_inputs) if backend == "nni" else None
+    if by_nni is None:
         dependency.remove_all(dead)
+    small = by_nni or small
     note_kept(small, kept_after(kept_of(masked), kept))
     note_removed(small, blocks)
     gone, constant = (sum(len(units) for units in found.values()) for found in (dead, folded))
     _logger.info("removed %d units in %d groups; the constants of %d were folded", gone, len(dead), constant)
     return round_to(small, dtypes) if wide else small
+
+
+def _removed_by_nni(
+    model: nn.Module, dependency: Any, dead: Mapping[str, Tensor], example_inputs: Any
+) -> nn.Module | None:
+    """Return what NNI's ModelSpeedup makes of a masked model; None, with a warning, if it leaves units in it."""
+    from gumbel_nni.model_speedup import remove_channels
+
+    masks = column_masks(model, dependency.groups, dead)
+    wanted = copy.deepcopy(model)
+    dependency.remover_of(wanted).remove(dead)
+    try:
+        small = remove_channels(model, {name: {"weight": mask} for name, mask in masks.items()}, example_inputs)
+    except GraphError as error:
+        problem = str(error)
+    else:
+        left, right = (sum(parameter.numel() for parameter in each.parameters()) for each in (small, wanted))
+        if left == right:
+            return small
+        problem = f"it leaves {left - right} parameters that can go"
+    _logger.warning("NNI's ModelSpeedup cannot shrink this model (%s); Torch-Pruning's functions do it", problem)
+    return None
 
 
 __all__ = ["Backend", "EquivalenceReport", "masked_copy", "remove_dead_units", "shrink", "verify_equivalence"]

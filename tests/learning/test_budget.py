@@ -161,7 +161,7 @@ def test_the_density_counts_open_gates_and_moves_the_mean_probability() -> None:
 
 def test_the_target_falls_from_whole_to_the_ratio_over_the_ramp() -> None:
     controller = BudgetController(
-        [Scope("a", [member("a", [0.0])], 0.9), Scope("b", [member("b", [0.0])])], BudgetConfig()
+        [Scope("a", [member("a", [0.0] * 10)], 0.9), Scope("b", [member("b", [0.0])])], BudgetConfig()
     )
     assert len(controller.scopes) == 1  # what has no ratio is not steered
     assert controller.targets(0.0) == [1.0]
