@@ -14,6 +14,8 @@ from gumbel_plugin.insight.paths import KERNEL_DIMENSIONS, PathNetwork, run_as_p
 
 INPUT = "input"
 """The name under which layers read the network's input."""
+OUTPUT = "output"
+"""The name of the network's outputs in the graph of `pathways`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +77,7 @@ def find_connections(network: nn.Module, input_shape: Sequence[int]) -> Connecti
     recorder = _Recorder(network, batch)
     outputs = run_as_paths(network, batch, recorder).flatten()
     links = recorder.links(outputs, torch.arange(len(outputs)))
-    images = any(INPUT in layer.sources and layer.weight.shape[2] > 1 for layer in recorder.layers)
-    if not images:
+    if not recorder.reads_images:
         return Connections(recorder.layers, links, batch.numel(), len(outputs))
     for found in (links, *(layer.sources for layer in recorder.layers)):
         if INPUT in found:  # (values, channels * positions) to (values, channels)
@@ -87,8 +88,11 @@ def find_connections(network: nn.Module, input_shape: Sequence[int]) -> Connecti
 class _Recorder(PathNetwork):
     """Notes what every layer reads, and gives each a fresh output, to find out who reads that."""
 
+    signed = True
+
     def __init__(self, network: nn.Module, batch: Tensor) -> None:
         super().__init__()
+        self.reads_images = False
         weights = ((name, getattr(module, "weight", None)) for name, module in network.named_modules())
         self._names = {id(weight): name for name, weight in weights if weight is not None}
         self._calls: dict[str, int] = {}
@@ -103,6 +107,7 @@ class _Recorder(PathNetwork):
         used = torch.nonzero(weight.any(2).any(0)).flatten()
         channels = x.movedim(channel_dim, 0).flatten(1).mean(1)
         self.layers.append(Layer(self._name(arguments["weight"]), weight, self.links(channels, used)))
+        self.reads_images |= kernel > 0 and INPUT in self.layers[-1].sources
         output = torch.ones_like(func(**arguments).detach(), requires_grad=True)
         self._leaves[self.layers[-1].name] = (output, channel_dim)
         return output.clone()  # a clone, because the network may work in place
@@ -123,6 +128,7 @@ class _Recorder(PathNetwork):
 
     def _name(self, weight: Tensor) -> str:
         name = self._names.get(id(weight), "weight")
+        name = f"layer {name}" if name in (INPUT, OUTPUT) else name  # these are the graph's own
         calls = self._calls[name] = self._calls.get(name, 0) + 1
         return name if calls == 1 else f"{name}#{calls}"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, MissingExtraError
-from gumbel_plugin.insight.connections import INPUT, Connections, find_connections
+from gumbel_plugin.insight.connections import INPUT, OUTPUT, Connections, find_connections
 from gumbel_plugin.insight.paths import path_gradients
 from gumbel_plugin.shrinking.shrink import masked_copy
 
@@ -26,9 +26,6 @@ except ImportError as error:
 
 Masks: TypeAlias = "Mapping[str, Mapping[str, Tensor | None]]"
 Node: TypeAlias = "tuple[str, int]"
-
-OUTPUT = "output"
-"""The name of the network's outputs in the graph of `pathways`; its inputs are called ``"input"``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +190,8 @@ def _live_graph(found: Connections) -> nx.DiGraph:
     graph.add_nodes_from(outputs, layer=last + 1)
     for source, link in found.outputs.items():
         for output, unit in link.nonzero().tolist():
-            graph.add_edge((source, unit), (OUTPUT, output), connections=0, weight=float(link[output, unit]), value=1.0)
+            weight = abs(float(link[output, unit]))
+            graph.add_edge((source, unit), (OUTPUT, output), connections=0, weight=weight, value=1.0)
     inputs = [(INPUT, number) for number in range(found.input_units)]
     live = _reached(graph, inputs) & _reached(graph.reverse(copy=False), outputs)
     graph.remove_nodes_from([node for node in graph if node not in live and node[0] != OUTPUT])
@@ -251,7 +249,7 @@ def _describe(part: nx.DiGraph) -> Part:
 
 
 def _input_columns(found: Connections) -> Tensor:
-    """Return each input's weights into the first hidden units that reach an output, (input units, weights)."""
+    """Return each input's weights into the first units that reach an output, or the outputs, (input units, weights)."""
     live = _live_graph(found)
     columns = [torch.zeros(found.input_units, 0, dtype=torch.float64)]
     for layer in found.layers:
@@ -259,6 +257,8 @@ def _input_columns(found: Connections) -> Tensor:
             kernels = layer.kernels(INPUT)  # (out, inputs, elements)
             reaching = torch.tensor([(layer.name, unit) in live for unit in range(len(kernels))])
             columns.append((kernels * reaching[:, None, None]).transpose(0, 1).flatten(1))
+    if INPUT in found.outputs:  # what reaches an output past all layers tells inputs apart, too
+        columns.append(found.outputs[INPUT].T)
     return torch.cat(columns, dim=1)
 
 

@@ -51,6 +51,9 @@ class PathNetwork(TorchFunctionMode):
     reshapes are themselves; a difference is a sum. What a layer does, `layer` says.
     """
 
+    signed = False
+    """Whether differences and negative factors keep their signs."""
+
     def layer(self, func: Callable[..., Any], arguments: dict[str, Any]) -> Tensor:
         """Return what a convolution or linear layer gives: here, its absolute weights' paths.
 
@@ -71,11 +74,11 @@ class PathNetwork(TorchFunctionMode):
         if name in _PASS_THROUGH:
             return args[0]
         if name in _SCALES:
-            return _scaled(name, args, kwargs)
+            return _scaled(name, args, kwargs, self.signed)
         if name in _POOLS:
             return _averaged(name, args, kwargs)
-        if name == "sub" and all(isinstance(value, Tensor) for value in args):
-            return args[0] + args[1]
+        if not self.signed and name in _NEGATIVE:
+            return _NEGATIVE[name](*args)
         return func(*args, **kwargs)
 
 
@@ -85,10 +88,26 @@ def _layer_arguments(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return {**dict(zip(names, args, strict=False)), **kwargs, "bias": None}
 
 
-def _scaled(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _sum(x: Any, y: Any) -> Any:
+    return x + y if isinstance(x, Tensor) and isinstance(y, Tensor) else x if isinstance(x, Tensor) else y
+
+
+# What makes values negative, as it is without the signs; how far a number is added does not matter to any path.
+_NEGATIVE: dict[str, Callable[..., Any]] = {
+    "neg": lambda x: x,
+    "sub": _sum,
+    "subtract": _sum,
+    "rsub": _sum,
+    "__rsub": _sum,
+    "mul": lambda x, y: x * (y if isinstance(y, Tensor) else abs(y)),
+    "div": lambda x, y: x / (y if isinstance(y, Tensor) else abs(y)),
+}
+
+
+def _scaled(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], signed: bool) -> Tensor:
     x: Tensor = args[0]
     weight = kwargs.get("weight", args[_SCALES[name]] if len(args) > _SCALES[name] else None)
-    scale = torch.ones((), dtype=x.dtype) if weight is None else weight.abs()
+    scale = torch.ones((), dtype=x.dtype) if weight is None else weight if signed else weight.abs()
     variance = kwargs.get("running_var", args[2] if name == "batch_norm" and len(args) > 2 else None)
     if name == "batch_norm" and isinstance(variance, Tensor):
         scale = scale / torch.sqrt(variance + kwargs.get("eps", 1e-5))

@@ -14,8 +14,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gumbel_plugin.insight.connections import INPUT
-from gumbel_plugin.insight.interpret import OUTPUT, Importance, Node
+from gumbel_plugin.insight.connections import INPUT, OUTPUT
+from gumbel_plugin.insight.interpret import Importance, Node
 from gumbel_plugin.insight.report_figures import BLUE, GREY, INK, ORANGE
 from gumbel_plugin.insight.report_figures import _style as figure_style
 

@@ -318,3 +318,69 @@ class TestErrors:
     def test_tolerance(self, tolerance: float) -> None:
         with pytest.raises(ConfigError, match="tolerance is"):
             symmetries(known(), {}, tolerance=tolerance)
+
+
+class Written(nn.Module):
+    """A forward that is written down, over some layers."""
+
+    def __init__(self, forward, **layers: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.written = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.written(self, x)
+
+
+class TestSigns:
+    def test_inputs_that_reach_outputs_past_the_layers_are_told_apart(self) -> None:
+        model = Written(lambda m, x: x + torch.tanh(m.fc(x)), fc=nn.Linear(2, 2, bias=False))
+        model.fc.weight.data.fill_(1.0)
+        assert symmetries(model, {}) == []
+
+    def test_a_difference_has_opposite_signs(self) -> None:
+        layers = {"fc": nn.Linear(2, 3), "out": nn.Linear(3, 1)}
+        model = Written(lambda m, x: m.out(torch.relu(m.fc(x[:, :2] - x[:, 2:]))), **layers)
+        found = symmetries(model, {}, (4,))
+        assert [(each.inputs, each.signs) for each in found] == [((0, 2), (1, -1)), ((1, 3), (1, -1))]
+
+    def test_a_norm_may_turn_a_sign(self) -> None:
+        model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)).eval()
+        model[0].weight.data = torch.tensor([1.0, -1.0])
+        model[1].weight.data.fill_(1.0)
+        assert [each.signs for each in symmetries(model, {})] == [(1, -1)]
+
+    def test_convolutions_of_one_pixel_read_channels(self) -> None:
+        model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
+        assert pathways(model, {}, (2, 2, 2)).graph["input_units"] == 2
+
+    @pytest.mark.parametrize(
+        "forward",
+        [
+            lambda m, x: -m.fc(x),
+            lambda m, x: 1 - m.fc(x),
+            lambda m, x: m.fc(x) * -2 / 2,
+            lambda m, x: -2 * m.fc(x) / -2,
+            lambda m, x: m.fc(x) - 3,
+        ],
+    )
+    def test_importance_is_that_of_absolute_weights(self, forward) -> None:
+        layer = nn.Linear(3, 2)
+        expected = layer.weight.detach().abs().double()
+        torch.testing.assert_close(feature_importance(Written(forward, fc=layer), {}).per_output, expected)
+
+
+@pytest.mark.parametrize("names", [("input", "b", "c"), ("a", "output", "c"), ("a", "b", "output")])
+def test_layers_may_have_the_names_of_the_graphs_own_nodes(names: tuple[str, str, str]) -> None:
+    def network(first: str, second: str, third: str) -> nn.Module:
+        layers = {first: nn.Linear(4, 3), second: nn.Linear(3, 3), third: nn.Linear(3, 2)}
+        return Written(
+            lambda m, x: getattr(m, third)(getattr(m, second)(torch.relu(getattr(m, first)(x)).tanh())), **layers
+        )
+
+    graph, plain = pathways(network(*names), {}), pathways(network("a", "b", "c"), {})
+    assert (len(graph), graph.number_of_edges()) == (len(plain), plain.number_of_edges()) == (12, 27)
+    assert disjoint_parts(graph) == disjoint_parts(plain)
+    symmetries(network(*names), {})
