@@ -48,6 +48,7 @@ ALL_REPAIRS = (
     "biases_of_norms",
     "norm_pruners_in_fusion",
     "layers_survive_unwrapping",
+    "wrapped_layers_in_fused_kernels",
     "length_of_a_fused_training",
     "gradients_of_quantized_values",
     "settable_max_steps",

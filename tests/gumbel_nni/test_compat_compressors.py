@@ -257,3 +257,25 @@ def test_old_config_lists_may_share_a_budget() -> None:
     masks = LevelPruner(network(), old).compress()[1]
     assert sum(float((masks[name]["weight"] == 0).sum()) for name in masks) == 0.5 * (48 + 32)
     assert old == [{"op_names": ["0", "2"], "total_sparsity": 0.5}]
+
+
+def test_fused_kernels_do_not_read_past_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def outputs() -> tuple[Tensor, Tensor, nn.Module, L1NormPruner]:
+        torch.manual_seed(0)
+        model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(4, 6, 8)
+        with torch.no_grad():
+            dense = model(x)
+            pruner = L1NormPruner(model, [{"op_names": ["linear1"], "sparse_ratio": 0.5}])
+            pruner.compress()
+            return dense, model(x), model, pruner
+
+    with monkeypatch.context() as patch:
+        for name in ("wrap", "unwrap"):
+            patch.setattr(ModuleWrapper, name, innermost(getattr(ModuleWrapper, name)))
+        dense, masked, *_ = outputs()
+        torch.testing.assert_close(masked, dense)  # as if nothing was masked
+    assert compressors.wrapped_layers_in_fused_kernels()
+    dense, masked, model, pruner = outputs()
+    assert float((masked - dense).abs().max()) > 1e-3
+    pruner.unwrap_model()
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -33,6 +33,7 @@ _REPAIRS: tuple[Callable[[], bool], ...] = (
     compressors.biases_of_norms,
     compressors.norm_pruners_in_fusion,
     compressors.layers_survive_unwrapping,
+    compressors.wrapped_layers_in_fused_kernels,
     compressors.length_of_a_fused_training,
     compressors.gradients_of_quantized_values,
     evaluators.settable_max_steps,

@@ -15,6 +15,7 @@ from gumbel_nni.compat.patching import replace_once
 _logger = logging.getLogger(__name__)
 _PLANNED = "_planned_length"
 _OWN = "_own_parameters"
+_HOOK = "_unfusing_hook"
 
 
 def two_pruners_on_one_layer() -> bool:
@@ -107,6 +108,20 @@ def layers_survive_unwrapping() -> bool:
 
     replace_once(ModuleWrapper, "wrap", _wrap_and_remember)
     replace_once(ModuleWrapper, "unwrap", _unwrap_and_restore)
+    return True
+
+
+def wrapped_layers_in_fused_kernels() -> bool:
+    """Let ``nn.TransformerEncoderLayer`` call its wrapped layers in eval mode, too.
+
+    Cause: its fused kernel (from torch 1.12) reads the weights of its linear layers without calling them: a masked
+    model is evaluated as if it was dense. Any hook inside of it switches the kernel off. Remedy: one that does nothing
+    on every wrapped layer.
+    """
+    from nni.compression.base.wrapper import ModuleWrapper
+
+    replace_once(ModuleWrapper, "wrap", _wrap_with_hook)
+    replace_once(ModuleWrapper, "unwrap", _unwrap_without_hook)
     return True
 
 
@@ -230,6 +245,21 @@ def _unwrap_and_restore(self: Any) -> None:
     for name in own:  # in the old order
         if name in new:
             new[name] = new.pop(name)
+
+
+def _wrap_with_hook(self: Any) -> None:
+    _wrap_with_hook.__wrapped__(self)  # type: ignore[attr-defined]
+    self.__dict__[_HOOK] = self.module.register_forward_pre_hook(_do_nothing)
+
+
+def _unwrap_without_hook(self: Any) -> None:
+    if _HOOK in self.__dict__:
+        self.__dict__.pop(_HOOK).remove()
+    _unwrap_without_hook.__wrapped__(self)  # type: ignore[attr-defined]
+
+
+def _do_nothing(module: nn.Module, args: Any) -> None:
+    """Be there."""
 
 
 def _qat_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
