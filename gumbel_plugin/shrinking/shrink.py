@@ -82,7 +82,7 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None
                 continue
             if not isinstance(tensor, Tensor):
                 raise TargetError(f"mask for {name}.{target}, which is no tensor of that module")
-            if target not in modules[name]._parameters:
+            if target not in {**modules[name]._parameters, **modules[name]._buffers}:  # frozen norms have buffers
                 raise TargetError(
                     f"mask for {name}.{target}, which is computed from other parameters: take its parametrisation off "
                     "first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm)"
