@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,6 +204,32 @@ def network_name(request: pytest.FixtureRequest) -> str:
 def network(network_name: str) -> Network:
     """Return every network of the table in turn."""
     return make(network_name)
+
+
+class Parts(nn.Module):
+    """Two layers each compute a part of the channels that a third computes as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.whole = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(3, 10, 1)
+        self.head = nn.Conv2d(10, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(torch.cat([self.left(x), self.right(x)], 1) + self.whole(x)))
+
+
+@pytest.fixture
+def parts() -> Parts:
+    """Return a network whose group has layers that compute a part of its channels each."""
+    torch.manual_seed(0)
+    return Parts()
+
+
+@pytest.fixture(autouse=True)
+def _nni_shrinks_by_itself(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail where NNI's backend fell back on Torch-Pruning unexpectedly; who expects it clears the log."""
+    yield
+    assert "Torch-Pruning's functions do it" not in caplog.text
 
 
 @pytest.fixture

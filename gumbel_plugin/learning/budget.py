@@ -247,8 +247,6 @@ class Scope:
 
 _FAR = 0.5
 """The distance of log densities (density at 1.65 times the target) from which on the budget's pull is constant."""
-
-
 _REACH = 16.0
 """How far a violation of 1 throughout the mask learning takes a multiplier: 0.01 a step over 1600 of them."""
 _RATE = 0.01  # where nobody knows how many there will be
@@ -259,8 +257,7 @@ class BudgetController:
     """Steers every scope to its ratio with a Lagrange multiplier, along a falling target.
 
     loss = Σ μ·v + ρ·v², v = log density − log target; μ ← μ + η·v after every step; beyond |v| = ½ the square goes on
-    as a straight line, and μ follows v no faster. Both signs of v count, so gates
-    that were closed too far open again.
+    as a straight line, and μ follows v no faster. Both signs of v count, so gates that were closed too far open again.
     """
 
     def __init__(self, scopes: Sequence[Scope], config: BudgetConfig) -> None:

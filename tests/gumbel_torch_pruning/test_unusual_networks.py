@@ -62,20 +62,8 @@ class TestConcatenations:
         assert [second.model.a.out_channels, second.model.c.out_channels] == [4, 8]
 
 
-class Parts(nn.Module):
-    """Two layers each compute a part of the channels that a third computes as a whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.whole = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(3, 10, 1)
-        self.head = nn.Conv2d(10, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(torch.cat([self.left(x), self.right(x)], 1) + self.whole(x)))
-
-
-def test_no_layer_is_left_without_channels(caplog) -> None:
-    model = Parts()
+def test_no_layer_is_left_without_channels(parts, caplog) -> None:
+    model = parts
     pruner = GumbelGroupPruner(model, IMAGES, pruning_ratio=0.5)
     with torch.no_grad():
         pruner.gate_parameters()[0].copy_(torch.tensor([-3.0] * 4 + [3.0] * 6))

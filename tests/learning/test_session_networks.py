@@ -135,21 +135,9 @@ def test_masks_go_round_through_fix_masks(network: Any, group_session: Any) -> N
         assert GATES in name or torch.equal(ours, theirs)
 
 
-class Parts(nn.Module):
-    """Two layers each compute a part of the channels that a third computes as a whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.whole = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(3, 10, 1)
-        self.head = nn.Conv2d(10, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(torch.cat([self.left(x), self.right(x)], 1) + self.whole(x)))
-
-
-def test_producers_of_a_part_have_their_part_of_the_mask(pruning: Any, randomise_logits: Any) -> None:
+def test_producers_of_a_part_have_their_part_of_the_mask(pruning: Any, randomise_logits: Any, parts: Any) -> None:
     torch.manual_seed(0)
-    model, inputs = Parts(), torch.randn(2, 3, 4, 4)
+    model, inputs = parts, torch.randn(2, 3, 4, 4)
     groups = [group for group in find_groups(model, inputs) if group.safety == "exact"]
     assert [group.size for group in groups] == [10]
     session, other = (

@@ -63,19 +63,15 @@ class TestStates:
         session.step()
         assert mask.beta == beta > 1
 
-    @pytest.mark.parametrize("method", ["gibbs", "edge_popup"])
+    @pytest.mark.parametrize("method", ["gibbs", "gumbel_softmax", "reparametrization"])
     def test_nothing_is_closed_before_the_learning(self, method: str) -> None:
-        phases = {} if method == "edge_popup" else {"dense": 0.5}
-        session = session_on(layer(), method=method, phases=phases, weights="trained" if phases else "frozen")
+        session = session_on(layer(), method=method, phases={"dense": 0.5})
         session.start(10)
-        if phases:
-            assert session.status().sparsity == session.status().soft_sparsity == 0
-        else:
-            assert session.status().sparsity > 0
+        assert session.status().sparsity == session.status().soft_sparsity == 0
 
     def test_the_length_may_be_told_later(self) -> None:
-        guest = GuestSession(layer(), {"pruning": {"config_list": [{"op_types": ["Linear"], "granularity": "element"}],
-                                                   "phases": {"dense": 0.5}}})  # fmt: skip
+        rules = [{"op_types": ["Linear"], "granularity": "element"}]
+        guest = GuestSession(layer(), {"pruning": {"config_list": rules, "phases": {"dense": 0.5}}})
         guest.start(None)
         assert guest.session.status().phase == "learning"
         guest.session.expect(10)

@@ -360,4 +360,5 @@ def test_a_hamiltonian_needs_its_own_units(
 
 def test_the_filters_of_one_layer_can_be_named_in_two_ways() -> None:
     for granularity in (OUT_CHANNEL, FILTERS):
-        GibbsMask((4, 1, 1, 1), GibbsOptions(hamiltonian="filter"), NoiseSource(), 0, granularity)
+        mask = GibbsMask((4, 1, 1, 1), GibbsOptions(hamiltonian="filter"), NoiseSource(), 0, granularity)
+        assert mask.gates(torch.ones(4, 3, 3, 3)).shape == (4, 1, 1, 1)

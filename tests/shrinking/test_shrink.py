@@ -189,7 +189,9 @@ def test_masks_that_do_not_fit_are_errors(masks: Masks, message: str, make_netwo
 
 
 def test_a_bias_mask_for_a_layer_without_bias_is_ignored(make_network: Callable[..., Any]) -> None:
-    masked_copy(make_network("residual").model, {"conv1": {"bias": torch.ones(6)}})
+    network = make_network("residual")
+    masked = masked_copy(network.model, {"conv1": {"bias": torch.zeros(6)}})
+    assert all(torch.equal(tensor, network.model.state_dict()[name]) for name, tensor in masked.state_dict().items())
 
 
 def test_an_unknown_backend_names_the_nearest(make_network: Callable[..., Any]) -> None:
