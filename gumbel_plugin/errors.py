@@ -1,17 +1,63 @@
 """Every exception this project raises on purpose.
 
 All derive from `GumbelPluginError`, and from the built-in exception that fits, so that both
-``except GumbelPluginError`` and ``except ValueError`` do what a reader expects.
+``except GumbelPluginError`` and ``except ValueError`` do what a reader expects. Messages are bounded: what a user
+typed, or what a damaged file holds, is shown with `shown`, and no message is longer than `_LONGEST`.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
+
+_LONGEST = 2000
+"""How many characters a message has at most."""
+
+
+class _ShortRepr(reprlib.Repr):
+    """A ``repr`` that is bounded in length and depth, and that no value can make fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = 6
+        self.maxstring = self.maxlong = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 10_000:  # Python refuses to write more than 4,300 digits
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        try:
+            return super().repr_instance(x, level)
+        except Exception:  # a value whose own repr fails must not hide what was to be said about it
+            return f"a {type(x).__name__}"
+
+
+_short = _ShortRepr()
+
+
+def shown(value: object, limit: int = 160) -> str:
+    """Return a value as a message shows it: its repr, shortened in the middle to at most `limit` characters."""
+    return shorten(_short.repr(value), limit)
+
+
+def shorten(text: str, limit: int = _LONGEST) -> str:
+    """Return a text of at most `limit` characters; what is too much is left out of its middle."""
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[len(text) - half :]}"
 
 
 class GumbelPluginError(Exception):
     """Base of all errors of this project."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shorten(message))
 
 
 class ConfigError(GumbelPluginError, ValueError):
@@ -63,5 +109,5 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    shown = ", ".join(valid[:8]) + (", ..." if len(valid) > 8 else "")
-    return f"; valid: {shown}" if valid else "; there is none"
+    first = ", ".join(valid[:8]) + (", ..." if len(valid) > 8 else "")
+    return f"; valid: {first}" if valid else "; there is none"

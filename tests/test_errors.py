@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from gumbel_plugin import errors
-from gumbel_plugin.errors import GumbelPluginError, MissingExtraError, nearest
+from gumbel_plugin.errors import ConfigError, GumbelPluginError, MissingExtraError, nearest, shown
 
 
 def test_every_error_is_the_projects_and_a_builtin_one() -> None:
@@ -36,3 +36,53 @@ def test_a_missing_extra_says_how_to_install_it() -> None:
 )
 def test_the_hint_names_what_is_near_or_what_there_is(name: str, choices: list[str], hint: str) -> None:
     assert nearest(name, choices) == hint
+
+
+def _nested(levels: int) -> list[object]:
+    value: list[object] = ["x"] * 10
+    for _ in range(levels):
+        value = [value] * 10  # what YAML aliases make of a kilobyte: 10 ** levels strings
+    return value
+
+
+class _NoRepr:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+_ITSELF: list[object] = []
+_ITSELF.append(_ITSELF)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("conv1", "'conv1'"),
+        (0.5, "0.5"),
+        (["a", 1], "['a', 1]"),
+        ({"a": {"b": 1}}, "{'a': {'b': 1}}"),
+        (10**5000, "an integer of 16610 bits"),
+        (_NoRepr(), "a _NoRepr"),
+        (_ITSELF, "[[[[...]]]]"),
+    ],
+    ids=["string", "number", "list", "mapping", "digits", "no_repr", "recursive"],
+)
+def test_a_value_is_shown_as_it_was_typed_whatever_it_is(value: object, text: str) -> None:
+    assert shown(value) == text
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, _nested(8), dict.fromkeys(range(10**5), "y" * 99), b"z" * 10**6],
+    ids=["string", "aliases", "mapping", "bytes"],
+)
+def test_what_is_shown_of_a_value_is_bounded(value: object) -> None:
+    assert len(shown(value)) <= 160
+    assert " ... " in shown(value) or "..." in shown(value)
+
+
+def test_no_message_is_longer_than_a_screen() -> None:
+    message = str(ConfigError("begin " + "x" * 10**6 + " end"))
+    assert len(message) <= 2000
+    assert message.startswith("begin")
+    assert message.endswith("end")
