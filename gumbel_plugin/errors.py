@@ -30,12 +30,6 @@ class _ShortRepr(reprlib.Repr):
             return f"an integer of {x.bit_length()} bits"
         return super().repr_int(x, level)
 
-    def repr_instance(self, x: Any, level: int) -> str:
-        try:
-            return super().repr_instance(x, level)
-        except Exception:  # a value whose own repr fails must not hide what was to be said about it
-            return f"a {type(x).__name__}"
-
 
 _short = _ShortRepr()
 
