@@ -10,7 +10,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
 
 _LONGEST = 2000
 """How many characters a message has at most."""
