@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench zoo nni-conformance clean
+.PHONY: help demo test matrix lint docs bench zoo nni-conformance clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +21,18 @@ demo: $(READY)  ## Train, prune, shrink and verify a small network on handwritte
 
 test: $(READY)  ## Run the whole test suite
 	$(BIN)/pytest
+
+# Which pairs of torch and torchvision: all, or for instance PAIRS="py311-torch2.14". pyenv's Pythons are used where it is.
+PAIRS ?= py311-torch2.13 py311-torch2.14 py312-torch2.11 py313-torch2.14 py310-torch2.6
+NOX := .nox/.tool/bin/nox
+PYTHONS := $(shell pyenv versions --bare 2>/dev/null | grep -E '^3\.1[0-9]\.[0-9]+$$' | paste -sd: -)
+
+matrix: $(NOX)  ## Run the suite on several Pythons, torches and torchvisions (docs/compatibility.md)
+	PYENV_VERSION=$(PYTHONS) $(NOX) --session $(foreach pair,$(PAIRS),"suite($(pair))")
+
+$(NOX):
+	$(PYTHON) -m venv .nox/.tool
+	.nox/.tool/bin/pip install --quiet nox
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .

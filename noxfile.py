@@ -35,5 +35,7 @@ def suite(session: nox.Session, torch: str, torchvision: str) -> None:
     session.install("torch", "-c", str(pinned))  # first: what depends on it would otherwise pull another build
     session.install("-e", ".[all,dev]", "-c", str(pinned))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    results = RESULTS / f"{session.name.removeprefix('suite(').removesuffix(')')}.xml"
-    session.run("pytest", f"--junitxml={results}", *session.posargs)
+    results = RESULTS / session.name.removeprefix("suite(").removesuffix(")")
+    packages = session.run("python", "-m", "pip", "freeze", silent=True, log=False)
+    Path(f"{results}.txt").write_text(str(packages), encoding="utf-8")
+    session.run("pytest", f"--junitxml={results}.xml", *session.posargs)

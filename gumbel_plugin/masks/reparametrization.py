@@ -34,7 +34,10 @@ def soft_gate(weight: Tensor, t: Tensor | float) -> Tensor:
     fourth = (t * weight).clamp(-_FAR, _FAR).square().square()
     # C₁·(exp(−r) − e⁻¹) = expm1(1 − r)/(e − 1) with r = 1/((t·w)⁴ + 1): exactly 0 at w = 0, and its derivative has no
     # difference of nearly equal numbers.
-    return (torch.expm1(1 - (fourth + 1).reciprocal()) / (math.e - 1)).clamp_max(1.0)
+    gate = torch.expm1(1 - (fourth + 1).reciprocal()) / (math.e - 1)
+    # How expm1 is rounded depends on torch's release and the processor; a gate just above 1 keeps its gradient.
+    gate.detach().clamp_(max=1.0)
+    return gate
 
 
 class ReparametrizationOptions(MaskOptions):

@@ -149,9 +149,7 @@ def test_tracing_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as undo, tracing._class_attributes_kept(*classes):
         undo.setattr(tracer, "trace", tracer.trace.__wrapped__)
         concrete_trace(two_layers(), (torch.ones(2, 4),))
-        assert "apply" not in vars(torch.autograd.Function)
-        with pytest.raises(IndexError):  # the default factor is lost
-            ScaleByDefault.apply(torch.ones(1))
+        assert "apply" not in vars(torch.autograd.Function)  # costs defaults and torch.func, until about torch 2.13
     concrete_trace(two_layers(), (torch.ones(2, 4),))
     assert ScaleByDefault.apply(torch.ones(1)).item() == 3.0
     for cls, attributes in before.items():

@@ -76,8 +76,8 @@ def classes_after_tracing() -> bool:
 
     Cause: the tracer ends with ``delattr(torch.autograd.Function, "apply")``, meant for a torch whose Function inherits
     ``apply``. It has its own now (every version this project supports), and without it custom functions lose
-    torch.func and the defaults of their arguments, in the whole process. The fx patcher also leaves copies of
-    inherited methods behind (hundreds on torch.Tensor).
+    torch.func and the defaults of their arguments, in the whole process (until about torch 2.13). The fx patcher also
+    leaves copies of inherited methods behind (hundreds on torch.Tensor).
     """
     from nni.common.concrete_trace_utils.concrete_tracer import ConcreteTracer
 
