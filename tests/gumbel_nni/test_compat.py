@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import inspect
 import pickle
 import sys
 import warnings
@@ -61,6 +62,10 @@ ALL_REPAIRS = (
     "optimizers_of_another_model",
     "layer_types_by_name",
 )
+NOT_NEEDED = {
+    "impure_with_two_arguments": "impure_random" not in inspect.signature(torch.fx.Node.is_impure).parameters,
+    "bytecode_caches_in_proxy": sys.version_info < (3, 11),
+}
 
 
 class Branches(nn.Module):
@@ -111,9 +116,9 @@ def two_layers() -> nn.Module:
 
 
 def test_apply_is_idempotent_and_names_what_is_in_force() -> None:
-    assert compat.apply() == ALL_REPAIRS
+    assert compat.apply() == tuple(name for name in ALL_REPAIRS if not NOT_NEEDED.get(name))
     before = model_speedup.tree_map_zip, concrete_tracer.node_is_impure_wrapper, concrete_tracer.ConcreteTracer.trace
-    assert compat.apply() == ALL_REPAIRS
+    assert compat.apply() == tuple(name for name in ALL_REPAIRS if not NOT_NEEDED.get(name))
     after = model_speedup.tree_map_zip, concrete_tracer.node_is_impure_wrapper, concrete_tracer.ConcreteTracer.trace
     assert before == after
     assert gumbel_nni.compat is compat
@@ -172,6 +177,7 @@ def test_new_class_attributes_go_again() -> None:
     assert (Child.own, Child.new) == (1, 2)
 
 
+@pytest.mark.skipif(NOT_NEEDED["impure_with_two_arguments"], reason="this torch passes one argument")
 def test_dead_code_elimination_may_pass_two_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     repaired = concrete_tracer.node_is_impure_wrapper
     monkeypatch.setattr(concrete_tracer, "node_is_impure_wrapper", repaired.__wrapped__)
@@ -182,6 +188,7 @@ def test_dead_code_elimination_may_pass_two_arguments(monkeypatch: pytest.Monkey
     concrete_trace(two_layers(), (torch.ones(2, 4),))
 
 
+@pytest.mark.skipif(NOT_NEEDED["bytecode_caches_in_proxy"], reason="this Python has no inline caches")
 def test_proxies_find_their_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = concrete_proxy.ConcreteProxy
     x = torch.randn(2, 3, 4, 4)
@@ -283,7 +290,8 @@ def test_python_functions_run_inside_leaves() -> None:
 def test_traced_code_may_name_generic_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pooled(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return F.max_pool2d(F.relu(x), 2).mean((2, 3))
+            kernel = list[int]((int.from_bytes(b"\x02", "big"), 2))
+            return F.max_pool2d(F.relu(x), kernel).mean((2, 3))
 
     x = torch.randn(2, 3, 4, 4)
     with monkeypatch.context() as patch:

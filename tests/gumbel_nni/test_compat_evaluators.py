@@ -28,7 +28,7 @@ def test_lightning_steps_can_be_limited(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(loop, "max_steps", property(loop.max_steps.fget))
     instance = object.__new__(loop)
     instance.epoch_loop = SimpleNamespace(max_steps=-1)
-    with pytest.raises(AttributeError, match="setter"):
+    with pytest.raises(AttributeError, match=r"setter|can't set"):
         instance.max_steps = 3
     assert evaluators.settable_max_steps()
     instance.max_steps = 3

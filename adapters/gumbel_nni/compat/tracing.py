@@ -58,11 +58,13 @@ def python_functions_in_tracer() -> bool:
 
 
 def generic_classes_in_tracer() -> bool:
-    """Let traced code write ``list[int]``.
+    """Let traced code write ``list[int]`` and ``int.from_bytes``.
 
-    Cause: the tracer puts callable objects in the place of list, tuple, dict and others, which take no subscript;
-    ``F.max_pool2d(x, 2)`` evaluates ``torch.jit.annotate(list[int], [])`` (``List[int]`` until about torch 2.9):
-    TypeError. Remedy: a subscript goes to the class behind the object.
+    Cause: the tracer puts callable objects in the place of int, list, tuple, dict and others, which take no subscript
+    and have few attributes; ``F.max_pool2d(x, 2)`` evaluates ``torch.jit.annotate(list[int], [])`` (``List[int]`` until
+    about torch 2.9): TypeError. An import while tracing reads ``int.from_bytes``, as the first ``torch.einsum`` did
+    until about torch 2.8: AttributeError. Remedy: a subscript, or an attribute that the object has not, goes to the
+    class behind it.
     """
     from nni.common.concrete_trace_utils import concrete_tracer
 
@@ -132,16 +134,17 @@ def bytecode_caches_in_proxy() -> bool:
 
 
 def _wrapped_class(tracer: Any, clz: type) -> Any:
-    return _with_subscript(_wrapped_class.__wrapped__(tracer, clz), clz)  # type: ignore[attr-defined]
+    return _like_its_class(_wrapped_class.__wrapped__(tracer, clz), clz)  # type: ignore[attr-defined]
 
 
 def _wrapped_iterable_class(tracer: Any, clz: type) -> Any:
-    return _with_subscript(_wrapped_iterable_class.__wrapped__(tracer, clz), clz)  # type: ignore[attr-defined]
+    return _like_its_class(_wrapped_iterable_class.__wrapped__(tracer, clz), clz)  # type: ignore[attr-defined]
 
 
-def _with_subscript(wrapper: Any, clz: Any) -> Any:
-    """Give the wrapper's class, which is its own, the subscript of the class that it stands for."""
+def _like_its_class(wrapper: Any, clz: Any) -> Any:
+    """Give the wrapper's class, which is its own, the subscript and the attributes of the class that it stands for."""
     type(wrapper).__getitem__ = lambda self, item: clz[item]
+    type(wrapper).__getattr__ = lambda self, name: getattr(clz, name)
     return wrapper
 
 
