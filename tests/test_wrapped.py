@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import gumbel_nni
@@ -49,6 +51,52 @@ def test_a_model_that_is_wrapped_too_early_is_refused_and_left_alone(use: str, k
         construct(model)
     assert list(model.state_dict()) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return network()
+
+
+def sharded() -> nn.Module:
+    model = network()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    return model
+
+
+def of_deepspeed() -> nn.Module:
+    model = network()
+    model[0].weight.ds_id = 0  # how DeepSpeed marks a parameter whose shards lie elsewhere
+    return model
+
+
+UNUSABLE: dict[str, tuple[Callable[[], object], str]] = {
+    "nothing": (lambda: None, r"model \(a torch.nn.Module\), but got None"),
+    "class": (lambda: nn.Sequential, "got the class Sequential: pass an instance"),
+    "function": (lambda: network, "but got <function network"),
+    "state dict": (lambda: network().state_dict(), "but got OrderedDict"),
+    "scripted": (lambda: torch.jit.script(network()), "the model is scripted .*: pass the model it was made of"),
+    "traced": (lambda: torch.jit.trace(network(), X), "the model is scripted"),
+    "scripted part": (lambda: nn.Sequential(nn.Linear(6, 6), torch.jit.script(nn.Linear(6, 6))), "'1' is scripted"),
+    "compiled": (lambda: torch.compile(network()), r"pass the plain one \(model\._orig_mod\) here"),
+    "compiled part": (lambda: nn.Sequential(torch.compile(network())), r"'0' is compiled.*\(model\.0\._orig_mod\)"),
+    "meta": (lambda: network().to("meta"), "'0.weight' is on the meta device"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(6), nn.Linear(6, 3)), "'0.weight' has no shape yet"),
+    "inference mode": (in_inference_mode, "'0.weight' was made in inference mode"),
+    "FSDP2": (sharded, "the model is sharded by FSDP"),
+    "ZeRO-3": (of_deepspeed, "'0.weight' is sharded"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", UNUSABLE)
+@pytest.mark.parametrize("use", USES)
+def test_what_cannot_be_gated_is_refused_in_one_sentence(use: str, kind: str) -> None:
+    name, construct = USES[use]
+    make, reason = UNUSABLE[kind]
+    with pytest.raises(ConfigError, match=rf"^{name} (needs|cannot use) .*{reason}") as caught:
+        construct(make())
+    assert len(str(caught.value)) < 300
 
 
 def test_a_part_that_is_wrapped_is_refused_by_its_name() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest
 from gumbel_plugin.learning.session import GATES
 from gumbel_plugin.shrinking.inputs import call_model
-from gumbel_plugin.wrapped import refuse_parallel
+from gumbel_plugin.wrapped import refuse_unusable
 from gumbel_torch_pruning.repairs import missing_pruners
 from gumbel_torch_pruning.tracing import Forward
 
@@ -59,7 +59,7 @@ def check_model(model: nn.Module) -> None:
         LifecycleError: If it has gates already.
         GraphError: If all of it is frozen.
     """
-    refuse_parallel(model, "GumbelGroupPruner")
+    refuse_unusable(model, "GumbelGroupPruner")
     if any(isinstance(getattr(module, GATES, None), nn.Module) for module in model.modules()):
         raise LifecycleError("the model has gates already; call step() on the pruner that attached them first")
     if not any(parameter.requires_grad for parameter in model.parameters()):

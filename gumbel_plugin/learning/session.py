@@ -24,7 +24,7 @@ from gumbel_plugin.learning.sites import SiteHooks
 from gumbel_plugin.learning.snapshot import Snapshot, load_state, save_state
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
-from gumbel_plugin.wrapped import refuse_parallel
+from gumbel_plugin.wrapped import refuse_unusable
 
 _logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class MaskingSession:
             LifecycleError: If the model has a session already.
             ConfigError: If it is wrapped for data parallel training.
         """
-        refuse_parallel(model, "a masking session")
+        refuse_unusable(model, "a masking session")
         if gated_layers(model):
             raise LifecycleError("the model has a masking session already; detach that one first")
         self.model = model
