@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
 from gumbel_plugin.masks.base import LearntMask
@@ -11,6 +13,10 @@ GATES = "gumbel_gates"
 
 They hang on layers, not on the model: the model may be an `nn.Sequential`, which would call them.
 """
+
+
+class Attached:
+    """Marks what hangs hooks on a model for a session, so that a copy of the model can do without them."""
 
 
 class Gates(nn.Module):
@@ -36,3 +42,24 @@ def remove_gates(model: nn.Module) -> None:
     """Remove the gates that hang on a model's layers."""
     for layer in gated_layers(model):
         delattr(layer, GATES)
+
+
+def unhide_weight(layer: nn.Module) -> None:
+    """Remove an attribute that hides the layer's own weight parameter (a wrapper of NNI's keeps the parameter)."""
+    if "weight" in layer._parameters:
+        layer.__dict__.pop("weight", None)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model without a session's gates and hooks."""
+    for layer in gated_layers(model):
+        unhide_weight(layer)  # what an interrupted forward left cannot be copied
+    duplicate = copy.deepcopy(model)
+    remove_gates(duplicate)
+    for module in duplicate.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), Attached):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+    return duplicate

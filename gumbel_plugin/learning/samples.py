@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.errors import LifecycleError
+from gumbel_plugin.learning.gates import Attached
 from gumbel_plugin.learning.sites import ColumnGates, WeightSite
 from gumbel_plugin.masks.base import LearntMask, Phase
 
 
-class SampleHooks:
+class SampleHooks(Attached):
     """Hooks that let a site's masks gate each sample by itself: a layer's input channels, or a block's whole branch.
 
     A block's gate acts at the output of its branch's last layer in every phase, decided or not, so that the layer's

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gumbel_plugin.config import OptimizerConfig, PruningSection
+from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.learning.budget import BudgetController
-from gumbel_plugin.learning.gates import GATES, Gates, gated_layers, remove_gates
+from gumbel_plugin.learning.gates import GATES, Attached, Gates, gated_layers, plain_copy, remove_gates
 from gumbel_plugin.learning.nni_masks import Masks, decisions_of, masks_of
+from gumbel_plugin.learning.optimizers import make_optimizer
 from gumbel_plugin.learning.plan import Plan, build_plan
 from gumbel_plugin.learning.rescale import initialise_weight
 from gumbel_plugin.learning.samples import SampleHooks
 from gumbel_plugin.learning.sites import SiteHooks
 from gumbel_plugin.learning.snapshot import Snapshot, load_state, save_state
+from gumbel_plugin.learning.status import Status, status_of
+from gumbel_plugin.learning.training_check import TrainingCheck, checked_steps, kept_fractions, warn_if_unprepared
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.wrapped import refuse_unusable
@@ -29,24 +30,7 @@ from gumbel_plugin.wrapped import refuse_unusable
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Status:
-    """Where the mask learning stands.
-
-    Attributes:
-        phase: ``open``, ``learning`` or ``fixed``.
-        sparsity: The fraction of gated weights whose gates are closed now, as a hard mask.
-        soft_sparsity: The same by the gates' probabilities; its distance to `sparsity` is the soft-hard gap.
-        step: Optimiser steps so far.
-    """
-
-    phase: str
-    sparsity: float
-    soft_sparsity: float
-    step: int
-
-
-class MaskingSession:
+class MaskingSession(Attached):
     """Learns masks on a model, whoever trains it.
 
     The verbs, in the order in which a training loop calls them::
@@ -109,6 +93,7 @@ class MaskingSession:
         self._hooks: list[SiteHooks | SampleHooks] = []
         self._root: RemovableHandle | None = None
         self._snapshot = Snapshot(model)
+        self._check = TrainingCheck(self.gate_parameters(), bool(self.controller.scopes))
 
     # Attaching ----------------------------------------------------------------------------------------------------
 
@@ -123,7 +108,9 @@ class MaskingSession:
 
         Raises:
             LifecycleError: If the session was started before.
+            ConfigError: If `total_steps` is no whole number of at least 1.
         """
+        total_steps = checked_steps(total_steps)
         if self._started:
             raise LifecycleError("the session was started before; a new MaskingSession learns new masks")
         if gated_layers(self.model):
@@ -136,8 +123,14 @@ class MaskingSession:
         self._snapshot.take(self.steps)
 
     def expect(self, total_steps: int) -> None:
-        """Say how long the training will be, if `start` could not know; before the first step."""
-        self.total_steps = total_steps
+        """Say how long the training will be, if `start` could not know; before the first step.
+
+        Raises:
+            ConfigError: If `total_steps` is no whole number of at least 1.
+            LifecycleError: If the session was not started.
+        """
+        self._require_start("expect")
+        self.total_steps = checked_steps(total_steps)
         for mask in self.plan.masks.values():
             mask.phase = Phase.OPEN
         self._enter_phase()
@@ -147,7 +140,13 @@ class MaskingSession:
 
         Args:
             hooks: See `start`.
+
+        Raises:
+            LifecycleError: If the session was not started, or is attached.
         """
+        self._require_start("attach")
+        if self._root is not None:
+            raise LifecycleError("the session is attached to its model already; detach() comes before attach()")
         if self.config.weights == "frozen":
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
             for parameter in self._frozen:
@@ -218,6 +217,7 @@ class MaskingSession:
 
     def loss(self) -> Tensor:
         """Return what the masks add to the training loss: budget and the method's own penalties; 0 outside learning."""
+        self._check.loss()
         total = torch.zeros((), device=next(self.model.parameters()).device)
         if self.phase is not Phase.LEARNING:
             return total
@@ -231,7 +231,14 @@ class MaskingSession:
         return total
 
     def step(self) -> None:
-        """Advance schedules, multipliers and phases; to be called after every optimiser step."""
+        """Advance schedules, multipliers and phases; to be called after every optimiser step.
+
+        Raises:
+            LifecycleError: If the session was not started.
+        """
+        self._require_start("step")
+        if self.phase is Phase.LEARNING:
+            self._check.step()
         self.steps += 1
         self.plan.noise.forward += 1  # a new sample, also where the loop calls parts of the model instead of the model
         begin, end = self._boundaries()
@@ -243,14 +250,24 @@ class MaskingSession:
     # The result ---------------------------------------------------------------------------------------------------
 
     def decide(self) -> None:
-        """Fix the hard masks: each scope's budget is met exactly. Says how much the final cut changed."""
+        """Fix the hard masks: each scope's budget is met exactly. Says how much the final cut changed.
+
+        Raises:
+            LifecycleError: If the session was not started.
+        """
+        self._require_start("decide")
         changed = total = 0
+        kept = []
         for scope in self.plan.scopes:
             own = {member.name: member.mask.decide(member.weight) for member in scope.members}
-            for name, hard in scope.cut().items():
+            cut = scope.cut()
+            kept.append((scope, *kept_fractions(scope, list(own.values()), list(cut.values()))))
+            for name, hard in cut.items():
                 changed += int((hard != own[name]).sum())
                 total += hard.numel()
                 self.plan.masks[name].fix(hard, self._weight_of(name))
+        self._check.decided(self.steps)
+        warn_if_unprepared(kept, self.steps, self.total_steps)
         _logger.info("masks decided: the cut changed %d of %d gates (%.3g %%)", changed, total, 100 * changed / total)
 
     def extract(self) -> Masks:
@@ -258,7 +275,11 @@ class MaskingSession:
 
         Afterwards every closed weight, and every closed input column of a consumer, is exactly zero in the parameters,
         and scales are folded in.
+
+        Raises:
+            LifecycleError: If the session was not started.
         """
+        self._require_start("extract")
         if self.phase is not Phase.FIXED:
             self.decide()
         for site in self.plan.sites.values():
@@ -322,17 +343,11 @@ class MaskingSession:
 
     def status(self) -> Status:
         """Return where the learning stands."""
-        hard = soft = total = 0.0
-        with torch.no_grad():
-            for scope in self.plan.scopes:
-                for member in scope.members:
-                    learning = member.mask.phase is Phase.LEARNING
-                    gates = member.mask.decide(member.weight) if learning else member.mask.hard
-                    expected = member.mask.probability(member.weight) if learning else gates.float()
-                    hard += float(gates.sum()) * member.cost
-                    soft += float(expected.sum()) * member.cost
-                    total += member.units * member.cost
-        return Status(self.phase.value, 1 - hard / total, 1 - soft / total, self.steps)
+        return status_of(self.plan, self.phase, self.steps)
+
+    def _require_start(self, verb: str) -> None:
+        if not self._started:
+            raise LifecycleError(f"{verb}() of a session that was not started; start(total_steps) comes first")
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         polled = any(mask.polled for mask in self.plan.masks.values())
@@ -340,6 +355,8 @@ class MaskingSession:
             return
         if torch._C._current_graph_task_id() == -1:
             self.plan.noise.forward += 1
+            if module.training and self.phase is Phase.LEARNING:
+                self._check.forward()
         # Otherwise a backward is running: activation checkpointing recomputes the model, and needs the same sample.
         for mask in self.plan.masks.values():
             # Drawn here, not where they are first used: a checkpointed layer must not own what others use too.
@@ -382,27 +399,6 @@ class MaskingSession:
     def _weight_of(self, name: str) -> Tensor | None:
         site = self.plan.sites.get(name)
         return site.weight if site is not None and site.mask is self.plan.masks[name] else None
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a model without a session's gates and hooks."""
-    duplicate = copy.deepcopy(model)
-    remove_gates(duplicate)
-    for module in duplicate.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), SiteHooks | SampleHooks | MaskingSession):
-                    del hooks[key]
-                    module._forward_hooks_always_called.pop(key, None)
-    return duplicate
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build an optimizer from its configuration."""
-    if settings.name == "sgd":
-        return torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
-    family = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return family(parameters, settings.lr, weight_decay=settings.weight_decay)
 
 
 __all__ = ["GATES", "MaskingSession", "Masks", "Status", "make_optimizer", "plain_copy", "remove_gates"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.learning.blocks import ResidualBlock
+from gumbel_plugin.learning.gates import Attached, unhide_weight
 from gumbel_plugin.learning.rescale import Rescale, dynamic_scale
 from gumbel_plugin.masks.base import LearntMask, Phase
 from gumbel_plugin.masks.targets import ChannelSlice, columns_view, input_channels
@@ -108,8 +109,9 @@ class WeightSite:
 
     @property
     def weight(self) -> Tensor:
-        """The weight parameter."""
-        weight = self.owner.weight
+        """The weight parameter, also while the gated weight of a forward hides it (see `SiteHooks`)."""
+        weight = self.owner._parameters.get("weight")
+        weight = self.owner.weight if weight is None else weight  # type: ignore[assignment]
         assert isinstance(weight, Tensor)
         return weight
 
@@ -138,6 +140,14 @@ class WeightSite:
     def follows_samples(self) -> bool:
         """Whether each sample has gates of its own now, which act on activations (see `SampleHooks`)."""
         return any(mask.follows_samples for mask in self.masks)
+
+    def unhide(self) -> None:
+        """Let the layer have its own weight again, if the gated one of a forward hides it (see `SiteHooks`).
+
+        torch calls the hook that does so whatever exception ends a forward, but for those that are no `Exception`, such
+        as Ctrl-C: what such a forward leaves goes before the next one, and before anything is written.
+        """
+        unhide_weight(self.module)
 
     def multiplier(self, weight: Tensor) -> Tensor:
         """Return the product of all gates here, in a shape that broadcasts against the weight."""
@@ -178,13 +188,14 @@ class WeightSite:
 
         With 0/1 gates s·(w·m) and (s·w)·m are the same floating-point numbers, so nothing changes but the storage.
         """
+        self.unhide()
         self.weight.copy_(self.apply(self.weight))
         if self.block is not None and self.mask is not None and self.bias is not None:
             self.bias.mul_(self.mask.hard.all())
         self.folded = True
 
 
-class SiteHooks:
+class SiteHooks(Attached):
     """Hooks that let a site act in a plain model, without touching its parameters, names or state dict."""
 
     def __init__(self, site: WeightSite) -> None:
@@ -204,9 +215,11 @@ class SiteHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.site.unhide()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         site = self.site
+        site.unhide()
         if site.follows_samples:
             return None
         weight = site.weight
@@ -219,7 +232,7 @@ class SiteHooks:
         return None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.site.module.__dict__.pop("weight", None)
+        self.site.unhide()
 
 
 def scale_channels(tensor: Tensor, factors: Tensor, spatial: int) -> Tensor:

@@ -22,6 +22,7 @@ from gumbel_plugin.errors import ConfigError, EquivalenceError
 from gumbel_plugin.shrinking.inputs import (
     ExampleInputs,
     call_model,
+    checked_inputs,
     inputs_on_device_of,
     observing,
     random_inputs_like,
@@ -118,10 +119,11 @@ def verify_equivalence(
         The report; it does not raise for a difference in numbers, see `EquivalenceReport.raise_for_failure`.
 
     Raises:
-        ConfigError: If an argument is out of range.
+        ConfigError: If an argument is out of range, or the inputs cannot be used (see `checked_inputs`).
         EquivalenceError: If the outputs differ in structure, shape or dtype, or hold nothing to compare.
     """
     _check_arguments(samples, tolerance, dtypes)
+    checked_inputs(example_inputs)
     errors, absolute_errors, tolerances = {}, {}, {}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")

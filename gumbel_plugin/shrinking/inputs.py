@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.errors import ConfigError, shown
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -33,6 +33,33 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def checked_inputs(example_inputs: ExampleInputs) -> ExampleInputs:
+    """Return example inputs that a model can be traced and compared with; refuse others before it is called.
+
+    Args:
+        example_inputs: A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+    Raises:
+        ConfigError: If they are none of these, hold no tensor, or their tensors are on the meta device or quantized,
+            hold NaN (infinities are left to the model: additive attention masks have them), or no sample.
+    """
+    tensors = [value for value in tree_leaves(_normalised(example_inputs)) if isinstance(value, Tensor)]
+    if not tensors:
+        raise ConfigError(f"example_inputs = {shown(example_inputs)}: there is no tensor in it")
+    for tensor in tensors:
+        shape = tuple(tensor.shape)
+        if tensor.is_meta:
+            raise ConfigError(f"example_inputs: a tensor of shape {shape} is on the meta device and has no values")
+        if tensor.is_quantized:
+            raise ConfigError(f"example_inputs: a tensor of shape {shape} is quantized; pass floating point values")
+        if bool(torch.isnan(tensor).any()):
+            raise ConfigError(f"example_inputs: a tensor of shape {shape} holds NaN, to which nothing compares")
+    batched = next((tensor for tensor in tensors if tensor.dim() > 0), tensors[0])
+    if batched.numel() == 0:
+        raise ConfigError(f"example_inputs: a tensor of shape {tuple(batched.shape)} is empty; pass a sample")
+    return example_inputs
 
 
 def random_inputs_like(

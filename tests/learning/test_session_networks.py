@@ -144,6 +144,7 @@ def test_producers_of_a_part_have_their_part_of_the_mask(pruning: Any, randomise
         MaskingSession(duplicate, pruning({"op_names": ["whole"]}), groups)
         for duplicate in (model, copy.deepcopy(model))
     )
+    session.start()
     randomise_logits(session)
     masks = session.extract()
     rows = {name: targets["weight"].flatten(1)[:, 0] for name, targets in masks.items()}

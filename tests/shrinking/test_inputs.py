@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from collections import UserDict
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_plugin.shrinking.inputs import (
     batch_size_of,
     call_model,
+    checked_inputs,
     dtype_of,
     inputs_following,
     inputs_on_device_of,
@@ -142,3 +145,36 @@ def test_observing_leaves_no_trace_even_after_an_error() -> None:
     assert [module.training for module in model.modules()] == [True, False, True]
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        (torch.tensor([[1.0, float("nan")]]), r"shape \(1, 2\) holds NaN"),
+        ((ONE, {"b": [torch.tensor([float("nan")])]}), r"shape \(1,\) holds NaN"),
+        (torch.zeros(0, 6), r"shape \(0, 6\) is empty; pass a sample"),
+        (torch.zeros(2, 3, device="meta"), "on the meta device"),
+        ({"text": "words"}, r"\{'text': 'words'\}: there is no tensor in it"),
+        ((), "there is no tensor in it"),
+        (None, "example_inputs is a NoneType"),
+        ("image.png", "example_inputs is a str"),
+    ],
+)
+def test_inputs_that_nothing_can_be_traced_or_compared_with(inputs: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        checked_inputs(inputs)
+    with pytest.raises(ConfigError, match=reason):
+        verify_equivalence(Weighted(), Weighted(), inputs)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (ONE, torch.tensor([[0.0, float("-inf")]])),  # an additive attention mask
+        (ONE, torch.zeros(1, 0, 4)),  # an empty cache
+        {"ids": torch.tensor([[1, 2]]), "past": None},
+        torch.tensor(3.0),
+    ],
+)
+def test_infinities_and_empty_parts_are_left_to_the_model(inputs: Any) -> None:
+    assert checked_inputs(inputs) is inputs
