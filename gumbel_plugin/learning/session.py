@@ -346,7 +346,7 @@ class MaskingSession(Attached):
         return status_of(self.plan, self.phase, self.steps)
 
     def _require_start(self, verb: str) -> None:
-        if not self._started:
+        if not self._started and self.phase is not Phase.FIXED:  # masks may be given instead of learned
             raise LifecycleError(f"{verb}() of a session that was not started; start(total_steps) comes first")
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
