@@ -28,6 +28,14 @@ class ModelConfig(Section):
     in_channels: int | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("options")
+    @classmethod
+    def _are_no_keys_of_the_section(cls, options: dict[str, Any]) -> dict[str, Any]:
+        twice = sorted({"name", "num_classes", "in_channels"} & options.keys())
+        if twice:
+            raise ValueError(f"{', '.join(twice)} stand beside options, not among them")
+        return options
+
 
 class DataConfig(Section):
     """Which data set, known to `gumbel_plugin.runs.data`, and how it is fed.

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.errors import ConfigError, GumbelPluginError
+from gumbel_plugin.errors import ConfigError, GumbelPluginError, shorten, shown
 from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, agreement_line, result_rows
 from gumbel_plugin.runs.folder import CONFIG
 from gumbel_plugin.runs.reporting import warnings_of
@@ -225,11 +225,11 @@ def _print_table(table: Table) -> None:
 def _load(path: Path, settings: list[str] | None) -> PruningConfig:
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ConfigError(f"config {str(path)!r} must be a mapping with a pruning section to be run")
+        raise ConfigError(f"config {shown(str(path))} must be a mapping with a pruning section to be run")
     return PruningConfig.load(apply_overrides(values, settings or []))
 
 
 def _fail(error: Exception) -> NoReturn:
     """Say in one line what is wrong, and exit with 1."""
-    typer.secho(f"error: {' '.join(str(error).split())}", err=True, fg="red")
+    typer.secho(f"error: {shorten(' '.join(str(error).split()))}", err=True, fg="red")
     raise typer.Exit(1)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, MissingExtraError, nearest
+from gumbel_plugin.errors import ConfigError, MissingExtraError, nearest, shorten, shown
 
 ModelFactory = Callable[..., nn.Module]
 _Factory = TypeVar("_Factory", bound=ModelFactory)
@@ -91,11 +91,7 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     factory = _factory(name)
     if ":" not in name and name not in _REGISTRY:
         return _call_torchvision(name, factory, given)
-    try:
-        inspect.signature(factory).bind(**given)
-    except TypeError as error:
-        raise _wrong_options(name, factory, error) from error
-    model = factory(**given)
+    model = _call(name, factory, given)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {name!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model
@@ -110,7 +106,7 @@ def _factory(name: str) -> ModelFactory:
     if name in known:
         return importlib.import_module("torchvision.models").get_model_builder(name)  # type: ignore[no-any-return]
     missing = "" if _has_torchvision() else f" (if it is torchvision's: {MissingExtraError('torchvision', 'data')})"
-    raise ConfigError(f"unknown model {name!r}{nearest(name, known)}{missing}")
+    raise ConfigError(f"unknown model {shown(name)}{nearest(name, known)}{missing}")
 
 
 def _has_torchvision() -> bool:
@@ -120,7 +116,7 @@ def _has_torchvision() -> bool:
 def _import_factory(name: str) -> ModelFactory:
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"model {name!r} is not of the form package.module:factory")
+        raise ConfigError(f"model {shown(name)} is not of the form package.module:factory")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -142,14 +138,18 @@ def _call_torchvision(name: str, builder: ModelFactory, given: dict[str, Any]) -
         defaults["weights_backbone"] = None  # or the detection and segmentation networks would download one
     if given.get("weights") is None and name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
         defaults |= {"aux_logits": False, "init_weights": True}  # without the second they warn, and then assume it
+    return _call(name, builder, {**defaults, **given})
+
+
+def _call(name: str, factory: ModelFactory, given: dict[str, Any]) -> nn.Module:
     try:
-        return builder(**{**defaults, **given})
-    except (TypeError, ValueError) as error:
-        raise _wrong_options(name, builder, error) from error
-
-
-def _wrong_options(name: str, factory: ModelFactory, error: Exception) -> ConfigError:
-    return ConfigError(f"model {name!r}: {error}; its options are: {', '.join(_options(factory)) or 'none'}")
+        return factory(**given)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a factory raises at options that it cannot use
+        problem = str(error) or type(error).__name__
+        options = ", ".join(_options(factory)) or "none"
+        raise ConfigError(f"model {shown(name)}: {shorten(problem, 800)}; its options are: {options}") from error
 
 
 def _options(factory: ModelFactory) -> list[str]:
@@ -166,7 +166,7 @@ def _options(factory: ModelFactory) -> list[str]:
 def _check_sizes(**sizes: Any) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"{name} is {size!r}; it must be a whole number of at least 1")
+            raise ConfigError(f"{name} is {shown(size)}; it must be a whole number of at least 1")
 
 
 def _named(**layers: nn.Module) -> nn.Sequential:
