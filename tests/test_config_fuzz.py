@@ -20,12 +20,17 @@ from gumbel_plugin.yaml_files import parse_yaml
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 TEXTS = [path.read_text(encoding="utf-8") for path in CONFIGS]
 RESOLVED = [PruningConfig.load(path).model_dump(mode="json") for path in CONFIGS]
-ENTRY = {"op_types": ["Linear"], "sparse_ratio": 0.5}
+ENTRY = {"op_types": ["Linear"], "sparse_ratio": 0.5, "granularity": "default", "sparse_threshold": None}
 RUNNABLE = {
     "model": {"name": "lenet300", "num_classes": 10, "in_channels": None, "options": {"in_features": 64}},
     "data": {"name": "digits", "samples": 20, "validation_fraction": 0.0, "root": None},
     "training": {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "precision": "32-true", "patience": None},
-    "pruning": {"method": "gumbel_softmax", "options": {"temperature": 1.0}, "config_list": [ENTRY]},
+    "pruning": {
+        "method": "gumbel_softmax",
+        "options": {"temperature": 1.0},
+        "config_list": [ENTRY],
+        "weights": "trained",
+    },
     "seed": 0,
 }
 
@@ -37,9 +42,16 @@ NASTY_TEXT = (
 )  # fmt: skip
 NASTY_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 50, 10**18, 10**5000, 0.5, 1.0, -0.5, 1e-320, 1e308, float("nan"), float("inf"),
-    "", "0.5", "50%", "1e-3", "true", "x" * 5000, "a\0b", "\ud800", "a:b", "conv(", "(?P<x>a)(?P<x>b)", ["a{9999999999}"], ["[[a]"],
-       "[[a]", "~nobody-is-this/x", b"x", [], {}, [[]], [None], {"": 0}, {1: 2}, {"x": {"y": [1]}}, (1, 2), {1, 2}, object(),
-    [0], [-1, -1], ["Linear"], ["fc1"], {"start": 1, "end": 0}, {"start": "x"}, Path("x"), PruningConfig,
+    "", "0.5", "50%", "1e-3", "true", "x" * 5000, "a\0b", "\ud800", "a:b", "conv(", "(?P<x>a)(?P<x>b)", "[[a]",
+    ["a{9999999999}"], ["[[a]"], "~nobody-is-this/x", b"x", [], {}, [[]], [None], {"": 0}, {1: 2}, {"x": {"y": [1]}},
+    (1, 2), {1, 2}, object(), [0], [-1, -1], ["Linear"], ["fc1"], {"start": 1, "end": 0}, {"start": "x"}, Path("x"),
+    PruningConfig,
+)  # fmt: skip
+
+PLAUSIBLE_VALUES: tuple[Any, ...] = (
+    None, True, 0, 1, 2, 50, 10**18, 0.5, 1e-320, 1e308, "", "x", "x" * 5000, "random", "magnitude", "frozen",
+    "lenet5", "toy_regression", "mnist", "os:getcwd", "torch.nn:Identity", "builtins:dict", "~nobody-is-this/x", "bf16",
+    "learned", [], {}, ["Linear"], ["fc1"], ["fc9"], ["[[a]"], [1, 64], [0], [3], "element", "kernel", {"start": 1},
 )  # fmt: skip
 
 
@@ -101,7 +113,7 @@ def damage(draw: st.DrawFn, values: dict[str, Any], nasty: tuple[Any, ...], coun
                 source, name = draw(st.sampled_from(found))
                 container[key] = copy.deepcopy(source.get(name) if isinstance(source, dict) else source[:1])
             case _:
-                container[key] = draw(st.sampled_from(nasty))
+                container[key] = copy.deepcopy(draw(st.sampled_from(nasty)))
     return result
 
 
@@ -118,8 +130,7 @@ def damaged_values(draw: st.DrawFn) -> Any:
 
 @st.composite
 def damaged_runs(draw: st.DrawFn) -> dict[str, Any]:
-    harmless = tuple(value for value in NASTY_VALUES if value != 10**18)  # what a machine would try to allocate
-    return damage(draw, RUNNABLE, harmless, draw(st.integers(1, 2)))
+    return damage(draw, RUNNABLE, PLAUSIBLE_VALUES, draw(st.integers(1, 2)))
 
 
 @contextmanager
