@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -180,8 +181,10 @@ class LayerRule(Section):
     def _are_patterns(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for pattern in patterns or ():
             try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # "[[a]" will mean something else one day
+                    re.compile(pattern)
+            except (re.error, OverflowError, RecursionError, Warning) as error:
                 raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from error
         return patterns
 

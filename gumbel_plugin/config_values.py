@@ -22,6 +22,7 @@ MAX_VALUES = 20_000
 """How many values a configuration may hold, each use of a YAML alias counted."""
 
 _EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]{1,4}")  # 1e-3, which PyYAML's own loaders read as text
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of float32, in which networks and gates compute
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -139,8 +140,8 @@ def _scalar(value: object, path: tuple[str, ...]) -> str | int | float | bool | 
             raise ConfigError(f"{_name(path)} = {shown(number)}: an integer must be less than 2**63 in size")
         return number
     if isinstance(value, Real):
-        if not math.isfinite(value):
-            raise ConfigError(f"{_name(path)} = {shown(float(value))}: a number must be finite")
+        if not math.isfinite(value) or (value and not _SMALLEST <= abs(value) <= _LARGEST):
+            raise ConfigError(f"{_name(path)} = {shown(float(value))}: a number must be finite and fit into float32")
         return float(value)
     raise ConfigError(
         f"{_name(path)} is a {type(value).__name__} ({shown(value)}); a configuration is made of mappings with text "

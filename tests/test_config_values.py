@@ -79,6 +79,8 @@ PLACES: dict[str, Callable[[Any], Any]] = {
         (-(2**63) - 1, "must be less than"),
         (math.nan, "= nan: a number must be finite"),
         (np.float32("inf"), "= inf: a number must be finite"),
+        (1e308, "= 1e.308: a number must be finite and fit into float32"),
+        (-1e-320, "= -1e-320: a number must be finite and fit into float32"),
         ("a\0b", "no NUL characters"),
         ("\udcff", "no surrogates"),
     ],

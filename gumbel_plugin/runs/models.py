@@ -84,8 +84,8 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     Raises:
         ConfigError: The name is unknown, an option is unknown or wrong, or the factory did not return a module.
     """
-    sizes = {"num_classes": num_classes, "in_channels": in_channels}
-    given: dict[str, Any] = {option: size for option, size in sizes.items() if size is not None}
+    sizes = (("num_classes", num_classes), ("in_channels", in_channels))
+    given: dict[str, Any] = {option: size for option, size in sizes if size is not None}
     _check_sizes(**given)
     given |= options
     factory = _factory(name)
@@ -123,6 +123,8 @@ def _import_factory(name: str) -> ModelFactory:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists; something that it imports does not
         raise ConfigError(f"model {name!r}: there is no module {error.name!r} on the import path") from error
+    except Exception as error:  # its own code
+        raise ConfigError(f"model {name!r}: importing {module_name} raises {shorten(repr(error), 800)}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         hint = nearest(attribute, (key for key, value in vars(module).items() if callable(value)))
@@ -144,12 +146,13 @@ def _call_torchvision(name: str, builder: ModelFactory, given: dict[str, Any]) -
 def _call(name: str, factory: ModelFactory, given: dict[str, Any]) -> nn.Module:
     try:
         return factory(**given)
-    except ConfigError:
-        raise
     except Exception as error:  # whatever a factory raises at options that it cannot use
-        problem = str(error) or type(error).__name__
-        options = ", ".join(_options(factory)) or "none"
-        raise ConfigError(f"model {shown(name)}: {shorten(problem, 800)}; its options are: {options}") from error
+        if isinstance(error, ConfigError):
+            raise
+        problem = (
+            f"{shorten(str(error) or repr(error), 800)}; its options are: {', '.join(_options(factory)) or 'none'}"
+        )
+        raise ConfigError(f"model {shown(name)}: {problem}") from error
 
 
 def _options(factory: ModelFactory) -> list[str]:
