@@ -123,26 +123,31 @@ def _text_keys(values: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tup
     for key, item in values.items():
         if not isinstance(key, str):
             raise ConfigError(f"{_name(path)}: the key {shown(key)} is no text; put it in quotes")
-        yield _scalar(key, path), item
+        yield _text(key, path), item
+
+
+def _text(value: str | PurePath, path: tuple[str, ...]) -> str:
+    text = str.__str__(value) if isinstance(value, str) else str(value)
+    if _NO_TEXT.search(text):
+        raise ConfigError(f"{_name(path)} = {shown(text)}: text holds no NUL characters and no surrogates")
+    return text
 
 
 def _scalar(value: object, path: tuple[str, ...]) -> str | int | float | bool | None:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str | PurePath):
-        text = str.__str__(value) if isinstance(value, str) else str(value)
-        if _NO_TEXT.search(text):
-            raise ConfigError(f"{_name(path)} = {shown(text)}: text holds no NUL characters and no surrogates")
-        return text
+        return _text(value, path)
     if isinstance(value, Integral):
         number = int(value)
         if not -(2**63) <= number < 2**63:
             raise ConfigError(f"{_name(path)} = {shown(number)}: an integer must be less than 2**63 in size")
         return number
     if isinstance(value, Real):
-        if not math.isfinite(value) or (value and not _SMALLEST <= abs(value) <= _LARGEST):
-            raise ConfigError(f"{_name(path)} = {shown(float(value))}: a number must be finite and fit into float32")
-        return float(value)
+        real = float(value)
+        if not math.isfinite(real) or (real and not _SMALLEST <= abs(real) <= _LARGEST):
+            raise ConfigError(f"{_name(path)} = {shown(real)}: a number must be finite and fit into float32")
+        return real
     raise ConfigError(
         f"{_name(path)} is a {type(value).__name__} ({shown(value)}); a configuration is made of mappings with text "
         "keys, lists, text, numbers, true, false and null"

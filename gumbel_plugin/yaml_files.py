@@ -37,13 +37,16 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         self.nodes += 1
         if self.depth > MAX_DEPTH:
-            raise _error(f"nested too deeply: more than {MAX_DEPTH} levels", self.peek_event().start_mark)
+            raise _error(f"nested too deeply: more than {MAX_DEPTH} levels", self._mark())
         if self.nodes > 2 * MAX_VALUES:  # keys and values
-            raise _error(f"the configuration holds more than {MAX_VALUES:,} values", self.peek_event().start_mark)
+            raise _error(f"the configuration holds more than {MAX_VALUES:,} values", self._mark())
         try:
             return super().compose_node(parent, index)
         finally:
             self.depth -= 1
+
+    def _mark(self) -> yaml.Mark:
+        return self.peek_event().start_mark  # type: ignore[no-untyped-call,no-any-return]
 
     def construct_document(self, node: yaml.Node) -> Any:
         return self._value(node)
@@ -133,7 +136,7 @@ def parse_yaml(text: str) -> Any:
     except (yaml.YAMLError, *_VALUE_ERRORS) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"no valid YAML: {shorten(' '.join(str(error).split()), 500)}") from error
+        raise ConfigError(f"it is no valid YAML: {shorten(' '.join(str(error).split()), 500)}") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -157,7 +160,7 @@ def read_yaml(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is no valid YAML: {error}; save it as UTF-8") from error
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(f"{name} cannot be used: {error}") from error
     if not isinstance(content, dict | list):
         raise ConfigError(f"{name} must hold a mapping or an NNI config list")
     return content
