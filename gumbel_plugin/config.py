@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from gumbel_plugin.errors import ConfigError, nearest
+from gumbel_plugin.config_errors import explain
+from gumbel_plugin.config_values import Section, plain
+from gumbel_plugin.errors import ConfigError, shown
 from gumbel_plugin.masks import method_named
 from gumbel_plugin.masks.base import MaskOptions, WeightMode
 from gumbel_plugin.masks.targets import granularity_of
-from gumbel_plugin.yaml_files import read_yaml
+from gumbel_plugin.yaml_files import read_yaml, write_yaml
 
 ConfigLike: TypeAlias = "str | Path | Mapping[str, Any] | PruningConfig | Sequence[Mapping[str, Any]]"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which network: a name known to `gumbel_plugin.runs.models`, or ``package.module:factory``."""
 
     name: str
@@ -31,8 +29,16 @@ class ModelConfig(_Section):
     in_channels: int | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("options")
+    @classmethod
+    def _are_no_keys_of_the_section(cls, options: dict[str, Any]) -> dict[str, Any]:
+        twice = sorted({"name", "num_classes", "in_channels"} & options.keys())
+        if twice:
+            raise ValueError(f"{', '.join(twice)} stand beside options, not among them")
+        return options
 
-class DataConfig(_Section):
+
+class DataConfig(Section):
     """Which data set, known to `gumbel_plugin.runs.data`, and how it is fed.
 
     Attributes:
@@ -48,7 +54,7 @@ class DataConfig(_Section):
     download: bool = False
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """An optimizer and its settings."""
 
     name: Literal["sgd", "adam", "adamw"] = "adam"
@@ -57,7 +63,7 @@ class OptimizerConfig(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How a run trains; the Lightning Trainer takes accelerator, devices, strategy and precision as they are.
 
     Attributes:
@@ -90,7 +96,7 @@ class TrainingConfig(_Section):
         return self
 
 
-class ReportConfig(_Section):
+class ReportConfig(Section):
     """What a run measures and writes beside its result.
 
     Attributes:
@@ -115,7 +121,7 @@ class ReportConfig(_Section):
         return sizes
 
 
-class LayerRule(_Section):
+class LayerRule(Section):
     """One entry of an NNI config list: which layers, and how much of them may go.
 
     Attributes:
@@ -153,10 +159,12 @@ class LayerRule(_Section):
         settings = values["target_settings"]
         unknown = set(settings) - {"weight", "bias"}
         if unknown:
-            raise ValueError(f"target_settings {sorted(unknown)} cannot be learnt; masks cover 'weight' (and its bias)")
+            raise ValueError(
+                f"target_settings {shown(sorted(unknown))} cannot be learnt; masks cover 'weight' (and its bias)"
+            )
         odd = next((name for name, own in settings.items() if not isinstance(own, Mapping | None)), None)
         if odd is not None:
-            raise ValueError(f"target_settings.{odd} = {settings[odd]!r}: it must be a mapping of settings")
+            raise ValueError(f"target_settings.{odd} = {shown(settings[odd])}: it must be a mapping of settings")
         if settings.get("bias"):
             raise ValueError("target_settings.bias: a bias follows its weight's mask; leave its settings out")
         return {**values, **(settings.get("weight") or {})}
@@ -165,7 +173,7 @@ class LayerRule(_Section):
     @classmethod
     def _only_weights(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if names is not None and not (set(names) <= {"weight", "bias"} and "weight" in names):
-            raise ValueError(f"target_names {list(names)}: learnt masks cover 'weight' and follow on 'bias'")
+            raise ValueError(f"target_names {shown(list(names))}: learnt masks cover 'weight' and follow on 'bias'")
         return names
 
     @field_validator("op_names_re", "exclude_op_names_re")
@@ -173,9 +181,11 @@ class LayerRule(_Section):
     def _are_patterns(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for pattern in patterns or ():
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # "[[a]" will mean something else one day
+                    re.compile(pattern)
+            except (re.error, OverflowError, RecursionError, Warning) as error:
+                raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from error
         return patterns
 
     @field_validator("granularity")
@@ -213,7 +223,7 @@ class LayerRule(_Section):
         return {**lists, "granularity": words.get(str(granularity), granularity)}
 
 
-class BudgetConfig(_Section):
+class BudgetConfig(Section):
     """How the masks are steered towards their `sparse_ratio` while they are learnt.
 
     Attributes:
@@ -228,7 +238,7 @@ class BudgetConfig(_Section):
     multiplier_rate: float | None = Field(default=None, ge=0)
 
 
-class PhaseConfig(_Section):
+class PhaseConfig(Section):
     """How the training time is divided: dense training first, then mask learning, then training with fixed masks.
 
     Attributes:
@@ -246,7 +256,7 @@ class PhaseConfig(_Section):
         return self
 
 
-class PruningSection(_Section):
+class PruningSection(Section):
     """What is masked, by which method, and how far.
 
     Attributes:
@@ -274,7 +284,7 @@ class PruningSection(_Section):
         try:
             self.method_options()
         except ValidationError as error:
-            raise ValueError(_explain(error, method_named(self.method).Options, prefix="options.")) from error
+            raise ValueError(explain(error, method_named(self.method).Options, prefix="options.")) from error
         return self
 
     @model_validator(mode="after")
@@ -316,7 +326,7 @@ class PruningSection(_Section):
         return OptimizerConfig(name="adam", lr=0.05)
 
 
-class PruningConfig(_Section):
+class PruningConfig(Section):
     """A whole run: network, data, training, pruning and report."""
 
     pruning: PruningSection
@@ -341,60 +351,17 @@ class PruningConfig(_Section):
             return config
         if isinstance(config, str | Path):
             return cls.load(read_yaml(Path(config)))
-        if not isinstance(config, Mapping | Sequence):
+        if isinstance(config, bytes | bytearray | memoryview) or not isinstance(config, Mapping | Sequence):
             raise ConfigError(
                 f"config is a {type(config).__name__}; it must be a YAML file's path, a dict, an NNI config list or a "
                 "PruningConfig"
             )
-        values = {"pruning": {"config_list": list(config)}} if isinstance(config, Sequence) else dict(config)
+        values = plain({"pruning": {"config_list": config}} if isinstance(config, Sequence) else config)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(_explain(error, cls)) from error
+            raise ConfigError(explain(error, cls)) from error
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML that `load` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
-
-
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Say in one line an error: which key, its value, the rule, and the nearest valid key."""
-    lines: list[str] = []
-    items = error.errors()
-    for item in items:
-        path = [part for part in item["loc"] if not _is_alternative(part)]
-        key = prefix + ".".join(str(part) for part in path)
-        scalar = item["loc"] and item["loc"][-1] in _SCALARS
-        if scalar and isinstance(item["input"], dict | list | tuple) and (lines or item is not items[-1]):
-            continue  # "a number or a schedule" was given a mapping: what is wrong with the schedule says enough
-        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            lines.append(f"{key}: unknown key{nearest(str(path[-1]), _fields_at(model, path[:-1]))}")
-        elif item["type"] == "missing":
-            lines.append(f"{key}: required, but missing")
-        else:
-            rule = item["msg"].removeprefix("Value error, ")
-            whole_section = isinstance(item["input"], dict | BaseModel)
-            lines.append(f"{key}: {rule}" if whole_section else f"{key} = {item['input']!r}: {rule}")
-    return "; ".join(lines)
-
-
-_SCALARS = ("int", "float", "str")
-
-
-def _is_alternative(part: int | str) -> bool:
-    """Whether a part of an error's location is no key, but says which type of ``A | B`` was tried."""
-    return part in _SCALARS or "[" in str(part)
-
-
-def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    """Return the valid keys of the section at a path of keys."""
-    fields: Mapping[str, Any] = model.model_fields
-    for key in path:
-        field = fields.get(str(key))
-        annotation = getattr(field, "annotation", None)
-        for candidate in (annotation, *getattr(annotation, "__args__", ())):
-            found = getattr(candidate, "model_fields", getattr(candidate, "__pydantic_fields__", None))
-            if found:
-                fields = found
-                break
-    return list(fields)
+        return write_yaml(self.model_dump(mode="json", exclude_none=True))

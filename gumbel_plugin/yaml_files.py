@@ -2,32 +2,186 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import re
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.config_values import MAX_DEPTH, MAX_VALUES, plain
+from gumbel_plugin.errors import ConfigError, shorten, shown
+
+MAX_BYTES = 1_000_000
+"""How large a configuration file may be."""
+
+# YAML 1.1, which PyYAML follows, takes 1e-3 for text because it has no decimal point; YAML 1.2 does not.
+_EXPONENT_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = tuple(_TAG + kind for kind in ("null", "bool", "int", "float", "str"))
+_VALUE_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without what surprises: no key twice, nothing within itself, bounded nesting."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+        self.nodes = 0
+        self.values: dict[yaml.Node, Any] = {}  # an alias is the same node as its anchor, and has the same value
+        self.unfinished: set[yaml.Node] = set()
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        self.nodes += 1
+        if self.depth > MAX_DEPTH:
+            raise _error(f"nested too deeply: more than {MAX_DEPTH} levels", self._mark())
+        if self.nodes > 2 * MAX_VALUES:  # keys and values
+            raise _error(f"the configuration holds more than {MAX_VALUES:,} values", self._mark())
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def _mark(self) -> yaml.Mark:
+        return self.peek_event().start_mark  # type: ignore[no-untyped-call,no-any-return]
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        return self._value(node)
+
+    def _value(self, node: yaml.Node) -> Any:
+        if node in self.values:
+            return self.values[node]
+        if node in self.unfinished or len(self.unfinished) >= MAX_DEPTH:
+            raise _error("an alias makes it contain itself, or nests it too deeply", node.start_mark)
+        self.unfinished.add(node)
+        self.values[node] = self._construct(node)
+        self.unfinished.remove(node)
+        return self.values[node]
+
+    def _construct(self, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return self._mapping(node)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return [self._value(item) for item in node.value]
+        kind = node.tag.removeprefix(_TAG)
+        if not isinstance(node, yaml.ScalarNode):
+            raise _error(f"the tag {shown(kind)} does not belong here", node.start_mark)
+        if node.tag not in _SCALARS:  # a date, for instance
+            raise _error(
+                f"{shown(node.value)} reads as {shown(kind)}; if it is text, put it in quotes", node.start_mark
+            )
+        try:
+            return super().construct_object(node)
+        except _VALUE_ERRORS as error:
+            raise _error(f"{shown(node.value)} is no valid {kind}", node.start_mark) from error
+
+    def _mapping(self, node: yaml.MappingNode) -> dict[Hashable, Any]:
+        own: dict[Hashable, Any] = {}
+        merged: dict[Hashable, Any] = {}
+        lines: dict[Hashable, int] = {}
+        for key_node, value_node in node.value:
+            is_merge = key_node.tag == _TAG + "merge"
+            key = "<<" if is_merge else self._value(key_node)
+            if not isinstance(key, Hashable):
+                raise _error("a key must be text", key_node.start_mark)
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                raise ConfigError(f"line {line}: the key {shown(key)} is given twice, first in line {lines[key]}")
+            lines[key] = line
+            if is_merge:
+                merged = self._merged(value_node)
+            else:
+                own[key] = self._value(value_node)
+        return {**merged, **own}
+
+    def _merged(self, node: yaml.Node) -> dict[Hashable, Any]:
+        """Return what ``<<`` takes over: of several mappings the earlier ones win."""
+        content = self._value(node)
+        mappings = content if isinstance(content, list) else [content]
+        merged: dict[Hashable, Any] = {}
+        for mapping in mappings:
+            if not isinstance(mapping, dict):
+                raise _error("<< takes over a mapping, or a list of mappings", node.start_mark)
+            merged = {**mapping, **merged}
+        return merged
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: text that looks like 1e-3 is quoted, and nothing is an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(*_EXPONENT_FLOAT)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a text of YAML into plain data (see `gumbel_plugin.config_values.plain`).
+
+    Ordinary anchors, aliases and merge keys are understood; numbers are those of YAML 1.1, and ``1e-3``.
+
+    Raises:
+        ConfigError: If it is no valid YAML, gives a key twice, contains itself, or expands to too much; the message
+            names the line or the key.
+    """
+    loader: _Loader | None = None
+    try:
+        loader = _Loader(text)
+        return plain(loader.get_single_data())
+    except (yaml.YAMLError, *_VALUE_ERRORS) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"it is no valid YAML: {shorten(' '.join(str(error).split()), 500)}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """Return plain data as YAML that `parse_yaml` reads back to the same."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file.
+    """Read a YAML file of UTF-8 text, of at most `MAX_BYTES`.
 
     Raises:
-        ConfigError: If the file is missing or is no YAML mapping.
+        ConfigError: If the file is missing, no regular file, too large, or is no YAML mapping or list.
     """
-    if not path.is_file():
-        raise ConfigError(f"config {str(path)!r} does not exist")
+    name = f"config {shown(str(path))}"
+    raw = _read_bytes(path, name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {str(path)!r} is no valid YAML: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"config {str(path)!r} cannot be read: {error}") from error
+        content = parse_yaml(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is no valid YAML: {error}; save it as UTF-8") from error
+    except ConfigError as error:
+        raise ConfigError(f"{name} cannot be used: {error}") from error
     if not isinstance(content, dict | list):
-        raise ConfigError(f"config {str(path)!r} must hold a mapping or an NNI config list")
+        raise ConfigError(f"{name} must hold a mapping or an NNI config list")
     return content
+
+
+def _read_bytes(path: Path, name: str) -> bytes:
+    try:
+        path = path.expanduser()
+        exists, is_regular = path.exists(), path.is_file()  # a device or a pipe may never end
+        if is_regular:
+            with path.open("rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
+    except (ValueError, RuntimeError) as error:  # a NUL character; a home folder that is unknown
+        raise ConfigError(f"{name} cannot be read: {error}") from error
+    if not is_regular:
+        raise ConfigError(f"{name} {'is no regular file' if exists else 'does not exist'}")
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{name} is larger than {MAX_BYTES:,} bytes; that is no configuration")
+    return raw
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -36,26 +190,35 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     Raises:
         ConfigError: If a setting is not of that form or its path runs through a plain value.
     """
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))
+    result = copy.deepcopy(values)
     for setting in overrides:
         path, equals, text = setting.partition("=")
         if not equals or not path:
-            raise ConfigError(f"--set {setting!r} must read key.subkey=value")
+            raise ConfigError(f"--set {shown(setting)} must read key.subkey=value")
         *parents, last = path.split(".")
+        if len(parents) >= MAX_DEPTH:
+            raise ConfigError(f"--set {shown(setting)} is nested too deeply: more than {MAX_DEPTH} levels")
         place: Any = result
         for key in parents:
             place = place[_item(place, key, setting)] if isinstance(place, list) else place.setdefault(key, {})
             if not isinstance(place, dict | list):
-                raise ConfigError(f"--set {setting!r}: {key!r} is a plain value, it has no sub-keys")
+                raise ConfigError(f"--set {shown(setting)}: {shown(key)} is a plain value, it has no sub-keys")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {setting!r}: {text!r} is no valid YAML: {error}") from error
+            value = parse_yaml(text)
+        except ConfigError as error:
+            raise ConfigError(f"--set {shown(setting)}: {error}") from error
         place[_item(place, last, setting) if isinstance(place, list) else last] = value
     return result
 
 
 def _item(place: list[Any], key: str, setting: str) -> int:
-    if not key.isdecimal() or int(key) >= len(place):
-        raise ConfigError(f"--set {setting!r}: {key!r} is no number of an item; the list has {len(place)}, from 0 on")
+    if not (key.isdecimal() and len(key) < 10) or int(key) >= len(place):
+        count = len(place)
+        raise ConfigError(
+            f"--set {shown(setting)}: {shown(key)} is no number of an item; the list has {count}, from 0 on"
+        )
     return int(key)
+
+
+def _error(problem: str, mark: yaml.Mark) -> ConfigError:
+    return ConfigError(f"line {mark.line + 1}: {problem}")

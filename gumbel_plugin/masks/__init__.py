@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gumbel_plugin.errors import ConfigError, nearest
+from gumbel_plugin.errors import ConfigError, nearest, shown
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
 from gumbel_plugin.masks.consensus import ConsensusMask
 from gumbel_plugin.masks.edge_popup import EdgePopupMask
@@ -33,7 +33,7 @@ def method_named(name: str) -> type[LearntMask]:
         ConfigError: If there is no method of that name.
     """
     if name not in METHODS:
-        raise ConfigError(f"pruning.method {name!r} is unknown{nearest(name, METHODS)}")
+        raise ConfigError(f"pruning.method {shown(name)} is unknown{nearest(name, METHODS)}")
     return METHODS[name]
 
 

@@ -8,10 +8,10 @@ from enum import Enum
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, distributed, nn
 from typing_extensions import Self, override
 
+from gumbel_plugin.config_values import Section
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.masks.functional import at_least_float32, uniform_noise
 from gumbel_plugin.masks.targets import Granularity
@@ -78,10 +78,8 @@ Usage = Callable[[Sequence[Tensor]], Tensor]
 """Returns the fraction of a budget's dense cost that stays under gates, one tensor (soft or hard) for each mask."""
 
 
-class MaskOptions(BaseModel):
+class MaskOptions(Section):
     """Base of the options of a method: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def gates_blocks(self) -> bool:

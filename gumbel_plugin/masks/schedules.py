@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, field_validator, model_validator
 from pydantic.dataclasses import dataclass
+
+from gumbel_plugin.config_values import as_number
 
 Shape = Literal["constant", "linear", "cosine", "exponential", "cubic"]
 
@@ -33,6 +35,11 @@ class Schedule:
     start: float
     end: float
     shape: Shape = "linear"
+
+    @field_validator("start", "end", mode="before")
+    @classmethod
+    def _are_numbers(cls, value: Any) -> Any:
+        return as_number(value, float)
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gumbel_plugin.errors import ConfigError, nearest
+from gumbel_plugin.errors import ConfigError, nearest, shown
 
 FULL = -1
 """A step that covers a whole dimension, as in NNI's granularity lists."""
@@ -108,10 +108,12 @@ def granularity_of(word: str | Sequence[int]) -> Granularity:
     """
     if not isinstance(word, str):
         if not word or any(step == 0 or step < FULL for step in word):
-            raise ConfigError(f"granularity {list(word)}: a block has at least one size, each positive or -1 (all)")
+            raise ConfigError(
+                f"granularity {shown(list(word))}: a block has at least one size, each positive or -1 (all)"
+            )
         return Granularity(tuple(word))
     if word not in _NAMED:
-        raise ConfigError(f"granularity {word!r} is unknown{nearest(word, _NAMED)} (or a list of block sizes)")
+        raise ConfigError(f"granularity {shown(word)} is unknown{nearest(word, _NAMED)} (or a list of block sizes)")
     return _NAMED[word]
 
 

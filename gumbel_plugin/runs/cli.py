@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.errors import ConfigError, GumbelPluginError
+from gumbel_plugin.errors import ConfigError, GumbelPluginError, shorten, shown
 from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, agreement_line, result_rows
 from gumbel_plugin.runs.folder import CONFIG
 from gumbel_plugin.runs.reporting import warnings_of
@@ -21,6 +21,8 @@ from gumbel_plugin.yaml_files import apply_overrides, read_yaml
 
 if TYPE_CHECKING:  # the commands import these themselves: help is quick, and a missing extra is an error like others
     from gumbel_plugin.runs.run import RunResult
+
+_USER_ERRORS = (GumbelPluginError, OSError, ImportError)  # the last from a module of the user's own
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -57,7 +59,7 @@ def run(
         resolved = _load(config or folder / CONFIG, settings)
         with following(quiet) as (say, followers):
             result = run_config(resolved, folder, force=force, resume=resume is not None, say=say, followers=followers)
-    except (GumbelPluginError, OSError) as error:
+    except _USER_ERRORS as error:
         _fail(error)
     except (KeyboardInterrupt, SystemExit) as stop:
         hint = f"; gumbel-prune run --resume {folder} goes on" if (folder / CONFIG).exists() else ""
@@ -86,7 +88,7 @@ def report(
         from gumbel_plugin.runs.reporting import read_result, write_report
 
         page, data = write_report(folder), read_result(folder)
-    except (GumbelPluginError, OSError) as error:
+    except _USER_ERRORS as error:
         _fail(error)
     _print_table(_table("result", ["", *data.columns], [[label, *cells] for label, cells in result_rows(data.columns)]))
     if data.agreement is not None:
@@ -104,7 +106,7 @@ def compare(
         from gumbel_plugin.runs.reporting import write_comparison
 
         rows = write_comparison(folders, output)
-    except (GumbelPluginError, OSError) as error:
+    except _USER_ERRORS as error:
         _fail(error)
     _print_table(_table("comparison", COMPARISON_HEADINGS, rows))
     typer.echo(f"comparison: {output}")
@@ -117,7 +119,7 @@ def explain(folder: Annotated[Path, typer.Argument(help="The folder of a finishe
         from gumbel_plugin.runs.explain import explain as explain_run
 
         written = explain_run(folder)
-    except (GumbelPluginError, OSError) as error:
+    except _USER_ERRORS as error:
         _fail(error)
     typer.echo(f"explanation: {written / 'explanation.md'}, with pictures beside it")
 
@@ -133,7 +135,7 @@ def export(
         from gumbel_plugin.runs.export import export_run
 
         file, error_found = export_run(folder, kind, output)
-    except (GumbelPluginError, OSError) as error:
+    except _USER_ERRORS as error:
         _fail(error)
     typer.echo(f"{file}: equal to the small network up to {error_found:.1e} of its output, at any batch size")
 
@@ -151,7 +153,7 @@ def init(
         from gumbel_plugin.runs.starter import write_starter
 
         write_starter(file, method, model, data, force=force)
-    except (GumbelPluginError, OSError) as error:
+    except _USER_ERRORS as error:
         _fail(error)
     typer.echo(f"{file}: start with gumbel-prune run {file}")
 
@@ -171,7 +173,7 @@ def check(config: ConfigArgument, settings: SetOption = None) -> None:
         from gumbel_plugin.runs.run import prepare
 
         plan = prepare(_load(config, settings)).session.plan
-    except (GumbelPluginError, OSError) as error:
+    except _USER_ERRORS as error:
         _fail(error)
     gates = sum(mask.hard.numel() for mask in plan.masks.values())
     typer.echo(f"{config}: ok, {gates:,} gates in {len(plan.masks)} masks, {len(plan.scopes)} budgets")
@@ -188,7 +190,7 @@ def groups(config: ConfigArgument, settings: SetOption = None) -> None:
         from gumbel_plugin.runs.run import prepare
 
         prepared = prepare(_load(config, settings))
-    except (GumbelPluginError, OSError) as error:
+    except _USER_ERRORS as error:
         _fail(error)
     table = Table(title="channel groups", title_justify="left")
     for heading in ("group", "units", "computed by", "read by", "safety", "gated", "why not"):
@@ -225,11 +227,11 @@ def _print_table(table: Table) -> None:
 def _load(path: Path, settings: list[str] | None) -> PruningConfig:
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ConfigError(f"config {str(path)!r} must be a mapping with a pruning section to be run")
+        raise ConfigError(f"config {shown(str(path))} must be a mapping with a pruning section to be run")
     return PruningConfig.load(apply_overrides(values, settings or []))
 
 
 def _fail(error: Exception) -> NoReturn:
     """Say in one line what is wrong, and exit with 1."""
-    typer.secho(f"error: {' '.join(str(error).split())}", err=True, fg="red")
+    typer.secho(f"error: {shorten(' '.join(str(error).split()))}", err=True, fg="red")
     raise typer.Exit(1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest
+from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest, shown
 
 DEFAULT_ROOT = Path("data")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -135,16 +135,16 @@ def load_data(
         MissingExtraError: scikit-learn or torchvision is needed and not installed.
     """
     if name not in _READERS:
-        raise ConfigError(f"unknown data set {name!r}{nearest(name, _READERS)}")
+        raise ConfigError(f"unknown data set {shown(name)}{nearest(name, _READERS)}")
     if not 0 <= validation_fraction < 1:
-        raise ConfigError(f"validation_fraction is {validation_fraction!r}; it must be at least 0 and less than 1")
+        raise ConfigError(f"validation_fraction is {shown(validation_fraction)}; it must be at least 0 and less than 1")
     if augment and name not in _AUGMENTED:
         raise ConfigError(f"augment is true for data set {name!r}; only {' and '.join(_AUGMENTED)} can be augmented")
-    tables = _READERS[name](None if root is None else Path(root).expanduser(), download)
+    tables = _READERS[name](None if root is None else _folder(root), download)
     inputs, targets = tables.train
     if samples is not None:
         if not 1 <= samples <= len(inputs):
-            raise ConfigError(f"samples is {samples}; data set {name!r} has {len(inputs)} to train with")
+            raise ConfigError(f"samples is {shown(samples)}; data set {name!r} has {len(inputs)} to train with")
         chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:samples]
         inputs, targets = inputs[chosen], targets[chosen]
     wrap: Callable[..., Dataset[Any]] = TensorDataset
@@ -159,6 +159,16 @@ def load_data(
         inputs, targets = inputs[kept], targets[kept]
     train = wrap(inputs, targets, padding=_CROP_PADDING) if augment else wrap(inputs, targets)
     return DataBundle(train, validation, test, tables.num_classes, tuple(inputs.shape[1:]))
+
+
+def _folder(root: str | Path) -> Path:
+    try:
+        folder = Path(root).expanduser()
+        folder.exists()  # what can be no path at all, such as 5,000 letters, raises
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"root {shown(str(root))} cannot be a folder: {reason}") from error
+    return folder
 
 
 def make_loader(

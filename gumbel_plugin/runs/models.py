@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, MissingExtraError, nearest
+from gumbel_plugin.errors import ConfigError, MissingExtraError, nearest, shorten, shown
 
 ModelFactory = Callable[..., nn.Module]
 _Factory = TypeVar("_Factory", bound=ModelFactory)
@@ -84,18 +84,14 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     Raises:
         ConfigError: The name is unknown, an option is unknown or wrong, or the factory did not return a module.
     """
-    sizes = {"num_classes": num_classes, "in_channels": in_channels}
-    given: dict[str, Any] = {option: size for option, size in sizes.items() if size is not None}
+    sizes = (("num_classes", num_classes), ("in_channels", in_channels))
+    given: dict[str, Any] = {option: size for option, size in sizes if size is not None}
     _check_sizes(**given)
     given |= options
     factory = _factory(name)
     if ":" not in name and name not in _REGISTRY:
         return _call_torchvision(name, factory, given)
-    try:
-        inspect.signature(factory).bind(**given)
-    except TypeError as error:
-        raise _wrong_options(name, factory, error) from error
-    model = factory(**given)
+    model = _call(name, factory, given)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {name!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model
@@ -110,7 +106,7 @@ def _factory(name: str) -> ModelFactory:
     if name in known:
         return importlib.import_module("torchvision.models").get_model_builder(name)  # type: ignore[no-any-return]
     missing = "" if _has_torchvision() else f" (if it is torchvision's: {MissingExtraError('torchvision', 'data')})"
-    raise ConfigError(f"unknown model {name!r}{nearest(name, known)}{missing}")
+    raise ConfigError(f"unknown model {shown(name)}{nearest(name, known)}{missing}")
 
 
 def _has_torchvision() -> bool:
@@ -120,13 +116,15 @@ def _has_torchvision() -> bool:
 def _import_factory(name: str) -> ModelFactory:
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"model {name!r} is not of the form package.module:factory")
+        raise ConfigError(f"model {shown(name)} is not of the form package.module:factory")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists; something that it imports does not
         raise ConfigError(f"model {name!r}: there is no module {error.name!r} on the import path") from error
+    except Exception as error:  # its own code
+        raise ConfigError(f"model {name!r}: importing {module_name} raises {shorten(repr(error), 800)}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         hint = nearest(attribute, (key for key, value in vars(module).items() if callable(value)))
@@ -142,14 +140,19 @@ def _call_torchvision(name: str, builder: ModelFactory, given: dict[str, Any]) -
         defaults["weights_backbone"] = None  # or the detection and segmentation networks would download one
     if given.get("weights") is None and name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
         defaults |= {"aux_logits": False, "init_weights": True}  # without the second they warn, and then assume it
+    return _call(name, builder, {**defaults, **given})
+
+
+def _call(name: str, factory: ModelFactory, given: dict[str, Any]) -> nn.Module:
     try:
-        return builder(**{**defaults, **given})
-    except (TypeError, ValueError) as error:
-        raise _wrong_options(name, builder, error) from error
-
-
-def _wrong_options(name: str, factory: ModelFactory, error: Exception) -> ConfigError:
-    return ConfigError(f"model {name!r}: {error}; its options are: {', '.join(_options(factory)) or 'none'}")
+        return factory(**given)
+    except Exception as error:  # whatever a factory raises at options that it cannot use
+        if isinstance(error, ConfigError):
+            raise
+        problem = (
+            f"{shorten(str(error) or repr(error), 800)}; its options are: {', '.join(_options(factory)) or 'none'}"
+        )
+        raise ConfigError(f"model {shown(name)}: {problem}") from error
 
 
 def _options(factory: ModelFactory) -> list[str]:
@@ -166,7 +169,7 @@ def _options(factory: ModelFactory) -> list[str]:
 def _check_sizes(**sizes: Any) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"{name} is {size!r}; it must be a whole number of at least 1")
+            raise ConfigError(f"{name} is {shown(size)}; it must be a whole number of at least 1")
 
 
 def _named(**layers: nn.Module) -> nn.Sequential:

@@ -196,6 +196,20 @@ class TestErrors:
     def test_a_folder_that_cannot_be_written(self) -> None:
         assert "output 'good.yaml' cannot be written" in the_error("run", "good.yaml", "--output", "good.yaml")
 
+    @pytest.mark.parametrize("command", ["report", "explain", "compare", "export", "run", "check", "resume"])
+    @pytest.mark.parametrize("path", ["nowhere", "good.yaml", "a" * 5000, "/dev/null"])
+    def test_what_is_no_run(self, command: str, path: str) -> None:
+        options = {"export": ["--format", "safetensors"], "run": ["--output", "/dev/null/x"]}.get(command, [])
+        arguments = ["run", "--resume"] if command == "resume" else [command, *options]
+        if command != "check" or path != "good.yaml":
+            assert len(the_error(*arguments, path)) < 1000 + len(path)
+
+    @pytest.mark.parametrize("code", ["def (:", "import a_package_nobody_has", "1 / 0", "def build(): return {}[0]"])
+    def test_a_factory_that_fails(self, code: str, folder: Path) -> None:
+        name = f"network_that_fails_{len(code)}"
+        (folder / f"{name}.py").write_text(code)
+        assert "error: " in the_error("check", "good.yaml", "--set", f"model={{name: '{name}:build'}}")
+
     def test_wrong_usage_is_code_2(self) -> None:
         call("run", code=2)
         call("run", "good.yaml", "--fast", code=2)

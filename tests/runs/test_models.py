@@ -251,7 +251,7 @@ def test_users_factory(user_module: str) -> None:
 @pytest.mark.parametrize(
     ("suffix", "options", "message"),
     [
-        (":Net", {}, "missing a required argument: 'num_classes'.*options are: num_classes, width"),
+        (":Net", {}, "missing .*required .*argument: 'num_classes'.*options are: num_classes, width"),
         (":Net", {"num_classes": 2, "depth": 1}, "'depth'.*options are: num_classes, width"),
         (":Nett", {}, r"has no callable 'Nett'; did you mean 'Net'\?"),
         (":broken", {}, "returned a int; it must return a torch.nn.Module"),
