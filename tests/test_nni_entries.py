@@ -168,7 +168,7 @@ def test_what_breaks_a_rule(keys: dict[str, Any], message: str) -> None:
     ],
 )
 def test_an_entry_of_nni_2_comes_with_the_line_to_write(entry: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="is NNI 2's: write instead {") as caught:
+    with pytest.raises(ConfigError, match=r"is NNI 2's: write instead \{") as caught:
         PruningConfig.load([entry])
     line = ast.literal_eval(re.search(r"{.*}", str(caught.value))[0])
     default_config_schema("pruning").validate(line)

@@ -22,6 +22,7 @@ from gumbel_nni.aligning import align_masks, check_followers, followers_in, spli
 from gumbel_nni.compat.messages import complaints
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
 from gumbel_nni.schedules import Goals, TrainingLength
+from gumbel_nni.unremovable import warn_if_nothing_left
 from gumbel_nni.unwrapping import SITE, unwrapped_copy, wrappers_of
 from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
@@ -306,8 +307,12 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             example_inputs: What to trace with and to verify on; by default what the pruner was built with.
             backend: ``"torch_pruning"`` or ``"nni"``; both give the same network.
 
+        Returns:
+            The small model; where nothing can leave it is as large as this one, and a warning says why.
+
         Raises:
             LifecycleError: If the masks were not decided yet.
+            ConfigError: If there are no example inputs, or the backend is unknown.
             EquivalenceError: If the small model's outputs differ from the masked model's.
         """
         if self.session.phase is not Phase.FIXED:
@@ -317,7 +322,10 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             raise ConfigError("speedup needs example_inputs: a tensor, a tuple of them, or a dict")
         wrappers = wrappers_of(self.bound_model)  # also those of what was fused with this pruner
         masks = masks_of(wrappers) if wrappers else self.get_masks()
-        return shrink(unwrapped_copy(self.bound_model), masks, inputs, backend)
+        plain = unwrapped_copy(self.bound_model)
+        small = shrink(plain, masks, inputs, backend)
+        warn_if_nothing_left(plain, small, masks, inputs)
+        return small
 
 
 def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
