@@ -25,7 +25,7 @@ from gumbel_nni.schedules import Goals, TrainingLength
 from gumbel_nni.unremovable import warn_if_nothing_left
 from gumbel_nni.unwrapping import SITE, unwrapped_copy, wrappers_of
 from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
-from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
+from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest, shown
 from gumbel_plugin.learning.plan import Plan, needs_groups
 from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.learning.sites import WeightSite
@@ -94,11 +94,13 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             example_inputs: What to trace the model with, where whole channels are to go.
 
         Raises:
-            ConfigError: If the configuration breaks a rule, or channels are to go and there is nothing to trace with.
+            ConfigError: If the configuration breaks a rule, the evaluator is none of NNI's, or channels are to go and
+                there is nothing to trace with.
             TargetError: If an entry matches no layer, or nothing can be gated.
             GraphError: If the model's forward fails on the example inputs.
         """
         refuse_wrapped(model, "GumbelPruner")
+        _check_evaluator(evaluator)
         learnt, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
         check_followers(model, aligned)
         self.config = _load(learnt)
@@ -159,12 +161,15 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             The model, still wrapped and now masked, and the masks in NNI's format.
 
         Raises:
-            ConfigError: If there is nothing to train with.
+            ConfigError: If there is nothing to train with, or a length is no positive integer.
             LifecycleError: If the masks were decided before.
             NonFiniteLossError: If the loss becomes NaN or infinite.
         """
         if self.session.phase is Phase.FIXED:
             raise LifecycleError("the masks were decided already; a new GumbelPruner learns new ones")
+        for name, value in (("max_steps", max_steps), ("max_epochs", max_epochs)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} = {shown(value)}: it must be a positive integer, or None")
         if max_steps is None and max_epochs is None:
             max_epochs = self.config.training.max_epochs
         if self.evaluator is not None:
@@ -326,6 +331,17 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         small = shrink(plain, masks, inputs, backend)
         warn_if_nothing_left(plain, small, masks, inputs)
         return small
+
+
+def _check_evaluator(evaluator: Any) -> None:
+    if evaluator is None or isinstance(evaluator, Evaluator):
+        return
+    what = f"the class {evaluator.__name__}" if isinstance(evaluator, type) else shown(evaluator)
+    raise ConfigError(
+        f"evaluator is {what}; it must be one of NNI's, such as "
+        "TorchEvaluator(training_func, nni.trace(torch.optim.Adam)(model.parameters()), training_step), or None where "
+        "the configuration says what to train with"
+    )
 
 
 def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
