@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from nni.compression.base import config as nni_config
 from nni.compression.base.apply_method import pruning_apply_methods
-from nni.compression.base.compressor import Pruner
+from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.setting import PruningSetting
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
@@ -19,13 +19,14 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
+from gumbel_nni.arguments import check_compressor, check_evaluator, check_length
 from gumbel_nni.compat.messages import complaints
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
 from gumbel_nni.schedules import Goals, TrainingLength
 from gumbel_nni.unremovable import warn_if_nothing_left
 from gumbel_nni.unwrapping import SITE, unwrapped_copy, wrappers_of
 from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
-from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest, shown
+from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
 from gumbel_plugin.learning.plan import Plan, needs_groups
 from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.learning.sites import WeightSite
@@ -100,7 +101,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             GraphError: If the model's forward fails on the example inputs.
         """
         refuse_wrapped(model, "GumbelPruner")
-        _check_evaluator(evaluator)
+        check_evaluator(evaluator)
         learnt, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
         check_followers(model, aligned)
         self.config = _load(learnt)
@@ -121,6 +122,31 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         except Exception:
             self.unwrap_model()  # nobody else could
             raise
+
+    @classmethod
+    def from_compressor(
+        cls, compressor: Compressor, new_config_list: ConfigLike, *args: Any, **kwargs: Any
+    ) -> GumbelPruner:
+        """Wrap a model that another compressor holds, to be trained together; the arguments are NNI's.
+
+        Args:
+            compressor: Any compressor of NNI's; its model, wrappers and evaluator are inherited.
+            new_config_list: See `GumbelPruner`.
+            *args: Go to `GumbelPruner`.
+            **kwargs: Go to `GumbelPruner`.
+
+        Raises:
+            ConfigError: If there is no compressor to inherit from.
+            LifecycleError: If a `GumbelPruner` that it was fused with has not decided its masks.
+        """
+        check_compressor(compressor)
+        if any(isinstance(each, GumbelPruner) and each.session.phase is not Phase.FIXED for each in _chain(compressor)):
+            raise LifecycleError(
+                "a GumbelPruner before this one has not decided its masks, and two cannot learn at once: name all layers "
+                "in one config list, or call the first one's compress() before"
+            )
+        pruner: GumbelPruner = super().from_compressor(compressor, new_config_list, *args, **kwargs)
+        return pruner
 
     def _place(self, site: WeightSite) -> None:
         """Let a site act in a target space: the configured one, or a hidden one where NNI was not asked for any."""
@@ -167,9 +193,8 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         """
         if self.session.phase is Phase.FIXED:
             raise LifecycleError("the masks were decided already; a new GumbelPruner learns new ones")
-        for name, value in (("max_steps", max_steps), ("max_epochs", max_epochs)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} = {shown(value)}: it must be a positive integer, or None")
+        check_length("max_steps", max_steps)
+        check_length("max_epochs", max_epochs)
         if max_steps is None and max_epochs is None:
             max_epochs = self.config.training.max_epochs
         if self.evaluator is not None:
@@ -333,15 +358,8 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         return small
 
 
-def _check_evaluator(evaluator: Any) -> None:
-    if evaluator is None or isinstance(evaluator, Evaluator):
-        return
-    what = f"the class {evaluator.__name__}" if isinstance(evaluator, type) else shown(evaluator)
-    raise ConfigError(
-        f"evaluator is {what}; it must be one of NNI's, such as "
-        "TorchEvaluator(training_func, nni.trace(torch.optim.Adam)(model.parameters()), training_step), or None where "
-        "the configuration says what to train with"
-    )
+def _chain(compressor: Compressor) -> list[Compressor]:
+    return [compressor, *compressor.fused_compressors]
 
 
 def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from nni.compression import TorchEvaluator
 from torch import nn
 
 from gumbel_plugin import GumbelPruner
-from gumbel_plugin.errors import ConfigError, GumbelPluginError
+from gumbel_plugin.errors import ConfigError, GumbelPluginError, LifecycleError
 from tests.gumbel_nni.test_any_masks import evaluator_of
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
@@ -61,3 +61,14 @@ def test_a_configuration_that_is_none(config: Any) -> None:
 def test_a_compressor_that_is_none(compressor: Any) -> None:
     with pytest.raises(ConfigError, match="from_compressor needs a compressor of NNI's"):
         GumbelPruner.from_compressor(compressor, RULES)
+
+
+def test_a_second_one_that_learns_at_the_same_time() -> None:
+    model = network()
+    first = GumbelPruner(model, RULES, evaluator_of(model, X))
+    with pytest.raises(LifecycleError, match="two cannot learn at once: name all layers in one config list"):
+        GumbelPruner.from_compressor(first, [{**RULES[0], "op_names": ["2"]}])
+    first.compress(max_steps=2)
+    second = GumbelPruner.from_compressor(first, [{**RULES[0], "op_names": ["2"]}])
+    second.compress(max_steps=2)
+    assert set(second.get_masks()) >= {"2"}
