@@ -67,6 +67,10 @@ def entry_with(key: str) -> dict[str, Any]:
     return {**selected, "granularity": "element", key: KEYS[key][0]}
 
 
+def entry_without_our_words(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if value != "element"}
+
+
 def warnings_of(entry: dict[str, Any], caplog: pytest.LogCaptureFixture) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -115,6 +119,13 @@ def test_what_nni_writes_by_itself_is_no_warning(caplog: pytest.LogCaptureFixtur
     settings = {"weight": {"sparse_ratio": 0.5, "apply_method": "mul"}, "bias": {"apply_method": "mul", "align": align}}
     entry = {"op_names": ["0"], "granularity": "element", "internal_metric_block": 1, "target_settings": settings}
     assert warnings_of(entry, caplog) == []
+
+
+def test_a_ratio_above_its_limit_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    entry = {"op_names": ["0"], "granularity": "element", "sparse_ratio": 0.8, "max_sparse_ratio": 0.5}
+    (found,) = warnings_of(entry, caplog)
+    assert "sparse_ratio 0.8 is above max_sparse_ratio 0.5, which holds" in found
+    assert warnings_of({**entry, "sparse_ratio": 0.5}, caplog) == []
 
 
 def test_several_entries_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,9 @@ def warn_if_nothing_left(
         masks: NNI's masks format.
         example_inputs: What to trace the model with.
     """
-    closing = [name for name, targets in masks.items() if any(m is not None and (m == 0).any() for m in targets.values())]
+    closing = [
+        name for name, targets in masks.items() if any(m is not None and (m == 0).any() for m in targets.values())
+    ]
     if not closing or _size(small) < _size(model):
         return
     groups = find_groups(model, example_inputs)

@@ -203,9 +203,14 @@ def _warn_of_words_without_effect(model: nn.Module, rules: Sequence[LayerRule]) 
 
     A rule that selects nothing at all is `select_modules`' to refuse.
     """
-    settings = list(dict.fromkeys(text for rule in rules for text in rule.without_effect()))
+    settings = [text for rule in rules for text in rule.without_effect()]
+    settings += [
+        f"sparse_ratio {rule.sparse_ratio} is above max_sparse_ratio {rule.max_sparse_ratio}, which holds"
+        for rule in rules
+        if None not in (rule.sparse_ratio, rule.max_sparse_ratio) and rule.sparse_ratio > rule.max_sparse_ratio  # type: ignore[operator]
+    ]
     if settings:
-        _logger.warning("config_list: %s", "; ".join(settings))
+        _logger.warning("config_list: %s", "; ".join(dict.fromkeys(settings)))
     words = list(dict.fromkeys(text for rule in rules for text in unmatched(model, rule)))
     if words:
         _logger.warning("config_list: these select no module of this model and were skipped: %s", "; ".join(words))

@@ -259,7 +259,9 @@ class TestNothingCanLeave:
         assert "'head'" in message
         assert "output" in message
 
-    def test_open_masks_are_no_warning(self, make_network: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    def test_open_masks_are_no_warning(
+        self, make_network: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
         network = make_network("no_bn")
         gumbel_nni.speedup(network.model, {"0": {"weight": torch.ones_like(network.model[0].weight)}}, network.inputs)
         assert caplog.messages == []
