@@ -42,7 +42,8 @@ def speedup(
         masks: The pruner's `get_masks`, or the path of a masks file; left alone too.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs, batch first.
         backend: What removes the channels: Torch-Pruning, or NNI's own ModelSpeedup, which takes about three times as
-            long. Both give the same network; where NNI's leaves channels in it, Torch-Pruning takes over, with a warning.
+            long. Both give the same network; where NNI's leaves channels in it, a warning says so and Torch-Pruning
+            takes over.
         verify: Whether to compare the outputs before returning.
 
     Returns:

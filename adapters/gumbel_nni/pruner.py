@@ -142,8 +142,8 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         check_compressor(compressor)
         if any(isinstance(each, GumbelPruner) and each.session.phase is not Phase.FIXED for each in _chain(compressor)):
             raise LifecycleError(
-                "a GumbelPruner before this one has not decided its masks, and two cannot learn at once: name all layers "
-                "in one config list, or call the first one's compress() before"
+                "a GumbelPruner before this one has not decided its masks, and two cannot learn at once: name all "
+                "layers in one config list, or call the first one's compress() before"
             )
         pruner: GumbelPruner = super().from_compressor(compressor, new_config_list, *args, **kwargs)
         return pruner

@@ -204,11 +204,10 @@ def _warn_of_words_without_effect(model: nn.Module, rules: Sequence[LayerRule]) 
     A rule that selects nothing at all is `select_modules`' to refuse.
     """
     settings = [text for rule in rules for text in rule.without_effect()]
-    settings += [
-        f"sparse_ratio {rule.sparse_ratio} is above max_sparse_ratio {rule.max_sparse_ratio}, which holds"
-        for rule in rules
-        if None not in (rule.sparse_ratio, rule.max_sparse_ratio) and rule.sparse_ratio > rule.max_sparse_ratio  # type: ignore[operator]
-    ]
+    for rule in rules:
+        ratio, limit = rule.sparse_ratio, rule.max_sparse_ratio
+        if ratio is not None and limit is not None and ratio > limit and rule.global_group_id is None:
+            settings.append(f"sparse_ratio {ratio} is above max_sparse_ratio {limit}, which holds")
     if settings:
         _logger.warning("config_list: %s", "; ".join(dict.fromkeys(settings)))
     words = list(dict.fromkeys(text for rule in rules for text in unmatched(model, rule)))
