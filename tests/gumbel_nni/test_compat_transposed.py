@@ -1,4 +1,4 @@
-"""NNI's pruners on transposed convolutions: output channels are those, whatever lies in the weight's first dimension."""
+"""NNI's pruners on transposed convolutions: output channels are those, whatever the weight's first dimension holds."""
 
 from __future__ import annotations
 
