@@ -16,6 +16,7 @@ from gumbel_plugin.errors import ConfigError, shown
 from gumbel_plugin.masks import method_named
 from gumbel_plugin.masks.base import MaskOptions, WeightMode
 from gumbel_plugin.masks.targets import granularity_of
+from gumbel_plugin.nni_entries import flatten_entry, settings_without_effect
 from gumbel_plugin.yaml_files import read_yaml, write_yaml
 
 ConfigLike: TypeAlias = "str | Path | Mapping[str, Any] | PruningConfig | Sequence[Mapping[str, Any]]"
@@ -132,6 +133,9 @@ class LayerRule(Section):
         dependency_group_id: Layers with the same id share their gates, beyond what the graph ties anyway.
         max_sparse_ratio: No layer loses more than this fraction.
         min_sparse_ratio: No layer loses less than this fraction.
+        internal_metric_block: NNI's number of blocks that lose equally many channels. Where whole channels go, the
+            traced network says which leave together; else it has no meaning here (`without_effect`).
+        apply_method: NNI's; learned gates multiply the weight, whatever it says (`without_effect`).
     """
 
     op_types: tuple[str, ...] | None = None
@@ -149,25 +153,14 @@ class LayerRule(Section):
     granularity: str | tuple[int, ...] = "default"
     global_group_id: int | str | None = None
     dependency_group_id: int | str | None = None
+    internal_metric_block: int | None = Field(default=None, ge=1)
+    apply_method: Literal["bypass", "mul", "add"] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _merge_weight_settings(cls, values: Any) -> Any:
-        """NNI allows a target's settings in ``target_settings``; ours has one maskable target, the weight."""
-        if not isinstance(values, dict) or not isinstance(values.get("target_settings"), Mapping):
-            return values
-        settings = values["target_settings"]
-        unknown = set(settings) - {"weight", "bias"}
-        if unknown:
-            raise ValueError(
-                f"target_settings {shown(sorted(unknown))} cannot be learnt; masks cover 'weight' (and its bias)"
-            )
-        odd = next((name for name, own in settings.items() if not isinstance(own, Mapping | None)), None)
-        if odd is not None:
-            raise ValueError(f"target_settings.{odd} = {shown(settings[odd])}: it must be a mapping of settings")
-        if settings.get("bias"):
-            raise ValueError("target_settings.bias: a bias follows its weight's mask; leave its settings out")
-        return {**values, **(settings.get("weight") or {})}
+        """Read NNI's nested settings; ours has one maskable target, the weight."""
+        return flatten_entry(values) if isinstance(values, Mapping) else values
 
     @field_validator("target_names")
     @classmethod
@@ -214,9 +207,17 @@ class LayerRule(Section):
         """Whether whole output channels go, so that the dependency graph decides what goes with them."""
         return self.granularity in ("default", "out_channel")
 
+    def without_effect(self) -> list[str]:
+        """Return why settings of this entry that NNI's pruners take mean nothing here, one sentence each."""
+        given = self.model_dump(exclude_none=True, include={"apply_method", "target_settings"})
+        if self.internal_metric_block and not self.structured:
+            given["internal_metric_block"] = self.internal_metric_block
+        return settings_without_effect(given)
+
     def as_nni(self) -> dict[str, Any]:
         """Return the entry in words that NNI's schema accepts."""
-        entry = self.model_dump(exclude_defaults=True, exclude={"target_settings", "granularity"})
+        ours = {"target_settings", "granularity", "apply_method"}
+        entry = self.model_dump(exclude_defaults=True, exclude=ours)
         lists = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
         words: dict[str, Any] = {"element": [1], "kernel": [[1, 1], "back", -1]}
         granularity = self.granularity if isinstance(self.granularity, str) else list(self.granularity)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from nni.compression.base import config as nni_config
 from nni.compression.base.apply_method import pruning_apply_methods
-from nni.compression.base.compressor import Pruner
+from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.setting import PruningSetting
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
@@ -19,9 +19,11 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
+from gumbel_nni.arguments import check_compressor, check_evaluator, check_length
 from gumbel_nni.compat.messages import complaints
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
 from gumbel_nni.schedules import Goals, TrainingLength
+from gumbel_nni.unremovable import warn_if_nothing_left
 from gumbel_nni.unwrapping import SITE, unwrapped_copy, wrappers_of
 from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
@@ -93,11 +95,13 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             example_inputs: What to trace the model with, where whole channels are to go.
 
         Raises:
-            ConfigError: If the configuration breaks a rule, or channels are to go and there is nothing to trace with.
+            ConfigError: If the configuration breaks a rule, the evaluator is none of NNI's, or channels are to go and
+                there is nothing to trace with.
             TargetError: If an entry matches no layer, or nothing can be gated.
             GraphError: If the model's forward fails on the example inputs.
         """
         refuse_wrapped(model, "GumbelPruner")
+        check_evaluator(evaluator)
         learnt, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
         check_followers(model, aligned)
         self.config = _load(learnt)
@@ -118,6 +122,31 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         except Exception:
             self.unwrap_model()  # nobody else could
             raise
+
+    @classmethod
+    def from_compressor(
+        cls, compressor: Compressor, new_config_list: ConfigLike, *args: Any, **kwargs: Any
+    ) -> GumbelPruner:
+        """Wrap a model that another compressor holds, to be trained together; the arguments are NNI's.
+
+        Args:
+            compressor: Any compressor of NNI's; its model, wrappers and evaluator are inherited.
+            new_config_list: See `GumbelPruner`.
+            *args: Go to `GumbelPruner`.
+            **kwargs: Go to `GumbelPruner`.
+
+        Raises:
+            ConfigError: If there is no compressor to inherit from.
+            LifecycleError: If a `GumbelPruner` that it was fused with has not decided its masks.
+        """
+        check_compressor(compressor)
+        if any(isinstance(each, GumbelPruner) and each.session.phase is not Phase.FIXED for each in _chain(compressor)):
+            raise LifecycleError(
+                "a GumbelPruner before this one has not decided its masks, and two cannot learn at once: name all "
+                "layers in one config list, or call the first one's compress() before"
+            )
+        pruner: GumbelPruner = super().from_compressor(compressor, new_config_list, *args, **kwargs)
+        return pruner
 
     def _place(self, site: WeightSite) -> None:
         """Let a site act in a target space: the configured one, or a hidden one where NNI was not asked for any."""
@@ -158,12 +187,14 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             The model, still wrapped and now masked, and the masks in NNI's format.
 
         Raises:
-            ConfigError: If there is nothing to train with.
+            ConfigError: If there is nothing to train with, or a length is no positive integer.
             LifecycleError: If the masks were decided before.
             NonFiniteLossError: If the loss becomes NaN or infinite.
         """
         if self.session.phase is Phase.FIXED:
             raise LifecycleError("the masks were decided already; a new GumbelPruner learns new ones")
+        check_length("max_steps", max_steps)
+        check_length("max_epochs", max_epochs)
         if max_steps is None and max_epochs is None:
             max_epochs = self.config.training.max_epochs
         if self.evaluator is not None:
@@ -306,8 +337,12 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             example_inputs: What to trace with and to verify on; by default what the pruner was built with.
             backend: ``"torch_pruning"`` or ``"nni"``; both give the same network.
 
+        Returns:
+            The small model; where nothing can leave it is as large as this one, and a warning says why.
+
         Raises:
             LifecycleError: If the masks were not decided yet.
+            ConfigError: If there are no example inputs, or the backend is unknown.
             EquivalenceError: If the small model's outputs differ from the masked model's.
         """
         if self.session.phase is not Phase.FIXED:
@@ -317,7 +352,14 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             raise ConfigError("speedup needs example_inputs: a tensor, a tuple of them, or a dict")
         wrappers = wrappers_of(self.bound_model)  # also those of what was fused with this pruner
         masks = masks_of(wrappers) if wrappers else self.get_masks()
-        return shrink(unwrapped_copy(self.bound_model), masks, inputs, backend)
+        plain = unwrapped_copy(self.bound_model)
+        small = shrink(plain, masks, inputs, backend)
+        warn_if_nothing_left(plain, small, masks, inputs)
+        return small
+
+
+def _chain(compressor: Compressor) -> list[Compressor]:
+    return [compressor, *compressor.fused_compressors]
 
 
 def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.learning.blocks import ResidualBlock, residual_block
 from gumbel_plugin.learning.budget import Member, Scope
 from gumbel_plugin.learning.cost import applications, is_matrix
-from gumbel_plugin.learning.selection import excluded_names, is_excluded, select_modules
+from gumbel_plugin.learning.selection import excluded_names, is_excluded, select_modules, unmatched
 from gumbel_plugin.learning.sites import ColumnGates, WeightSite, reader_of
 from gumbel_plugin.masks import LearntMask, NoiseSource, method_named, name_of
 from gumbel_plugin.masks.targets import (
@@ -176,13 +176,14 @@ def build_plan(
         example_inputs: See `Plan`.
 
     Raises:
-        TargetError: If a rule matches nothing, or nothing at all would be gated.
+        TargetError: If a rule selects nothing, or nothing at all would be gated.
         ConfigError: If a granularity does not fit a layer, or rules contradict each other.
     """
     if not config.config_list:
         raise ConfigError("pruning.config_list is empty: it must name the layers to prune")
     blocks = config.method_options().gates_blocks
     builder = _Builder(model, config, Plan(model, config, seed, example_inputs), groups)
+    _warn_of_words_without_effect(model, config.config_list)
     names = {module: name for name, module in model.named_modules()}  # one name a module, also where it has two
     for rule in config.config_list:
         selected = list(dict.fromkeys(names[module] for module in select_modules(model, rule, groups, blocks).values()))
@@ -195,6 +196,23 @@ def build_plan(
             for name in selected:
                 builder.add_layer(rule, name)
     return builder.finish()
+
+
+def _warn_of_words_without_effect(model: nn.Module, rules: Sequence[LayerRule]) -> None:
+    """Say once what of a config list does nothing: settings without a meaning here, types and patterns without a match.
+
+    A rule that selects nothing at all is `select_modules`' to refuse.
+    """
+    settings = [text for rule in rules for text in rule.without_effect()]
+    for rule in rules:
+        ratio, limit = rule.sparse_ratio, rule.max_sparse_ratio
+        if ratio is not None and limit is not None and ratio > limit and rule.global_group_id is None:
+            settings.append(f"sparse_ratio {ratio} is above max_sparse_ratio {limit}, which holds")
+    if settings:
+        _logger.warning("config_list: %s", "; ".join(dict.fromkeys(settings)))
+    words = list(dict.fromkeys(text for rule in rules for text in unmatched(model, rule)))
+    if words:
+        _logger.warning("config_list: these select no module of this model and were skipped: %s", "; ".join(words))
 
 
 class _Builder:

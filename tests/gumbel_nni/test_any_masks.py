@@ -25,10 +25,11 @@ from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
 
 import gumbel_nni
-from gumbel_plugin.errors import DataError, LifecycleError, TargetError
+from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, TargetError
 from gumbel_plugin.shrinking.mask_file import save_masks
-from gumbel_plugin.shrinking.shrink import masked_copy
+from gumbel_plugin.shrinking.shrink import Backend, masked_copy
 
+BACKENDS: tuple[Backend, ...] = ("torch_pruning", "nni")
 Masks = dict[str, dict[str, Tensor]]
 NETWORKS = ("conv_bn_relu", "residual", "depthwise", "concat", "squeeze_excite", "sigmoid", "grouped", "flatten_linear")
 
@@ -79,27 +80,31 @@ def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("network_name", NETWORKS)
 @pytest.mark.parametrize("name", PRUNERS)
-def test_the_small_model_is_the_wrapped_one(name: str, network_name: str, make_network: Callable[..., Any]) -> None:
+def test_the_small_model_is_the_wrapped_one(
+    name: str, network_name: str, backend: Backend, make_network: Callable[..., Any]
+) -> None:
     network = make_network(network_name)
     rules = [{"op_names": hidden_layers(network.model), "sparse_ratio": 0.6}]
     masks, expected = prune(name, network.model, network.inputs, rules)
-    small = gumbel_nni.speedup(network.model, masks, network.inputs)
+    small = gumbel_nni.speedup(network.model, masks, network.inputs, backend=backend)
     torch.testing.assert_close(small.eval()(network.inputs), expected, rtol=1e-4, atol=1e-5)
     if name != "level" and network_name != "squeeze_excite":  # whose channels are multiplied by something open
         assert size(small) < size(network.model)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "level"])
-def test_tied_residual_channels_leave(name: str, make_network: Callable[..., Any]) -> None:
+def test_tied_residual_channels_leave(name: str, backend: Backend, make_network: Callable[..., Any]) -> None:
     network = make_network("residual")
     rules = [
         {"op_names": ["conv1", "conv3"], "sparse_ratio": 0.5, "dependency_group_id": 0},
         {"op_names": ["conv2"], "sparse_ratio": 0.5},
     ]
     masks, expected = prune(name, network.model, network.inputs, rules)
-    small = gumbel_nni.speedup(network.model, masks, network.inputs)
+    small = gumbel_nni.speedup(network.model, masks, network.inputs, backend=backend)
     torch.testing.assert_close(small.eval()(network.inputs), expected, rtol=1e-4, atol=1e-5)
     assert (small.conv1.out_channels, small.conv2.out_channels) <= (4, 5), "half, and one that carries constants"
 
@@ -189,3 +194,85 @@ def test_masks_that_do_not_fit(masks: Masks, message: str, make_network: Callabl
     network = make_network("no_bn")
     with pytest.raises(TargetError, match=message):
         gumbel_nni.speedup(network.model, masks, network.inputs)
+
+
+def test_an_unknown_backend(make_network: Callable[..., Any]) -> None:
+    network = make_network("no_bn")
+    with pytest.raises(ConfigError, match="'npi' is unknown; did you mean 'nni'"):
+        gumbel_nni.speedup(network.model, {}, network.inputs, backend="npi")
+
+
+class Attention(nn.Module):
+    """Two heads of three channels, projected by separate layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], 2, 3).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+class TestNothingCanLeave:
+    """A warning names the layers and says why; the network that is returned still computes what the masked one does."""
+
+    def rows_of(self, layer: nn.Module, closed: list[int]) -> dict[str, Tensor]:
+        masks = {"weight": torch.ones_like(layer.weight), "bias": torch.ones_like(layer.bias)}
+        for mask in masks.values():
+            mask[closed] = 0
+        return masks
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_rows_without_whole_heads(self, backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+        torch.manual_seed(0)
+        model, x = Attention(), torch.randn(2, 5, 6)
+        masks = {name: self.rows_of(getattr(model, name), [0, 4]) for name in ("q", "k", "v")}
+        small = gumbel_nni.speedup(model, masks, x, backend=backend)
+        assert size(small) == size(model)
+        assert len(caplog.messages) == 1
+        assert "'q', 'k', 'v'" in caplog.text
+
+    def test_fine_grained_masks(self, make_network: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+        network = make_network("no_bn")
+        masks, _ = prune("level", network.model, network.inputs, [{"op_names": ["0"], "sparse_ratio": 0.5}])
+        gumbel_nni.speedup(network.model, masks, network.inputs)
+        (message,) = caplog.messages
+        assert "'0': the mask closes no whole channel" in message
+
+    def test_channels_that_other_layers_fill(
+        self, make_network: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        network = make_network("residual")
+        masks, _ = prune("l1norm", network.model, network.inputs, [{"op_names": ["conv3"], "sparse_ratio": 0.5}])
+        small = gumbel_nni.speedup(network.model, masks, network.inputs)
+        assert size(small) >= size(network.model)
+        (message,) = caplog.messages
+        assert "'conv3': the layers that read its closed channels need them" in message
+
+    def test_the_networks_outputs(self, make_network: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+        network = make_network("residual")
+        masks, _ = prune("l1norm", network.model, network.inputs, [{"op_names": ["head"], "sparse_ratio": 0.5}])
+        gumbel_nni.speedup(network.model, masks, network.inputs)
+        (message,) = caplog.messages
+        assert "'head'" in message
+        assert "output" in message
+
+    def test_open_masks_are_no_warning(
+        self, make_network: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        network = make_network("no_bn")
+        gumbel_nni.speedup(network.model, {"0": {"weight": torch.ones_like(network.model[0].weight)}}, network.inputs)
+        assert caplog.messages == []
+
+    def test_a_pruners_own_speedup(self, make_network: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+        network = make_network("no_bn")
+        rules = [{"op_names": ["0"], "sparse_ratio": 0.5, "granularity": "element"}]
+        pruner = gumbel_nni.GumbelPruner(network.model, rules, example_inputs=network.inputs)
+        mask = torch.ones_like(network.model[0].weight)
+        mask[:2, 0] = 0
+        pruner.update_masks({"0": {"weight": mask}})
+        pruner.speedup()
+        (message,) = caplog.messages
+        assert "'0': the mask closes no whole channel" in message

@@ -128,7 +128,7 @@ def test_what_nni_cannot_remove_leaves_nevertheless(model: nn.Module, reason: st
     columns[:, :4] = 0
     inputs = IMAGES.to(next(model.parameters()).dtype)
     with caplog.at_level(logging.WARNING):
-        small = gumbel_nni.speedup(model, {"b": {"weight": columns}}, inputs)
+        small = gumbel_nni.speedup(model, {"b": {"weight": columns}}, inputs, backend="nni")
     assert small.a.out_channels == 4
     assert reason in caplog.text
     assert "Torch-Pruning's functions do it" in caplog.text

@@ -80,7 +80,8 @@ def test_layers_are_selected_as_nni_selects_them(rule: dict[str, Any]) -> None:
     [
         ({"op_names": ["conv_1"]}, "op_names: 'conv_1' matches no module of the model; did you mean 'conv1'"),
         ({"op_types": ["Conv2D"]}, "op_types: 'Conv2D' matches no module of the model; did you mean 'Conv2d'"),
-        ({"op_types": ["Conv2d", "Conv3d"]}, "op_types: 'Conv3d' matches no module"),
+        ({"op_types": ["Conv4d", "Conv3d"]}, "op_types: 'Conv4d' matches no module"),
+        ({"op_names_re": ["a.*", "b[0-9]"]}, r"op_names_re: 'a\.\*' matches no module"),
         ({"op_names_re": ["convolution.*"]}, r"op_names_re: 'convolution\.\*' matches no module"),
         ({"op_types": ["Conv2d"], "exclude_op_names": ["conv_1"]}, "exclude_op_names: 'conv_1' matches no module"),
         ({"op_types": ["Conv2d"], "exclude_op_types": ["Linaer"]}, "exclude_op_types: 'Linaer' matches .* 'Linear'"),
@@ -92,6 +93,30 @@ def test_layers_are_selected_as_nni_selects_them(rule: dict[str, Any]) -> None:
 def test_what_matches_nothing_is_an_error_with_the_nearest(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(TargetError, match=message):
         select_modules(Nested(), section(rule).config_list[0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"op_types": ["Conv2d", "Conv3d"]}, ["op_types: 'Conv3d'; did you mean 'Conv2d'?"]),
+        ({"op_types": ["Conv2d", "Linaer"]}, ["op_types: 'Linaer'; did you mean 'Linear'?"]),
+        ({"op_names": ["fc1"], "op_types": ["LSTM", "Linear"]}, ["op_types: 'LSTM'"]),
+        ({"op_names": ["fc1"], "op_names_re": ["convv.*"]}, ["op_names_re: 'convv.*'"]),
+        ({"op_names_re": ["convv.*", "conv.*"]}, ["op_names_re: 'convv.*'"]),
+        ({"op_types": ["Conv2d", "Linear"], "op_names_re": ["conv.*"]}, []),
+    ],
+)
+def test_one_of_several_types_or_patterns_may_match_nothing_with_one_warning(
+    rule: dict[str, Any], words: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = {**rule, "granularity": "element", "sparse_ratio": 0.5}
+    model = Nested()
+    with caplog.at_level(logging.WARNING):
+        plan = build_plan(model, section(entry), [], seed=0)
+    assert set(plan.masks) == set(select_modules_by_config(model, rule)[0])
+    skipped = [message for message in caplog.messages if "were skipped" in message]
+    assert len(skipped) == (1 if words else 0)
+    assert all(word in skipped[0] for word in words)
 
 
 def test_types_that_only_other_models_have_may_be_excluded() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from gumbel_nni.compat import compressors, evaluators, messages, speedup, tracing
+from gumbel_nni.compat import compressors, evaluators, messages, speedup, tracing, transposed
 from gumbel_plugin.compat import make_torchvision_importable
 from gumbel_plugin.errors import MissingExtraError
 
@@ -31,6 +31,7 @@ _REPAIRS: tuple[Callable[[], bool], ...] = (
     compressors.masks_of_unknown_modules,
     compressors.slim_factors_in_weights,
     compressors.biases_of_norms,
+    transposed.channels_of_transposed_convolutions,
     compressors.norm_pruners_in_fusion,
     compressors.layers_survive_unwrapping,
     compressors.wrapped_layers_in_fused_kernels,

@@ -1,0 +1,110 @@
+"""Repair of NNI's masks on transposed convolutions, whose weights are (in, out / groups, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gumbel_nni.compat.patching import replace_once
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_SOURCE_GROUPS = "_groups_of_transposed_source"
+"""The attribute of an aligned target space that holds the groups of the transposed convolution it follows."""
+
+
+def channels_of_transposed_convolutions() -> bool:
+    """Let ``out_channel`` mean the output channels of transposed convolutions, and ``in_channel`` their inputs.
+
+    Cause (microsoft/nni#5805, whatever the versions): NNI takes dimension 0 of every weight for the outputs. There lie
+    the inputs of a transposed convolution: its bias gets a mask of the inputs' number, which fails, or, with as many
+    outputs, closes the wrong channels without a word; tied layers share the wrong ones. Remedy: such weights are
+    measured, masked and followed in the order of an ordinary convolution, (out, in / groups, ...).
+    """
+    from nni.compression.base import compressor
+    from nni.compression.pruning.tools import sparse_gen
+
+    replace_once(compressor, "register_scalers", _register_scalers)
+    replace_once(sparse_gen, "_generate_align_sparsity", _generate_align_sparsity)
+    return True
+
+
+def _ordinary(weight: Tensor, groups: int) -> Tensor:
+    """Return (in, out / groups, ...) as (out, in / groups, ...)."""
+    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return split.transpose(1, 2).flatten(0, 1)
+
+
+def _transposed(weight: Tensor, groups: int) -> Tensor:
+    """Return (out, in / groups, ...) as (in, out / groups, ...)."""
+    return _ordinary(weight, groups)  # each is the other's inverse
+
+
+def _scaling(kernel_size: list[int], groups: int) -> Any:
+    """Return NNI's scaling of a transposed weight by a kernel for an ordinary one."""
+    from nni.compression.utils.scaling import Scaling
+
+    class TransposedScaling(Scaling):  # type: ignore[misc]
+        def _shrink(
+            self,
+            target: Tensor,
+            kernel_size: list[int],
+            reduce_func: Callable[[Tensor], Tensor] | None = None,
+            keepdim: bool = False,
+        ) -> Tensor:
+            shrunk: Tensor = super()._shrink(_ordinary(target, groups), kernel_size, reduce_func, keepdim)
+            return shrunk
+
+        def _expand(
+            self,
+            target: Tensor,
+            kernel_size: list[int],
+            expand_size: list[int],
+            keepdim: bool = False,
+            full_expand: bool = True,
+        ) -> Tensor:
+            inputs, outputs, *kernel = expand_size
+            ordinary = [outputs * groups, inputs // groups, *kernel]
+            expanded = super()._expand(target, kernel_size, ordinary, keepdim, full_expand)
+            channels = expanded.expand(*ordinary[:2], *expanded.shape[2:])  # (out, 1, ...) could not be put in order
+            return _transposed(channels, groups)
+
+    return TransposedScaling(kernel_size, kernel_padding_mode="back", kernel_padding_val=-1)
+
+
+def _register_scalers(target_spaces: Any, set_default_granularity: Any) -> None:
+    from nni.compression.base.target_space import PruningTargetSpace
+
+    _register_scalers.__wrapped__(target_spaces, set_default_granularity)  # type: ignore[attr-defined]
+    for name, spaces in target_spaces.items():
+        for target, space in spaces.items():
+            if not isinstance(space, PruningTargetSpace):
+                continue
+            module = space._wrapper.module
+            if target == "weight" and isinstance(module, _TRANSPOSED):
+                if space.granularity == "out_channel":
+                    space._scaler = _scaling([1], module.groups)
+                elif space.granularity == "in_channel":
+                    space._scaler = _scaling([-1, 1], 1)  # all inputs lie in dimension 0, whatever the groups
+            if space.align is not None:
+                source = target_spaces.get(space.align["module_name"] or name, {}).get(space.align["target_name"])
+                followed = None if source is None else source._wrapper.module
+                by_outputs = space.align["target_name"] == "weight" and list(space.align["dims"]) == [0]
+                if by_outputs and isinstance(followed, _TRANSPOSED):
+                    setattr(space, _SOURCE_GROUPS, followed.groups)
+
+
+def _generate_align_sparsity(masks: Any, target_spaces: Any) -> Any:
+    """Show NNI the masks of transposed weights in the order of ordinary ones."""
+    shown = {name: dict(targets) for name, targets in masks.items()}
+    groups = {
+        space.align["module_name"] or name: getattr(space, _SOURCE_GROUPS)
+        for name, spaces in target_spaces.items()
+        for space in spaces.values()
+        if hasattr(space, _SOURCE_GROUPS)
+    }
+    for name, number in groups.items():
+        if name in shown:
+            shown[name]["weight"] = _ordinary(shown[name]["weight"], number)
+    return _generate_align_sparsity.__wrapped__(shown, target_spaces)  # type: ignore[attr-defined]

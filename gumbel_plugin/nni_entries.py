@@ -1,0 +1,149 @@
+"""Entries of NNI's config lists as users have them: nested settings, keys without a meaning here, NNI 2's format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gumbel_plugin.errors import nearest, shown
+
+_SETTINGS = (
+    "sparse_ratio",
+    "sparse_threshold",
+    "max_sparse_ratio",
+    "min_sparse_ratio",
+    "global_group_id",
+    "dependency_group_id",
+    "internal_metric_block",
+    "granularity",
+    "apply_method",
+    "align",
+)
+_DEFAULTS_OF_A_BIAS = {
+    "apply_method": "mul",
+    "align": {"module_name": None, "target_name": "weight", "dims": [0]},
+}
+# A granularity with its padding, as NNI spells it out; the words are ours.
+_SPELLED_OUT = {
+    ((1,), "back", -1): "out_channel",
+    ((-1, 1), "back", -1): "in_channel",
+    ((1, 1), "back", -1): "kernel",
+}
+_RATIOS_OF_NNI_2 = ("sparsity", "sparsity_per_layer", "total_sparsity")
+_KEYS_OF_NNI_2 = (*_RATIOS_OF_NNI_2, "max_sparsity_per_layer", "op_partial_names", "exclude")
+_KEYS_OF_QUANTIZERS = ("quant_types", "quant_bits", "quant_dtype", "quant_scheme")
+
+
+def flatten_entry(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return an entry with the settings of its weight, which NNI allows in ``target_settings``, at its top.
+
+    Raises:
+        ValueError: If it is written for NNI 2 or for a quantizer, or sets what has no learned mask.
+    """
+    _refuse_other_formats(entry)
+    settings = entry.get("target_settings")
+    if isinstance(settings, Mapping):
+        _check_targets(settings)
+        entry = {**entry, **(settings.get("weight") or {})}
+    if entry.get("align") is not None:
+        raise ValueError(
+            "align: this entry learns nothing, its mask follows another module's; such entries are for the list that "
+            "GumbelPruner takes, not for a configuration"
+        )
+    return {key: _granularity(value) if key == "granularity" else value for key, value in entry.items()}
+
+
+def settings_without_effect(entry: Mapping[str, Any]) -> list[str]:
+    """Return why settings that NNI's pruners take mean nothing where masks are learned, one sentence each.
+
+    Args:
+        entry: The keys ``internal_metric_block``, ``apply_method`` and ``target_settings``; those that are not set are
+            left out.
+    """
+    found = []
+    if entry.get("internal_metric_block", 1) > 1:
+        found.append("internal_metric_block has no meaning here: gates inside of a weight are ranked as one block")
+    if entry.get("apply_method", "mul") != "mul":
+        found.append(f"apply_method {entry['apply_method']!r} has no meaning here: gates multiply the weight ('mul')")
+    bias = (entry.get("target_settings") or {}).get("bias") or {}
+    for key, value in bias.items():
+        if value is not None and value != _DEFAULTS_OF_A_BIAS.get(key):
+            found.append(f"target_settings.bias.{key} has no meaning here: a bias follows its weight's mask")
+    return found
+
+
+def _refuse_other_formats(entry: Mapping[Any, Any]) -> None:
+    quantizers = [key for key in _KEYS_OF_QUANTIZERS if key in entry]
+    if quantizers:
+        raise ValueError(f"{quantizers[0]} is a quantizer's: give this entry to one of nni.compression.quantization")
+    old = [key for key in _KEYS_OF_NNI_2 if key in entry]
+    if not old:
+        return
+    if entry.get("exclude"):
+        names = {f"exclude_{key}": value for key, value in _selection(entry).items()}
+        raise ValueError(f"exclude is NNI 2's: leave this entry out, and add to every other one: {_line(names)}")
+    raise ValueError(f"{old[0]} is NNI 2's: write instead {_line(_translated(entry))}")
+
+
+def _translated(entry: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return an entry of NNI 2 in today's keys."""
+    kept = {key: value for key, value in entry.items() if key not in _KEYS_OF_NNI_2 and not str(key).startswith("op_")}
+    new: dict[str, Any] = {**_selection(entry), **kept}
+    for key in _RATIOS_OF_NNI_2:
+        if key in entry:
+            new["sparse_ratio"] = entry[key]
+    if "total_sparsity" in entry:
+        new["global_group_id"] = 0
+    if "max_sparsity_per_layer" in entry:
+        new["max_sparse_ratio"] = entry["max_sparsity_per_layer"]
+    return new
+
+
+def _selection(entry: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the keys that select modules, parts of names as patterns."""
+    found = {key: entry[key] for key in ("op_types", "op_names", "op_names_re") if entry.get(key)}
+    parts = entry.get("op_partial_names")
+    if isinstance(parts, Sequence) and not isinstance(parts, str):
+        found["op_names_re"] = [*found.get("op_names_re", ()), *(f".*{re.escape(str(part))}" for part in parts)]
+    return found
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    """Return an entry as a line to copy, with lists as long as a user may have written them."""
+    return "{" + ", ".join(f'"{key}": {_as_written(value)}' for key, value in entry.items()) + "}"
+
+
+def _as_written(value: Any) -> str:
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return "[" + ", ".join('"' + each + '"' for each in value) + "]"
+    return shown(value)
+
+
+def _check_targets(settings: Mapping[Any, Any]) -> None:
+    """Refuse settings of anything but a weight and its bias, and a bias's keys that NNI does not have either."""
+    unknown = [target for target in settings if target not in ("weight", "bias")]
+    if unknown:
+        raise ValueError(f"target_settings {shown(unknown)} cannot be learnt; masks cover 'weight' (and its bias)")
+    for target, own in settings.items():
+        if own is not None and not isinstance(own, Mapping):
+            raise ValueError(f"target_settings.{target} = {shown(own)}: it must be a mapping of settings")
+    for key in settings.get("bias") or ():
+        if key not in _SETTINGS:
+            raise ValueError(f"target_settings.bias.{shown(key)}: unknown key{nearest(str(key), _SETTINGS)}")
+
+
+def _granularity(value: Any) -> Any:
+    """Return a granularity as a word or as sizes where NNI's form nests it: ``[sizes, padding, fill]``."""
+    if value == "per_channel":
+        raise ValueError("granularity 'per_channel' is for inputs and outputs; for a weight write 'out_channel'")
+    if not isinstance(value, list | tuple) or not value or not isinstance(value[0], list | tuple):
+        return value
+    sizes, padding, fill = (*value, *("front", 1)[len(value) - 1 :])[:3]
+    if (padding, fill) == ("front", 1):
+        return sizes
+    word = _SPELLED_OUT.get((tuple(sizes), padding, fill)) if len(value) <= 3 else None
+    if word is None:
+        valid = ", ".join(f"{[list(steps), *rest]} ({word})" for (steps, *rest), word in _SPELLED_OUT.items())
+        raise ValueError(f"granularity {shown(value)}: of the sizes that are padded, only {valid} can be learned")
+    return word
