@@ -13,7 +13,7 @@ from typing import Any
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError
-from gumbel_plugin.files import write_bytes
+from gumbel_plugin.files import check_writable, write_bytes
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
 
@@ -27,6 +27,7 @@ REPORT = "report.html"
 FORMAT = 1
 """The format of `SUMMARY`; a folder with another one was written by another version of this project."""
 
+_OWN = frozenset((CONFIG, SUMMARY, MASKS, SMALL, LOG, GATES, REPORT))
 _SPARE = 16 * 2**20
 _SUMMARY_KEYS = {"columns", "equivalence", "sparsity", "training_seconds", "layers"}
 _SUMMARY_KEYS |= {"versions", "git", "machine", "finished"}
@@ -145,6 +146,18 @@ def refuse_finished(output: Path, force: bool) -> None:
         raise ConfigError(f"output {str(output)!r} cannot be read: {error}") from error
     if finished and not force:
         raise ConfigError(f"output {str(output)!r} holds a finished run; pass --force to replace it")
+
+
+def check_output(file: Path) -> None:
+    """Refuse to write an export or a comparison to where it cannot be written, or where it would replace a run's file.
+
+    Raises:
+        ConfigError: If so.
+    """
+    check_writable(file)
+    place = file.resolve()
+    if place.name.casefold() in _OWN and (place.parent / CONFIG).is_file():
+        raise ConfigError(f"{str(file)!r} cannot be written: {place.parent} is a run, which needs its own {place.name}")
 
 
 def check_resumable(output: Path, config: PruningConfig) -> None:

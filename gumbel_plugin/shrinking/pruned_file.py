@@ -176,7 +176,7 @@ def _kept(
 ) -> tuple[Tensor | None, ...]:
     """Return the kept indices of a tensor; they must be those of its entries in the dense tensor, in their order."""
     shape = tuple(tensors[name].shape) if name in tensors else ()
-    if dense is None or len(dense) != len(shape):  # a removed head's projections are none of the dense network's
+    if dense is None or len(dense) != len(shape) or dense == shape:  # new projections, or a factory that is small too
         dense = (_MOST,) * len(shape)
     found = tuple(None if indices is None else torch.tensor(indices, dtype=torch.int64) for indices in dimensions)
     fits = len(found) == len(shape) and all(
