@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files that are safe to open."""
+"""How files are written: whole or not at all, or line by line; and which are safe to open."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
+        raise ConfigError(f"{_shown(path)} cannot be written: {_reason(error)}") from error
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Append to a file in UTF-8, or begin it; after an error, part of the text may be there.
+
+    Raises:
+        ConfigError: If the file cannot be written.
+    """
+    try:
+        with Path(path).open("ab") as file:
+            file.write(text.encode())
+    except OSError as error:
         raise ConfigError(f"{_shown(path)} cannot be written: {_reason(error)}") from error
 
 

@@ -28,7 +28,8 @@ FORMAT = 3
 _OLD_FORMAT = 2
 """Of files without a digest."""
 _KIND = "checkpoint"
-_KEYS = {"format", "torch", "epoch", "seconds", "model", "session", "optimizers", "task", "callbacks", "random", "loaders"}
+_KEYS = {"format", "torch", "epoch", "seconds", "model", "session", "optimizers", "task", "callbacks"}
+_KEYS |= {"random", "loaders"}
 
 
 class Checkpoint(pl.Callback):  # type: ignore[misc]

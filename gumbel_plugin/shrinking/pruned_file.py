@@ -40,7 +40,7 @@ class _Header(Record):
     kept: dict[str, list[list[_Index] | None]]
     sizes: dict[str, dict[str, _Size | list[_Size]]]
     replaced: dict[str, str]
-    blocks: list[str] = []
+    blocks: list[str] = Field(default_factory=list)
     input_shape: list[_Index] | None = None
 
 

@@ -1,4 +1,4 @@
-"""Network files whose digest is right and whose header is not: sizes that no layer has, indices of nothing, and worse."""
+"""Network files whose digest is right and whose header is not: sizes that no layer has, indices of nothing."""
 
 from __future__ import annotations
 
