@@ -20,7 +20,8 @@ FORMAT = 1
 DIGEST = "digest"
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
-_Time = Annotated[FiniteFloat, Field(ge=0)]
+_Time = Annotated[float, Field(ge=0, le=1e12)]
+_Score = Annotated[float, Field(ge=-1e15, le=1e15)]  # of what is larger no picture can be drawn
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 _Pair = Field(min_length=2, max_length=2)
 _Batch = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
@@ -37,7 +38,7 @@ class _Column(Record):
     macs: _Count
     file_bytes: _Count
     latency: dict[_Batch, _Latency]
-    score: FiniteFloat | None
+    score: _Score | None
 
 
 class _Equivalence(Record):
@@ -112,7 +113,10 @@ def read_summary(path: Path) -> dict[str, Any]:
             "it was damaged or changed after it was written: its digest does not fit its content; if you changed it on "
             f"purpose, delete its entry {DIGEST!r}"
         )
-    columns = read_record(_Summary, json.dumps(summary), "it is damaged")["columns"]
+    read = read_record(_Summary, json.dumps(summary), "it is damaged")
+    columns, proof = read["columns"], read["equivalence"]
+    if not set(proof["errors"]) == set(proof["absolute_errors"]) == set(proof["tolerances"]):
+        raise DataError("it is damaged: the errors and tolerances of its equivalence are of different data types")
     if not {"dense", "small"} <= set(columns):
         raise DataError(f"it is damaged: its networks are {shown(sorted(columns))}, which lack 'dense' or 'small'")
     batches = {name: list(column["latency"]) for name, column in columns.items()}
