@@ -30,8 +30,9 @@ from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, neare
 from gumbel_plugin.learning.plan import Plan, needs_groups
 from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.learning.sites import WeightSite
+from gumbel_plugin.mask_format import check_format
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.shrinking.mask_file import check_format, load_masks
+from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.shrink import Backend, shrink
 from gumbel_plugin.wrapped import refuse_wrapped
 from gumbel_torch_pruning.groups import find_groups

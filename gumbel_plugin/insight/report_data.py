@@ -64,7 +64,7 @@ def latency_warnings(data: ReportData) -> list[str]:
 
 
 def _why_slower(data: ReportData) -> str:
-    uneven = ragged([LayerWidth(**layer) for layer in data.layers])
+    uneven = ragged([LayerWidth(*(layer[key] for key in ("name", "kind", "before", "after"))) for layer in data.layers])
     if not uneven:
         return (
             "Its widths are even; the network is so small that fixed costs per layer outweigh the arithmetic, or the "

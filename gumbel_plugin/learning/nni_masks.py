@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import TargetError
+from gumbel_plugin.errors import TargetError, nearest, shown
 from gumbel_plugin.learning.plan import Plan
+from gumbel_plugin.mask_format import check_format
 from gumbel_plugin.masks.targets import ChannelGroup, output_dimension
 
 Masks = dict[str, dict[str, Tensor]]
@@ -44,8 +45,11 @@ def decisions_of(plan: Plan, modules: Mapping[str, nn.Module], masks: Masks) -> 
     """Return what masks in NNI's format say of a plan's gates: hard gates by the mask's id.
 
     Raises:
-        TargetError: If a mask's shape is wrong, or producers of one group disagree.
+        TargetError: If a mask's module or tensor does not exist, its shape is wrong, it holds anything but 0 and 1, or
+            producers of one group disagree.
     """
+    check_format(masks)
+    _check_names(modules, masks)
     decided: dict[int, Tensor] = {}
     for name, site in plan.sites.items():
         given = masks.get(name, {}).get("weight")
@@ -77,6 +81,15 @@ def _rows(module: nn.Module, positions: Tensor, hard: Tensor) -> dict[str, Tenso
     if isinstance(getattr(module, "bias", None), Tensor):
         masks["bias"] = channels.clone()
     return masks
+
+
+def _check_names(modules: Mapping[str, nn.Module], masks: Masks) -> None:
+    for name, targets in masks.items():
+        if name not in modules:
+            raise TargetError(f"mask for module {shown(name)}, which the model does not have{nearest(name, modules)}")
+        for target in targets:
+            if target != "bias" and not isinstance(getattr(modules[name], target, None), Tensor):
+                raise TargetError(f"mask for {name}.{target}, which is no tensor of that module")
 
 
 def _check_shape(name: str, mask: Tensor, weight: Tensor) -> None:

@@ -301,7 +301,7 @@ class MaskingSession(Attached):
         All masks are fixed then: gates of which the given masks say nothing stay as they were fixed before, or open.
 
         Raises:
-            TargetError: If a mask's shape is wrong, or producers of one group disagree.
+            TargetError: If masks do not fit the model, hold anything but 0 and 1, or disagree within a group.
         """
         decided = decisions_of(self.plan, dict(self.model.named_modules()), masks)
         for name, mask in self.plan.masks.items() if decided else ():

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import io
-import pickle
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from gumbel_plugin.errors import DataError, MissingExtraError
-from gumbel_plugin.files import write_bytes
+from gumbel_plugin.errors import DataError, MissingExtraError, shown
+from gumbel_plugin.files import check_readable, write_bytes
 from gumbel_plugin.learning.session import GATES
+from gumbel_plugin.tensor_file import require_digest, torch_content
 
 try:
     import lightning.pytorch as pl
 except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
 
-FORMAT = 2
+FORMAT = 3
+_OLD_FORMAT = 2
+"""Of files without a digest."""
+_KIND = "checkpoint"
+_KEYS = {"format", "torch", "epoch", "seconds", "model", "session", "optimizers", "task", "callbacks"}
+_KEYS |= {"random", "loaders"}
 
 
 class Checkpoint(pl.Callback):  # type: ignore[misc]
@@ -50,18 +57,21 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Any, task: Any, stage: str) -> None:
         """Let Lightning count on from the epochs that are done."""
+        if self._state is not None and self.epochs >= trainer.max_epochs > 0:
+            raise self._unfit(f"it was made after {self.epochs} epochs, the training has {trainer.max_epochs}")
         current = trainer.fit_loop.epoch_progress.current
         current.ready = current.started = current.processed = current.completed = self.epochs
 
     def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
         """Put the state back, if there is one; then write one."""
         if self._state is not None:
-            self._restore(trainer, task, self._state)
+            try:
+                self._restore(trainer, task, self._state)
+            except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise self._unfit(str(error).partition("\n")[0]) from error
             self._state = None
         elif trainer.current_epoch > 0 and trainer.is_global_zero:
-            buffer = io.BytesIO()
-            torch.save(self._collect(trainer, task), buffer)
-            write_bytes(self._path, buffer.getvalue())
+            write_checkpoint(self._path, self._collect(trainer, task))
 
     def _collect(self, trainer: Any, task: Any) -> dict[str, Any]:
         weights = {name: value for name, value in task.model.state_dict().items() if GATES not in name}
@@ -80,6 +90,11 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
         }
 
     def _restore(self, trainer: Any, task: Any, state: Mapping[str, Any]) -> None:
+        own = {name for name in task.model.state_dict() if GATES not in name}
+        if own != set(state["model"]):
+            raise ValueError(f"{shown(min(own ^ set(state['model'])))} is a weight of only one of them")
+        if (task.session is None) != (state["session"] is None):
+            raise ValueError("one of them is of the training with gates, the other one of the dense training")
         task.model.load_state_dict(state["model"], strict=False)  # the gates' part is the session's
         if task.session is not None:
             task.session.load_state_dict(state["session"])
@@ -93,23 +108,53 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
             generator.set_state(own)
         _set_random_state(state["random"])
 
+    def _unfit(self, reason: str) -> DataError:
+        return DataError(f"checkpoint {self._path} is not of this training: {reason}; delete it to start anew")
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state behind a line that holds its digest; the file appears whole or not at all.
+
+    Raises:
+        ConfigError: If the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getvalue()
+    write_bytes(path, _first_line(content) + content)
+
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """Read a checkpoint without unpickling objects; None if there is no file, so that a training starts anew.
 
     Raises:
-        DataError: If the file is damaged or another version wrote it.
+        DataError: If the file is damaged, no checkpoint, or another version wrote it.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    check_readable(path, _KIND)
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
-        raise DataError(f"checkpoint {path} cannot be read: {reason}; without it the run starts anew") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        file = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    first, _, content = file.partition(b"\n")
+    old = file.startswith(b"PK")  # the archive itself, as torch.save writes it
+    if not old and first + b"\n" != _first_line(content):
+        raise DataError(
+            f"checkpoint {path} cannot be read: its digest does not fit its content, it was damaged; without it the "
+            "run starts anew"
+        )
+    state = torch_content(file if old else content, path, _KIND)
+    if not isinstance(state, dict) or state.get("format") != (_OLD_FORMAT if old else FORMAT):
         raise DataError(f"checkpoint {path} was written by another version of gumbel-plugin; delete it to start anew")
+    if set(state) != _KEYS or type(state["epoch"]) is not int or type(state["seconds"]) is not float:
+        raise DataError(f"checkpoint {path} lacks a part of a training's state; delete it to start anew")
+    require_digest(path, _KIND, not old, old=old)
     return state
+
+
+def _first_line(content: bytes) -> bytes:
+    return f"gumbel-plugin checkpoint {FORMAT}, sha256 {sha256(content).hexdigest()}\n".encode()
 
 
 def _generators(trainer: Any) -> Iterator[torch.Generator]:

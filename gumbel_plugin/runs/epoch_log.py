@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gumbel_plugin.errors import MissingExtraError
-from gumbel_plugin.files import write_bytes
-from gumbel_plugin.runs.folder import read_log
+from gumbel_plugin.files import append_text, write_bytes
+from gumbel_plugin.runs.result_files import read_log
 from gumbel_plugin.runs.trackers import Tracker
 
 try:
@@ -90,8 +90,10 @@ class EpochLog(Logger):  # type: ignore[misc]
         row = {**self._row, "epoch": number, "seconds": round(now - self._began, 3)}
         self._row = {}
         if self._path is not None:
-            with self._path.open("a" if self._rows else "w", encoding="utf-8", newline="") as file:
-                _write(file, [row], heading=not self._rows)
+            if self._rows:
+                append_text(self._path, _text([row]))
+            else:
+                write_bytes(self._path, _text([row], heading=True).encode())
         for track in self._trackers:
             track({name: value for name, value in row.items() if name in COLUMNS[1:]}, number)
         self._rows += 1
@@ -102,19 +104,21 @@ class EpochLog(Logger):  # type: ignore[misc]
 
     def _keep(self, path: Path, finished: int) -> None:
         rows = [row for row in read_log(path) if row["epoch"] <= finished] if path.is_file() else []
-        content = io.StringIO()
-        _write(content, [{k: v for k, v in row.items() if not math.isnan(v)} for row in rows], heading=True)
-        write_bytes(path, content.getvalue().encode())
+        write_bytes(
+            path, _text([{k: v for k, v in row.items() if not math.isnan(v)} for row in rows], heading=True).encode()
+        )
         self._rows = len(rows)
         self._began -= rows[-1]["seconds"] if rows else 0.0
 
 
-def _write(file: Any, rows: Sequence[Mapping[str, float]], *, heading: bool) -> None:
-    writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+def _text(rows: Sequence[Mapping[str, float]], *, heading: bool = False) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     if heading:
         writer.writeheader()
     for row in rows:
         writer.writerow({**row, "epoch": int(row["epoch"])})
+    return text.getvalue()
 
 
 def _line(row: Mapping[str, float], epochs: int) -> str:

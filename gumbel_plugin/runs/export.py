@@ -6,22 +6,26 @@ import contextlib
 import copy
 import io
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError, MissingExtraError, nearest
-from gumbel_plugin.runs.folder import CONFIG, SMALL, RunFolder
+from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError, MissingExtraError, nearest, shown
+from gumbel_plugin.files import write_bytes
+from gumbel_plugin.runs.folder import CONFIG, SMALL, RunFolder, check_output
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.shrinking.inputs import observing
 from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
 
 _BATCHES = (1, 2, 5)
+_MOST_NUMBERS = 2**28
+"""No single input is larger; a header that says so is damaged."""
 TOLERANCE = 1e-5
 """Largest accepted difference to the small network, relative to the output's scale, in float32."""
 
@@ -31,8 +35,9 @@ Runner = Callable[[Tensor], Tensor]
 def export_run(path: Path, kind: str, output: Path | None = None) -> tuple[Path, float]:
     """Export the small network of a finished run.
 
-    The file is written under a temporary name, loaded again by what will read it, and compared with the small network
-    on random inputs of several batch sizes; only then it gets its name.
+    What will be written is loaded by what will read it, and compared with the small network on random inputs of several
+    batch sizes; only then the file appears. No file of the run itself is replaced: in the format ``safetensors`` the
+    run's own ``small.safetensors`` is the export, unless another file is named.
 
     Args:
         path: The run's folder.
@@ -43,29 +48,24 @@ def export_run(path: Path, kind: str, output: Path | None = None) -> tuple[Path,
         The file, and the largest difference relative to the output's scale.
 
     Raises:
-        ConfigError: If the format is unknown or the file cannot be written.
+        ConfigError: If the format is unknown, the file cannot be written, or it is a file of the run itself.
         DataError: If the run is not finished, or a file of it is damaged.
         EquivalenceError: If what was exported does not compute the same.
         MissingExtraError: If the format needs packages that are not installed.
     """
     if kind not in FORMATS:
         raise ConfigError(f"format {kind!r} is unknown{nearest(kind, FORMATS)}")
+    own = path / SMALL  # which is what the format safetensors would write
+    target = output or (own if kind == "safetensors" else path / f"small.{kind}")
+    if output is not None:
+        check_output(output)
     model, shape = read_small(path)
-    target = path / f"small.{kind}" if output is None else output
-    if target.is_dir() or not target.parent.is_dir():
-        problem = "it is a folder" if target.is_dir() else "its folder does not exist"
-        raise ConfigError(f"{str(target)!r} cannot be written: {problem}")
-    temporary = target.with_name(f"{target.stem}.partial.{kind}")
-    try:
-        run = FORMATS[kind](model, torch.randn(2, *shape), temporary)
-        error = _compare(model, run, shape)
-        if not error <= TOLERANCE:
-            raise EquivalenceError(f"{target} was not written: it would differ from the small network by {error:.1e}")
-        os.replace(temporary, target)
-    except OSError as problem:
-        raise ConfigError(f"{str(target)!r} cannot be written: {problem}") from problem
-    finally:
-        temporary.unlink(missing_ok=True)
+    content, run = FORMATS[kind](model, torch.randn(2, *shape))
+    error = _compare(model, run, shape)
+    if not error <= TOLERANCE:
+        raise EquivalenceError(f"{target} was not written: it would differ from the small network by {error:.1e}")
+    if target != own:
+        write_bytes(target, content)
     return target, error
 
 
@@ -82,11 +82,20 @@ def read_small(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
         raise DataError(f"{path / SMALL} does not say what inputs its network reads; was it written by a run?")
     model = load_pruned(
         path / SMALL, lambda: build_model(config.name, config.num_classes, config.in_channels, **config.options)
-    )
-    return model.eval(), tuple(header["input_shape"])
+    ).eval()
+    shape = tuple(header["input_shape"])
+    try:
+        if prod(shape) > _MOST_NUMBERS:
+            raise ValueError(f"it has more than {_MOST_NUMBERS:,} numbers")
+        with observing(model):
+            model(torch.zeros(2, *shape))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path / SMALL} cannot read inputs of the shape {shown(shape)} it names: {reason}") from error
+    return model, shape
 
 
-def _to_onnx(model: nn.Module, example: Tensor, file: Path) -> Runner:
+def _to_onnx(model: nn.Module, example: Tensor) -> tuple[bytes, Runner]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (the exporter needs it, and says so in a longer way)
@@ -102,30 +111,34 @@ def _to_onnx(model: nn.Module, example: Tensor, file: Path) -> Runner:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
-        program.save(str(file))
-    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
-    return lambda inputs: torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0])
+        content: bytes = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda inputs: torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0])
 
 
-def _to_pt2(model: nn.Module, example: Tensor, file: Path) -> Runner:
+def _to_pt2(model: nn.Module, example: Tensor) -> tuple[bytes, Runner]:
+    buffer = io.BytesIO()  # torch's own writer of files ends the process where a disk is full
     with _quietly():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        torch.export.save(program, file)
-        loaded: Runner = torch.export.load(file).module()
-    return loaded
+        torch.export.save(program, buffer)
+        loaded: Runner = torch.export.load(io.BytesIO(buffer.getvalue())).module()
+    return buffer.getvalue(), loaded
 
 
-def _to_safetensors(model: nn.Module, example: Tensor, file: Path) -> Runner:
-    save_pruned(file, model, input_shape=list(example.shape[1:]))
-    return load_pruned(file, lambda: copy.deepcopy(model)).eval()  # whose shapes fit already; read_small proved more
+def _to_safetensors(model: nn.Module, example: Tensor) -> tuple[bytes, Runner]:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / SMALL
+        save_pruned(file, model, input_shape=list(example.shape[1:]))
+        loaded = load_pruned(file, lambda: copy.deepcopy(model))  # whose shapes fit already; read_small proved more
+        return file.read_bytes(), loaded.eval()
 
 
-FORMATS: dict[str, Callable[[nn.Module, Tensor, Path], Runner]] = {
+FORMATS: dict[str, Callable[[nn.Module, Tensor], tuple[bytes, Runner]]] = {
     "onnx": _to_onnx,
     "pt2": _to_pt2,
     "safetensors": _to_safetensors,
 }
-"""What writes a model to a file and returns what runs the file, by format."""
+"""What returns a model as a file's content, and what runs that content, by format."""
 
 
 def _compare(model: nn.Module, run: Runner, shape: tuple[int, ...]) -> float:

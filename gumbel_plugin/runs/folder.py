@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +11,8 @@ from typing import Any
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError
-from gumbel_plugin.files import write_bytes
+from gumbel_plugin.files import check_writable, write_bytes
+from gumbel_plugin.runs.result_files import read_gates, read_log, read_summary
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
 
@@ -24,12 +23,9 @@ SMALL = "small.safetensors"
 LOG = "log.csv"
 GATES = "gates.jsonl"
 REPORT = "report.html"
-FORMAT = 1
-"""The format of `SUMMARY`; a folder with another one was written by another version of this project."""
 
+_OWN = frozenset((CONFIG, SUMMARY, MASKS, SMALL, LOG, GATES, REPORT))
 _SPARE = 16 * 2**20
-_SUMMARY_KEYS = {"columns", "equivalence", "sparsity", "training_seconds", "layers"}
-_SUMMARY_KEYS |= {"versions", "git", "machine", "finished"}
 
 
 @dataclass
@@ -63,7 +59,7 @@ class RunFolder:
                 continue
             try:
                 folder.contents[name] = reader(file)
-            except (GumbelPluginError, OSError, ValueError, KeyError) as error:
+            except (GumbelPluginError, OSError, ValueError, KeyError, RecursionError) as error:
                 folder.problems[name] = f"cannot be read: {error}"
         return folder
 
@@ -84,42 +80,6 @@ class RunFolder:
 
     def _described(self, name: str) -> str:
         return f"{name} ({len(self.contents[name])} epochs)" if name in (LOG, GATES) else name
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Read an epoch log; empty cells become NaN, and a last line that was cut off is left out.
-
-    Raises:
-        DataError: If it is no epoch log.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file))
-        heading = rows[0] if rows else []
-        whole = [row for row in rows[1:] if len(row) == len(heading)]
-        if whole and "epoch" not in heading:
-            raise ValueError(f"its heading is {','.join(heading)!r}")
-        return [{k: float(cell) if cell else math.nan for k, cell in zip(heading, row, strict=True)} for row in whole]
-    except (ValueError, csv.Error) as error:
-        raise DataError(f"{path} is no epoch log: {error}") from error
-
-
-def read_gates(path: Path) -> list[dict[str, Any]]:
-    """Read the histograms of the gates, an entry an epoch; a last line that was cut off is left out.
-
-    Raises:
-        DataError: If it holds something else.
-    """
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except ValueError as error:
-        raise DataError(f"{path} holds no histograms of gates: {error}") from error
-    for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not {"epoch", "phase", "masks"} <= set(entry):
-            raise DataError(
-                f"{path} holds no histograms of gates: line {number} is no mapping of epoch, phase and masks"
-            )
-    return entries
 
 
 def keep_gates(path: Path, epochs: int) -> None:
@@ -145,6 +105,18 @@ def refuse_finished(output: Path, force: bool) -> None:
         raise ConfigError(f"output {str(output)!r} cannot be read: {error}") from error
     if finished and not force:
         raise ConfigError(f"output {str(output)!r} holds a finished run; pass --force to replace it")
+
+
+def check_output(file: Path) -> None:
+    """Refuse to write an export or a comparison to where it cannot be written, or where it would replace a run's file.
+
+    Raises:
+        ConfigError: If so.
+    """
+    check_writable(file)
+    place = file.resolve()
+    if place.name.casefold() in _OWN and (place.parent / CONFIG).is_file():
+        raise ConfigError(f"{str(file)!r} cannot be written: {place.parent} is a run, which needs its own {place.name}")
 
 
 def check_resumable(output: Path, config: PruningConfig) -> None:
@@ -213,31 +185,9 @@ def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftove
         raise ConfigError(f"output {str(output)!r} cannot be written: {error}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that appears whole or not at all; NaN and infinities, which JSON does not have, become null."""
-    write_bytes(path, json.dumps(_json_ready(value), indent=2, allow_nan=False).encode())
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
-        found = summary.get("format", "none") if isinstance(summary, dict) else "none"
-        raise DataError(f"its format is {found}, this version of gumbel-plugin reads format {FORMAT}")
-    missing = _SUMMARY_KEYS - set(summary)
-    if missing:
-        raise DataError(f"it lacks {sorted(missing)}")
-    return summary
-
-
 _READERS: dict[str, Callable[[Path], Any]] = {
     CONFIG: PruningConfig.load,
-    SUMMARY: _read_summary,
+    SUMMARY: read_summary,
     MASKS: load_masks,
     SMALL: read_header,
     LOG: read_log,

@@ -11,7 +11,7 @@ from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.files import write_bytes
 from gumbel_plugin.insight.report_data import ReportData, comparison_rows, latency_warnings
-from gumbel_plugin.runs.folder import CONFIG, GATES, LOG, REPORT, SUMMARY, RunFolder
+from gumbel_plugin.runs.folder import CONFIG, GATES, LOG, REPORT, SUMMARY, RunFolder, check_output
 
 _SCORES = {"cross_entropy": "test accuracy (%)", "mse": "test score (negative mean squared error)"}
 _VALIDATION = {"cross_entropy": "validation accuracy (%)", "mse": "validation score"}
@@ -25,15 +25,12 @@ def write_report(path: Path) -> Path:
 
     Raises:
         DataError: If the run is not finished, or a file that is needed is damaged.
+        ConfigError: If the page cannot be written.
         MissingExtraError: If jinja2 or matplotlib is not installed.
     """
     from gumbel_plugin.insight.report import render_report
 
-    page = render_report(read_result(path))
-    try:
-        write_bytes(path / REPORT, page.encode())
-    except OSError as error:
-        raise ConfigError(f"{path / REPORT} cannot be written: {error}") from error
+    write_bytes(path / REPORT, render_report(read_result(path)).encode())
     return path / REPORT
 
 
@@ -46,10 +43,11 @@ def write_comparison(paths: Sequence[Path], file: Path) -> list[list[str]]:
 
     Raises:
         DataError: If one of the runs is not finished, or a file that is needed is damaged.
-        ConfigError: If the runs have different kinds of scores, or the page cannot be written.
+        ConfigError: If the runs have different kinds of scores, or the page cannot be written or is a file of a run.
     """
     from gumbel_plugin.insight.report import render_comparison
 
+    check_output(file)
     runs = [read_result(path) for path in paths]
     scores = {run.score: run.name for run in runs}
     if len(scores) > 1:
@@ -60,10 +58,7 @@ def write_comparison(paths: Sequence[Path], file: Path) -> list[list[str]]:
         replace(run, name=str(path)) if names.count(run.name) > 1 else run
         for run, path in zip(runs, paths, strict=True)
     ]
-    try:
-        write_bytes(file, render_comparison(runs).encode())
-    except OSError as error:
-        raise ConfigError(f"{str(file)!r} cannot be written: {error}") from error
+    write_bytes(file, render_comparison(runs).encode())
     return comparison_rows(runs)
 
 

@@ -24,7 +24,7 @@ from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.runs import folder as files
-from gumbel_plugin.runs import trackers
+from gumbel_plugin.runs import result_files, trackers
 from gumbel_plugin.runs.checkpoint import Checkpoint, read_checkpoint
 from gumbel_plugin.runs.data import DataBundle
 from gumbel_plugin.runs.epoch_log import EpochLog, other_rank
@@ -89,7 +89,7 @@ class RunResult:
     def summary(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {
-            "format": files.FORMAT,
+            "format": result_files.FORMAT,
             "columns": {name: column.as_dict() for name, column in self.columns.items()},
             "equivalence": self.equivalence.as_dict(),
             "sparsity": self.sparsity,
@@ -317,7 +317,7 @@ def _write(output: Path, masks: Masks, result: RunResult, prepared: Prepared, sa
     model = prepared.config.model
     save_masks(output / files.MASKS, masks, model.name if model is not None else "")
     save_pruned(output / files.SMALL, result.small, input_shape=list(prepared.example.shape[1:]))
-    files.write_json(output / files.SUMMARY, result.summary())  # last: it marks the run as finished
+    result_files.write_summary(output / files.SUMMARY, result.summary())  # last: it marks the run as finished
     for name in _CHECKPOINTS.values():
         (output / name).unlink(missing_ok=True)
     if not prepared.config.report.html:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from gumbel_plugin.errors import DataError, TargetError
-from gumbel_plugin.files import write_bytes
+from gumbel_plugin.errors import DataError, TargetError, shorten
+from gumbel_plugin.files import check_readable
+from gumbel_plugin.mask_format import check_format
+from gumbel_plugin.tensor_file import DIGEST, read_tensors, require_digest, torch_content, write_tensors
 from gumbel_plugin.versions import library_versions
 
-FORMAT = "gumbel-plugin-masks-1"
+FORMAT = "gumbel-plugin-masks-2"
+_OLD_FORMAT = "gumbel-plugin-masks-1"
+"""Of files without a digest."""
 _JSON = ("shapes", "versions")
+_KIND = "masks file"
 
 
 def save_masks(
@@ -34,10 +35,14 @@ def save_masks(
         masks: NNI's masks format, ``{module: {target: 0/1 tensor}}``.
         model: The model's name.
         **header: More to note.
+
+    Raises:
+        TargetError: If they are no masks, or hold anything but 0 and 1.
+        ConfigError: If the file cannot be written.
     """
     check_format(masks)
     tensors = {
-        f"{module}.{target}": (mask.detach() != 0).to("cpu", torch.uint8).contiguous()
+        f"{module}.{target}": mask.detach().to("cpu", torch.uint8)
         for module, targets in masks.items()
         for target, mask in targets.items()
         if mask is not None
@@ -52,23 +57,7 @@ def save_masks(
         "versions": json.dumps(library_versions()),
         **header,
     }
-    write_bytes(path, save(tensors, metadata))
-
-
-def check_format(masks: Any) -> None:
-    """Refuse what are no masks in NNI's format, ``{module: {target: tensor or None}}``.
-
-    Raises:
-        TargetError: With the module whose masks are none.
-    """
-    if not isinstance(masks, Mapping):
-        raise TargetError(f"masks are a {type(masks).__name__}; they must be {{module: {{target: 0/1 tensor}}}}")
-    for name, targets in masks.items():
-        fits = isinstance(name, str) and isinstance(targets, Mapping)
-        if not fits or not all(isinstance(mask, Tensor | None) for mask in targets.values()):
-            raise TargetError(
-                f"masks of module {name!r} are {type(targets).__name__}; they must be {{target: 0/1 tensor}}"
-            )
+    write_tensors(path, tensors, metadata)
 
 
 def load_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
@@ -79,22 +68,15 @@ def load_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
             is read too, with a warning; no code in it is run.
 
     Raises:
-        DataError: If the file is missing, damaged, or no masks file.
+        DataError: If the file is missing, damaged, or no masks file, or a mask holds anything but 0 and 1.
     """
-    if zipfile.is_zipfile(path):
-        return _load_torch_file(path)
-    masks: dict[str, dict[str, Tensor]] = {}
+    check_readable(path, _KIND)
+    masks = _torch_masks(path) if zipfile.is_zipfile(path) else _tensor_masks(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise DataError(f"{path} is no masks file: its header says {json.dumps(header)}")
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                module, _, target = key.rpartition(".")
-                masks.setdefault(module, {})[target] = file.get_tensor(key).float()
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"masks file {path} cannot be read: {error}") from error
-    return masks
+        check_format(masks)
+    except TargetError as error:
+        raise DataError(f"{path} is no masks file: {error}") from error
+    return {name: {target: mask.float() for target, mask in targets.items()} for name, targets in masks.items()}
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -103,33 +85,40 @@ def read_header(path: str | Path) -> dict[str, Any]:
     Raises:
         DataError: If the file is missing or damaged, or `save_masks` did not write it.
     """
+    header = _read(path)[1]
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"masks file {path} cannot be read: {error}") from error
-    if header.get("format") != FORMAT:
-        raise DataError(f"{path} is no masks file: its header says {json.dumps(header)}")
-    return {key: json.loads(value) if key in _JSON else value for key, value in header.items()}
+        return {key: json.loads(value) if key in _JSON else value for key, value in header.items()}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"masks file {path} has a damaged header: {error}") from error
 
 
-def _load_torch_file(path: str | Path) -> dict[str, dict[str, Tensor]]:
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors, header = read_tensors(path, _KIND)
+    if header.get("format") not in (FORMAT, _OLD_FORMAT):
+        raise DataError(f"{path} is no masks file: its header says {shorten(json.dumps(header), 400)}")
+    require_digest(path, _KIND, DIGEST in header, old=header["format"] == _OLD_FORMAT)
+    return tensors, header
+
+
+def _tensor_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    masks: dict[str, dict[str, Tensor]] = {}
+    for key, mask in _read(path)[0].items():
+        module, _, target = key.rpartition(".")
+        masks.setdefault(module, {})[target] = mask
+    return masks
+
+
+def _torch_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
     # get_masks() of NNI returns a defaultdict(dict); nothing but that and tensors is built.
     allowed: list[Any] = [(_plain_dict, "collections.defaultdict"), dict]
-    safe_globals = getattr(torch.serialization, "safe_globals", nullcontext)  # torch >= 2.5
-    try:
-        with safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"masks file {path} cannot be read: {first_line}") from error
+    content = torch_content(Path(path).read_bytes(), path, _KIND, allowed)
     masks: dict[str, dict[str, Tensor]] = {}
     for module, targets in content.items() if isinstance(content, dict) else (("", None),):
         if not isinstance(module, str) or not isinstance(targets, dict):
             raise DataError(f"{path} is no masks file: it holds no {{module: {{target: tensor}}}}")
         for target, mask in targets.items():
             if isinstance(mask, Tensor):
-                masks.setdefault(module, {})[target] = mask.float()
+                masks.setdefault(module, {})[target] = mask
             elif mask is not None:
                 raise DataError(f"{path} is no masks file: its {module}.{target} is a {type(mask).__name__}")
     warnings.warn(

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from pydantic import Field
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest
-from gumbel_plugin.files import write_bytes
+from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest, shown
+from gumbel_plugin.json_record import Record, read_record
 from gumbel_plugin.learning.blocks import residual_block
 from gumbel_plugin.shrinking.blocks import removed_blocks, replace_block
 from gumbel_plugin.shrinking.kept import kept_of, note_kept
+from gumbel_plugin.tensor_file import DIGEST, read_tensors, require_digest, write_tensors
 
-FORMAT = "gumbel-plugin-network-1"
+FORMAT = "gumbel-plugin-network-2"
+_OLD_FORMAT = "gumbel-plugin-network-1"
+"""Of files without a digest."""
+_KIND = "network file"
 HINT = "this is a shrunk network: rebuild it with gumbel_plugin.load_pruned(path, factory)"
 """The name of an empty tensor in every file. Loaded into a dense network, torch's own error names it as unexpected."""
 
 _COMPACT_MODULES = "gumbel_torch_pruning.attention_modules"
 """Where attention layers live that lost heads, of a class that torch's own layers are replaced by."""
+_MOST = 2**31
+"""No size or index is larger."""
+
+_Size = Annotated[int, Field(gt=-_MOST, lt=_MOST)]
+_Index = Annotated[int, Field(ge=0, lt=_MOST)]
+
+
+class _Header(Record):
+    """What a network file says as JSON."""
+
+    kept: dict[str, list[list[_Index] | None]]
+    sizes: dict[str, dict[str, _Size | list[_Size]]]
+    replaced: dict[str, str]
+    blocks: list[str] = Field(default_factory=list)
+    input_shape: list[_Index] | None = None
 
 
 def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
@@ -38,7 +56,7 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
         **header: More to note, plain values.
 
     Raises:
-        ConfigError: If the model has state that is no tensor.
+        ConfigError: If the model has state that is no tensor, or the file cannot be written.
     """
     state = model.state_dict()
     odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
@@ -53,9 +71,7 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
         "replaced": {n: type(m).__name__ for n, m in model.named_modules() if type(m).__module__ == _COMPACT_MODULES},
         **header,
     }
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    content = save({**tensors, HINT: torch.empty(0)}, {FORMAT: json.dumps(about)})  # one entry: their order is random
-    write_bytes(path, content)
+    write_tensors(path, {**state, HINT: torch.empty(0)}, {FORMAT: json.dumps(about)})
 
 
 def load_pruned(path: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
@@ -76,30 +92,21 @@ def load_pruned(path: str | Path, factory: Callable[[], nn.Module]) -> nn.Module
         DataError: If the file is missing, damaged or another one, or the factory builds another network.
         MissingExtraError: If attention heads were removed and torch-pruning is not installed.
     """
-    header = read_header(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name != HINT}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"network file {path} cannot be read: {error}") from error
+    tensors, header = _read(path)
+    tensors.pop(HINT, None)
     model = factory()
+    dense = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in header.get("blocks", ()):
         _remove_block(model, name, path)
     for name, kind in header["replaced"].items():
         _replace(model, name, kind, path)
     _add_biases(model, tensors)
     _check_names(path, model, tensors)
-    modules = dict(model.named_modules())
-    for name, sizes in header["sizes"].items():
-        module = modules.get(name)
-        if module is None:
-            raise DataError(f"{path}: the factory's network has no module {name!r}{nearest(name, modules)}")
-        for key, value in sizes.items():
-            setattr(module, key, tuple(value) if isinstance(value, list) else value)
+    kept = {name: _kept(path, name, tensors, dims, dense.get(name)) for name, dims in header["kept"].items()}
+    _set_sizes(model, header["sizes"], path)
     _fit_tensors(model, tensors)
     model.load_state_dict(tensors)
-    kept = header["kept"].items()
-    note_kept(model, {name: tuple(None if d is None else torch.tensor(d) for d in dims) for name, dims in kept})
+    note_kept(model, kept)
     return model
 
 
@@ -109,21 +116,18 @@ def read_header(path: str | Path) -> dict[str, Any]:
     Raises:
         DataError: If the file is missing, damaged, or no network file.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"network file {path} cannot be read: {error}") from error
-    if FORMAT not in metadata:
-        raise DataError(f"{path} is no network file of this version: its header has {sorted(metadata)}, not {FORMAT!r}")
-    try:
-        header: dict[str, Any] = json.loads(metadata[FORMAT])
-    except ValueError as error:
-        raise DataError(f"network file {path} has a damaged header: {error}") from error
-    lists = ("kept", "sizes", "replaced")
-    if not isinstance(header, dict) or any(not isinstance(header.get(key), dict) for key in lists):
-        raise DataError(f"network file {path} has a damaged header: it lacks one of {', '.join(lists)}")
-    return header
+    return _read(path)[1]
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, metadata = read_tensors(path, _KIND)
+    old = FORMAT not in metadata
+    text = metadata.get(_OLD_FORMAT) if old else metadata[FORMAT]
+    if text is None:
+        found = shown(sorted(metadata))
+        raise DataError(f"{path} is no network file of this version: its header has {found}, not {FORMAT!r}")
+    require_digest(path, _KIND, DIGEST in metadata, old=old)
+    return tensors, read_record(_Header, text, f"network file {path} has a damaged header")
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
@@ -137,11 +141,58 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+def _set_sizes(model: nn.Module, sizes: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Give modules the sizes that they have in the file; nothing but sizes that they have already is set."""
+    modules = dict(model.named_modules())
+    for name, found in sizes.items():
+        if name not in modules:
+            raise DataError(f"{path}: the factory's network has no module {shown(name)}{nearest(name, modules)}")
+        module = modules[name]
+        own = _sizes(module)
+        most = None if type(module).__module__.startswith("torch.") else _MOST  # a layer of a user's may count calls
+        for key, value in found.items():
+            if key not in own:
+                raise DataError(f"{path}: {shown(key)} is no size of {name!r}{nearest(key, own)}")
+            old, new = own[key], tuple(value) if isinstance(value, list) else value
+            if not _fits(new, old, most):
+                raise DataError(f"{path}: {name}.{key} = {shown(new)} does not fit the factory's, which is {old}")
+            setattr(module, key, new)
+
+
+def _fits(new: Any, old: Any, most: int | None) -> bool:
+    """Return whether a size is the dense network's, or a smaller one; one up to a limit where that is given."""
+    if isinstance(old, tuple) or isinstance(new, tuple):
+        same = isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new)
+        return same and all(_fits(a, b, most) for a, b in zip(new, old, strict=True))
+    return bool(new == old or 0 <= new <= (old if most is None else most))
+
+
+def _kept(
+    path: str | Path,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    dimensions: Sequence[Sequence[int] | None],
+    dense: tuple[int, ...] | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the kept indices of a tensor; they must be those of its entries in the dense tensor, in their order."""
+    shape = tuple(tensors[name].shape) if name in tensors else ()
+    if dense is None or len(dense) != len(shape) or dense == shape:  # new projections, or a factory that is small too
+        dense = (_MOST,) * len(shape)
+    found = tuple(None if indices is None else torch.tensor(indices, dtype=torch.int64) for indices in dimensions)
+    fits = len(found) == len(shape) and all(
+        left is None or (len(left) == size and bool((left.diff() > 0).all()) and bool((left < most).all()))
+        for left, size, most in zip(found, shape, dense, strict=True)
+    )
+    if not fits:
+        raise DataError(f"{path} has a damaged header: what it says was kept of {shown(name)} does not fit the tensor")
+    return found
+
+
 def _remove_block(model: nn.Module, name: str, path: str | Path) -> None:
     modules = dict(model.named_modules())
     block = residual_block(modules[name]) if name in modules else "it has no such module"
     if isinstance(block, str):
-        raise DataError(f"{path}: the factory's network has no residual block {name!r}: {block}")
+        raise DataError(f"{path}: the factory's network has no residual block {shown(name)}: {block}")
     replace_block(model, name, block)
 
 
@@ -153,19 +204,24 @@ def _replace(model: nn.Module, name: str, kind: str, path: str | Path) -> None:
         raise MissingExtraError("torch-pruning", "torch-pruning") from error
     parent, _, child = name.rpartition(".")
     layers = dict(model.named_modules())
-    if parent not in layers or name not in layers or not hasattr(attention_modules, kind):
-        raise DataError(f"{path}: the factory's network has no attention layer {name!r}{nearest(name, layers)}")
+    make = getattr(attention_modules, kind, None)
+    known = isinstance(make, type) and issubclass(make, nn.Module) and make.__module__ == _COMPACT_MODULES
+    if make is None or not known or not name or name not in layers:
+        raise DataError(f"{path}: the factory's network has no attention layer {shown(name)}{nearest(name, layers)}")
     if type(layers[name]).__name__ == kind:
         return
-    make = getattr(attention_modules, kind)
-    setattr(layers[parent], child, getattr(make, "of", make)(layers[name]))
+    try:
+        layer = getattr(make, "of", make)(layers[name])
+    except (AttributeError, TypeError) as error:
+        raise DataError(f"{path}: the factory's {name!r} is no attention layer that {kind} replaces") from error
+    setattr(layers[parent], child, layer)
 
 
 def _add_biases(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give layers the biases that they got when the constants of removed channels were folded in."""
     for name, module in model.named_modules():
         stored = tensors.get(f"{name}.bias")
-        if stored is not None and module._parameters.get("bias", stored) is None:
+        if stored is not None and stored.dim() == 1 and module._parameters.get("bias", stored) is None:
             module._parameters["bias"] = nn.Parameter(torch.empty_like(stored))
 
 
@@ -173,9 +229,11 @@ def _check_names(path: str | Path, model: nn.Module, tensors: Mapping[str, Tenso
     names = set(model.state_dict())
     for name in sorted(names ^ set(tensors)):
         have, lack = ("file", "network of the factory") if name in tensors else ("network of the factory", "file")
-        raise DataError(f"{path}: the {have} has a tensor {name!r}, the {lack} has not; is it another network?")
+        raise DataError(f"{path}: the {have} has a tensor {shown(name)}, the {lack} has not; is it another network?")
     for name, tensor in model.state_dict().items():
         stored = tensors[name].shape
+        if tensor.is_complex() != tensors[name].is_complex():
+            raise DataError(f"{path}: {name!r} is {tensors[name].dtype} in the file, the factory's is {tensor.dtype}")
         if tensor.dim() != len(stored) or any(a < b for a, b in zip(tensor.shape, stored, strict=True)):
             raise DataError(
                 f"{path}: {name!r} is {tuple(stored)} in the file and {tuple(tensor.shape)} in the "

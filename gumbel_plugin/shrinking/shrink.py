@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, GraphError, MissingExtraError, TargetError, nearest
 from gumbel_plugin.learning.session import plain_copy
+from gumbel_plugin.mask_format import check_format
 from gumbel_plugin.shrinking.blocks import note_removed, remove_closed_blocks
 from gumbel_plugin.shrinking.carriers import merge_constants
 from gumbel_plugin.shrinking.constants import fold_constants
@@ -19,7 +20,6 @@ from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
 from gumbel_plugin.shrinking.inputs import random_inputs_like
 from gumbel_plugin.shrinking.kept import find_kept, kept_after, kept_of, note_kept
-from gumbel_plugin.shrinking.mask_file import check_format
 from gumbel_plugin.shrinking.precision import dtypes_of, round_to
 from gumbel_plugin.wrapped import refuse_wrapped
 
@@ -50,7 +50,7 @@ def shrink(
         verify: Whether to compare the outputs before returning.
 
     Raises:
-        TargetError: If a mask's module does not exist or its shape does not fit.
+        TargetError: If a mask's module does not exist, its shape does not fit, or it holds anything but 0 and 1.
         GraphError: If the model cannot be traced.
         EquivalenceError: If the small model's outputs differ from the masked model's.
     """
@@ -66,7 +66,8 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None
     """Return a plain copy of a model with the masks multiplied into its parameters.
 
     Raises:
-        TargetError: If a mask's module or tensor does not exist, or its shape does not fit.
+        TargetError: If a mask's module or tensor does not exist, its shape does not fit, or it holds anything but 0 and
+            1.
         LifecycleError: If the model is wrapped by a compressor of NNI's.
     """
     refuse_wrapped(model, "shrinking")

@@ -61,9 +61,8 @@ class TestExport:
         assert torch.allclose(found, expected, atol=1e-5)
 
     def test_what_differs_is_not_written(self, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def wrong(model: nn.Module, example: torch.Tensor, file: Path) -> Any:
-            file.write_text("something")
-            return lambda inputs: model(inputs) + 1
+        def wrong(model: nn.Module, example: torch.Tensor) -> Any:
+            return b"something", lambda inputs: model(inputs) + 1
 
         monkeypatch.setitem(export.FORMATS, "pt2", wrong)
         with pytest.raises(EquivalenceError, match="was not written"):

@@ -14,8 +14,8 @@ from rich.progress import Progress
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import MissingExtraError
 from gumbel_plugin.runs import progress as progress_module
-from gumbel_plugin.runs.folder import read_log
 from gumbel_plugin.runs.progress import ProgressBar, following
+from gumbel_plugin.runs.result_files import read_log
 from gumbel_plugin.runs.run import run
 
 CONFIG: dict[str, Any] = {

@@ -15,6 +15,7 @@ from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.shrinking.kept import kept_of
 from gumbel_plugin.shrinking.pruned_file import FORMAT, read_header
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
+from gumbel_plugin.tensor_file import write_tensors
 from gumbel_torch_pruning.groups import find_groups
 
 
@@ -188,7 +189,7 @@ class TestDamage:
 
     def test_a_module_that_the_factory_lacks(self, tmp_path: Path) -> None:
         header = {FORMAT: json.dumps({"kept": {}, "replaced": {}, "sizes": {"3.conv": {"groups": 1}}})}
-        save_file({"weight": torch.ones(4, 3), "bias": torch.ones(4)}, tmp_path / "other", metadata=header)
+        write_tensors(tmp_path / "other", {"weight": torch.ones(4, 3), "bias": torch.ones(4)}, header)
         with pytest.raises(DataError, match=r"has no module '3\.conv'"):
             load_pruned(tmp_path / "other", lambda: nn.Linear(3, 4))
 
@@ -200,14 +201,19 @@ class TestDamage:
         ("metadata", "message"),
         [
             (None, r"its header has \[\]"),
-            ({"format": "x"}, r"header has \['format'\]"),
+            ({"format": "x"}, r"header has \['digest', 'format'\]"),
             ({FORMAT: "{"}, "damaged header"),
             ({FORMAT: "3"}, "damaged header"),
-            ({FORMAT: '{"kept": {}, "sizes": []}'}, "lacks one of kept, sizes, replaced"),
+            ({FORMAT: '{"kept": {}, "sizes": {}}'}, "damaged header: 'replaced': Field required"),
+            ({FORMAT: '{"kept": {}, "replaced": {}, "sizes": []}'}, r"damaged header: 'sizes' = \[\]"),
+            ({FORMAT: "[" * 10_000}, "damaged header: Invalid JSON"),
         ],
     )
     def test_another_file(self, metadata: Any, message: str, tmp_path: Path) -> None:
-        save_file({"weight": torch.ones(2)}, tmp_path / "other", metadata=metadata)
+        if metadata is None:
+            save_file({"weight": torch.ones(2)}, tmp_path / "other")
+        else:
+            write_tensors(tmp_path / "other", {"weight": torch.ones(2)}, metadata)
         with pytest.raises(DataError, match=message):
             read_header(tmp_path / "other")
 
