@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gumbel_plugin.errors import DataError, MissingExtraError
-from gumbel_plugin.files import write_bytes
+from gumbel_plugin.files import write_bytes, writing
 from gumbel_plugin.learning.session import GATES
 
 try:
@@ -61,7 +61,8 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
         elif trainer.current_epoch > 0 and trainer.is_global_zero:
             buffer = io.BytesIO()
             torch.save(self._collect(trainer, task), buffer)
-            write_bytes(self._path, buffer.getvalue())
+            with writing(self._path):
+                write_bytes(self._path, buffer.getvalue())
 
     def _collect(self, trainer: Any, task: Any) -> dict[str, Any]:
         weights = {name: value for name, value in task.model.state_dict().items() if GATES not in name}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gumbel_plugin.errors import MissingExtraError
-from gumbel_plugin.files import write_bytes
+from gumbel_plugin.files import write_bytes, writing
 from gumbel_plugin.runs.folder import read_log
 from gumbel_plugin.runs.trackers import Tracker
 
@@ -90,7 +90,8 @@ class EpochLog(Logger):  # type: ignore[misc]
         row = {**self._row, "epoch": number, "seconds": round(now - self._began, 3)}
         self._row = {}
         if self._path is not None:
-            with self._path.open("a" if self._rows else "w", encoding="utf-8", newline="") as file:
+            mode = "a" if self._rows else "w"
+            with writing(self._path), self._path.open(mode, encoding="utf-8", newline="") as file:
                 _write(file, [row], heading=not self._rows)
         for track in self._trackers:
             track({name: value for name, value in row.items() if name in COLUMNS[1:]}, number)
@@ -104,7 +105,8 @@ class EpochLog(Logger):  # type: ignore[misc]
         rows = [row for row in read_log(path) if row["epoch"] <= finished] if path.is_file() else []
         content = io.StringIO()
         _write(content, [{k: v for k, v in row.items() if not math.isnan(v)} for row in rows], heading=True)
-        write_bytes(path, content.getvalue().encode())
+        with writing(path):
+            write_bytes(path, content.getvalue().encode())
         self._rows = len(rows)
         self._began -= rows[-1]["seconds"] if rows else 0.0
 

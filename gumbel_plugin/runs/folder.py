@@ -13,7 +13,7 @@ from typing import Any
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError
-from gumbel_plugin.files import write_bytes
+from gumbel_plugin.files import write_bytes, writing
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
 
@@ -130,7 +130,21 @@ def keep_gates(path: Path, epochs: int) -> None:
     """
     if path.is_file():
         kept = [entry for entry in read_gates(path) if entry["epoch"] <= epochs]
-        write_bytes(path, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in kept).encode())
+        with writing(path):
+            write_bytes(path, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in kept).encode())
+
+
+def check_state(output: Path, config: PruningConfig, *, force: bool, resume: bool) -> None:
+    """Refuse to replace a finished run without being told to, or to go on with what cannot be gone on with.
+
+    Raises:
+        ConfigError: If so.
+        DataError: If there is nothing to resume, or it cannot be read.
+    """
+    if resume:
+        check_resumable(output, config)
+    else:
+        refuse_finished(output, force)
 
 
 def refuse_finished(output: Path, force: bool) -> None:
@@ -191,6 +205,18 @@ def check_space(output: Path, needed: int) -> None:
         raise ConfigError(f"output {str(output)!r}: {free / 2**20:.0f} MiB are free, the run needs {megabytes:.0f} MiB")
 
 
+def create(output: Path) -> None:
+    """Create a run's folder, should it not exist.
+
+    Raises:
+        ConfigError: If it cannot be created.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output {str(output)!r} cannot be written: {error}") from error
+
+
 def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftovers: Iterable[str] = ()) -> None:
     """Create a run's folder without an older run's results, and note the resolved configuration in it.
 
@@ -203,8 +229,8 @@ def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftove
     Raises:
         ConfigError: If the folder cannot be written.
     """
+    create(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         for name in (SUMMARY, MASKS, SMALL, LOG, GATES, REPORT, *leftovers):  # without a summary no run is finished
             if name not in keep:
                 (output / name).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gumbel_plugin.errors import MissingExtraError
+from gumbel_plugin.files import writing
 from gumbel_plugin.learning.budget import Member
 from gumbel_plugin.learning.session import MaskingSession
 from gumbel_plugin.masks.base import Phase
@@ -55,7 +56,7 @@ class GateLog(pl.Callback):  # type: ignore[misc]
                 "phase": self._session.phase.value,
                 "masks": {member.name: _histogram(keep_probability(member)) for member in members},
             }
-            with self._path.open("a", encoding="utf-8") as file:
+            with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, separators=(",", ":")) + "\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -338,6 +339,7 @@ def _score(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Let Ctrl-C stay a KeyboardInterrupt (Lightning turns it into an exit), and SIGTERM end in an exit code."""
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as stop:
@@ -346,6 +348,9 @@ def _interruptible() -> Iterator[None]:
         if stop.code is None:  # Lightning's SIGTERMException, which the shell would take for a finished run
             raise SystemExit(128 + signal.SIGTERM) from stop
         raise
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # which Lightning ignores from the first one on
 
 
 @contextmanager

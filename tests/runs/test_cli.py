@@ -137,7 +137,7 @@ class TestRun:
         result = call("run", "good.yaml", "--set", "model={name: 'network_that_waits:build'}", "--set", rules, code=130)
         hint = f"gumbel-prune run --resume {Path('runs/good')} goes on"
         assert result.stderr.splitlines() == ["training with gates", f"interrupted: there is no result; {hint}"]
-        assert {path.name for path in Path("runs/good").iterdir()} == {"config.yaml", "tensorboard"}
+        assert {path.name for path in Path("runs/good").iterdir()} == {"config.yaml"}
 
     def test_set(self) -> None:
         overrides = ("seed=3", "training.max_epochs=1", "pruning.config_list.1.sparse_ratio=0.9")
