@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from gumbel_plugin.config import PruningConfig, TrainingConfig
 from gumbel_plugin.errors import ConfigError, MissingExtraError, NonFiniteLossError
 from gumbel_plugin.learning.session import GATES, MaskingSession, make_optimizer
+from gumbel_plugin.learning.settling import settled
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import DataBundle, load_data, make_loader
 from gumbel_plugin.shrinking.inputs import observing
@@ -110,17 +111,8 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
 
     @property
     def settled(self) -> bool:
-        """Whether a state of now could be the result.
-
-        That is: the masks are fixed, or are to be learnt to the end and have no budget that is still falling. Before,
-        the network is denser than it will be, and scores better than it will.
-        """
-        if self.session is None or self.session.phase is Phase.FIXED:
-            return True
-        config = self.session.config
-        if config.phases.fixed > 0 or self.session.phase is not Phase.LEARNING:
-            return False
-        return not self.session.controller.scopes or self.session.progress >= config.budget.ramp
+        """Whether a state of now could be the result: see `gumbel_plugin.learning.settling.settled`."""
+        return self.session is None or settled(self.session)
 
     def _weights(self) -> list[nn.Parameter]:
         """Return what of the network itself is trained: no gates, no scales, and nothing if the weights are frozen."""
