@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError
+from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError, shown
 from gumbel_plugin.files import write_bytes, writing
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
@@ -54,7 +54,7 @@ class RunFolder:
             DataError: If there is no such folder.
         """
         if not path.is_dir():
-            raise DataError(f"run folder {str(path)!r} does not exist")
+            raise DataError(f"run folder {shown(str(path))} does not exist")
         folder = cls(path)
         for name, reader in _READERS.items():
             file = path / name
@@ -80,7 +80,7 @@ class RunFolder:
         problem = f"{wrong} {self.problems[wrong]}"
         if self.problems.get(SUMMARY) == "is missing" and CONFIG in self.contents:
             problem = f"the run is not finished ({problem}); gumbel-prune run --resume {self.path} goes on with it"
-        raise DataError(f"run folder {str(self.path)!r}: {problem}; what can be read: {readable}")
+        raise DataError(f"run folder {shown(str(self.path))}: {problem}; what can be read: {readable}")
 
     def _described(self, name: str) -> str:
         return f"{name} ({len(self.contents[name])} epochs)" if name in (LOG, GATES) else name
@@ -156,9 +156,11 @@ def refuse_finished(output: Path, force: bool) -> None:
     try:
         finished = (output / SUMMARY).exists()
     except OSError as error:
-        raise ConfigError(f"output {str(output)!r} cannot be read: {error}") from error
+        raise ConfigError(f"output {shown(str(output))} cannot be read: {error}") from error
     if finished and not force:
-        raise ConfigError(f"output {str(output)!r} holds a finished run; pass --force to replace it")
+        raise ConfigError(
+            f"output {shown(str(output))} holds a finished run; pass --force to replace it, or choose another --output"
+        )
 
 
 def check_resumable(output: Path, config: PruningConfig) -> None:
@@ -170,14 +172,14 @@ def check_resumable(output: Path, config: PruningConfig) -> None:
     """
     folder = RunFolder.read(output)
     if SUMMARY in folder.contents or (output / SUMMARY).exists():
-        raise ConfigError(f"output {str(output)!r} holds a finished run; there is nothing to resume")
+        raise ConfigError(f"output {shown(str(output))} holds a finished run; there is nothing to resume")
     folder.require(CONFIG)
     noted = _flat(folder.contents[CONFIG].model_dump(mode="json"))
     given = _flat(config.model_dump(mode="json"))
     different = [key for key in {**noted, **given} if noted.get(key) != given.get(key)]
     if different:
-        listed = "; ".join(f"{key}: {noted.get(key)!r} there, {given.get(key)!r} now" for key in different)
-        raise ConfigError(f"run folder {str(output)!r} was begun with another configuration: {listed}")
+        listed = "; ".join(f"{key}: {shown(noted.get(key))} there, {shown(given.get(key))} now" for key in different)
+        raise ConfigError(f"run folder {shown(str(output))} was begun with another configuration: {listed}")
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -202,7 +204,9 @@ def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free if place is not None else needed
     if free < needed + _SPARE:
         megabytes = (needed + _SPARE) / 2**20
-        raise ConfigError(f"output {str(output)!r}: {free / 2**20:.0f} MiB are free, the run needs {megabytes:.0f} MiB")
+        raise ConfigError(
+            f"output {shown(str(output))}: {free / 2**20:.0f} MiB are free, the run needs {megabytes:.0f} MiB"
+        )
 
 
 def create(output: Path) -> None:
@@ -214,7 +218,7 @@ def create(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output {str(output)!r} cannot be written: {error}") from error
+        raise ConfigError(f"output {shown(str(output))} cannot be written: {error}") from error
 
 
 def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftovers: Iterable[str] = ()) -> None:
@@ -236,7 +240,7 @@ def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftove
                 (output / name).unlink(missing_ok=True)
         write_bytes(output / CONFIG, config.to_yaml().encode())
     except OSError as error:
-        raise ConfigError(f"output {str(output)!r} cannot be written: {error}") from error
+        raise ConfigError(f"output {shown(str(output))} cannot be written: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

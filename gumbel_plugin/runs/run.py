@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.errors import ConfigError, MissingExtraError, OutputError
+from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, OutputError
 from gumbel_plugin.files import writing
 from gumbel_plugin.insight.profile import Profile, count_macs, profile
 from gumbel_plugin.insight.widths import LayerWidth, layer_widths
@@ -132,6 +132,7 @@ def prepare(config: PruningConfig) -> Prepared:
     if config.model is None:
         raise ConfigError("model: required for a run, but missing")
     data = load_config_data(config)
+    _check_sizes(data)
     check_training(config.training, data.validation is not None)
     torch.manual_seed(config.seed)
     model = build_model(config.model.name, config.model.num_classes, config.model.in_channels, **config.model.options)
@@ -230,6 +231,13 @@ def _run(prepared: Prepared, output: Path | None, say: Callable[[str], None], fo
         result = _write(output, masks, result, prepared, say)
     report.raise_for_failure()
     return result
+
+
+def _check_sizes(data: DataBundle) -> None:
+    """Refuse data with a part that is too small to train with, or to trace the network with."""
+    for name, part, least in (("train", data.train, 1), ("validation", data.validation, 1), ("test", data.test, 2)):
+        if part is not None and len(part) < least:
+            raise DataError(f"data: the {name} part has {len(part)} samples; it needs at least {least}")
 
 
 def _check_outputs(config: PruningConfig, data: DataBundle, model: nn.Module, example: Tensor) -> None:

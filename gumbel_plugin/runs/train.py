@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import warnings
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gumbel_plugin.config import PruningConfig, TrainingConfig
-from gumbel_plugin.errors import ConfigError, MissingExtraError, NonFiniteLossError
+from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, NonFiniteLossError, shown
 from gumbel_plugin.learning.session import GATES, MaskingSession, make_optimizer
 from gumbel_plugin.learning.settling import settled
 from gumbel_plugin.masks.base import Phase
@@ -204,11 +205,15 @@ def fit(
 
     Raises:
         ConfigError: If the training settings contradict each other or this machine; nothing was trained.
+        DataError: If a loader has no batch; nothing was trained.
         NonFiniteLossError: If the loss becomes NaN or infinite. A gated model keeps its last remembered state.
     """
     check_training(training, validation is not None)
     if max_steps is not None and max_steps < 1:
         raise ConfigError(f"max_steps is {max_steps}; it must be at least 1")
+    for name, loader in (("train", train), ("validation", validation)):
+        if loader is not None and len(loader) == 0:
+            raise DataError(f"{name}: the loader has no batch; is its data set empty, or smaller than a batch?")
     with _quiet_lightning():
         trainer = _trainer(training, logger)
         steps_per_epoch = math.ceil(len(train) / trainer.world_size)
@@ -240,7 +245,13 @@ def check_training(training: TrainingConfig, has_validation: bool) -> None:
             "that it would clip; use 'bf16-mixed'"
         )
     with _quiet_lightning():
-        _trainer(training, None)
+        trainer = _trainer(training, None)
+    cores = os.cpu_count() or 1
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
+        raise ConfigError(
+            f"training.devices = {shown(training.devices)}: that are {trainer.num_devices} processes on the CPU, which "
+            f"has {cores} cores; set 1, or at most {cores}"
+        )
 
 
 def _trainer(training: TrainingConfig, followers: Any) -> Any:
@@ -312,13 +323,19 @@ def load_config_data(config: PruningConfig) -> DataBundle:
 
 
 def evaluate(model: nn.Module, loader: Loader, loss: str = "cross_entropy") -> float:
-    """Return the accuracy in percent on a loader's data, or the negative mean squared error for ``mse``; eval mode."""
+    """Return the accuracy in percent on a loader's data, or the negative mean squared error for ``mse``; eval mode.
+
+    Raises:
+        DataError: If the loader has no data.
+    """
     total = count = 0.0
     device = next(model.parameters()).device
     with observing(model):
         for inputs, targets in loader:
             total += float(_score(model(inputs.to(device)), targets.to(device), loss)) * len(inputs)
             count += len(inputs)
+    if count == 0:
+        raise DataError("there is no data to evaluate on: the loader is empty")
     return total / count
 
 
