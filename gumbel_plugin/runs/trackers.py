@@ -28,8 +28,8 @@ def tensorboard(folder: Path, first_epoch: int = 0) -> Tracker | None:
     """
     if importlib.util.find_spec("tensorboard") is None:
         return None
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.summary.writer.record_writer import RecordWriter
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+    from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
     from torch.utils.tensorboard.summary import scalar
 
     path = folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
@@ -48,7 +48,9 @@ def tensorboard(folder: Path, first_epoch: int = 0) -> Tracker | None:
                 restart = SessionLog(status=SessionLog.START)
                 heading.append(Event(wall_time=time.time(), step=first_epoch, session_log=restart))
             write(*heading)
-        write(*(Event(wall_time=time.time(), step=epoch, summary=scalar(name, value)) for name, value in row.items()))
+        for name, value in row.items():
+            summary = scalar(name, value)  # type: ignore[no-untyped-call]
+            write(Event(wall_time=time.time(), step=epoch, summary=summary))
 
     return _expendable(track, f"TensorBoard ({folder})")
 
