@@ -81,6 +81,10 @@ class DataError(GumbelPluginError, RuntimeError):
     """A data set is missing or damaged."""
 
 
+class OutputError(ConfigError, OSError):
+    """A file of a result cannot be written, for instance because the disk is full."""
+
+
 class MissingExtraError(GumbelPluginError, ImportError):
     """An optional dependency is not installed."""
 

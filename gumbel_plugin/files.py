@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gumbel_plugin.errors import ConfigError, DataError, shorten
+from gumbel_plugin.errors import DataError, OutputError, shorten
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file under a temporary name beside it, and rename it; after an error nothing is left.
 
     Raises:
-        ConfigError: If the file cannot be written (no folder, no permission, a full disk), or what has its name is no
+        OutputError: If the file cannot be written (no folder, no permission, a full disk), or what has its name is no
             regular file: folders, devices, pipes and links are never replaced.
     """
     check_writable(path)
@@ -26,27 +26,27 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
-        raise ConfigError(f"{_shown(path)} cannot be written: {_reason(error)}") from error
+        raise OutputError(f"{_shown(path)} cannot be written: {_reason(error)}") from error
 
 
 def append_text(path: str | Path, text: str) -> None:
     """Append to a file in UTF-8, or begin it; after an error, part of the text may be there.
 
     Raises:
-        ConfigError: If the file cannot be written.
+        OutputError: If the file cannot be written.
     """
     try:
         with Path(path).open("ab") as file:
             file.write(text.encode())
     except OSError as error:
-        raise ConfigError(f"{_shown(path)} cannot be written: {_reason(error)}") from error
+        raise OutputError(f"{_shown(path)} cannot be written: {_reason(error)}") from error
 
 
 def check_writable(path: str | Path) -> None:
     """Refuse a file that cannot be written, before anything is computed for it.
 
     Raises:
-        ConfigError: If its folder does not exist, or what has its name is no regular file.
+        OutputError: If its folder does not exist, or what has its name is no regular file.
     """
     file = Path(path)
     try:
@@ -58,7 +58,7 @@ def check_writable(path: str | Path) -> None:
     except (OSError, ValueError) as error:  # a name that is too long, or that holds a NUL
         problem = _reason(error)
     if problem is not None:
-        raise ConfigError(f"{_shown(path)} cannot be written: {problem}")
+        raise OutputError(f"{_shown(path)} cannot be written: {problem}")
 
 
 def check_readable(path: str | Path, kind: str) -> None:

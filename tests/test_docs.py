@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -36,6 +38,16 @@ def test_block_runs_and_prints_what_it_says(
         exec(compile(code, f"{page.name}", "exec"), {"__name__": "__main__"})
     if expected:
         assert printed.getvalue() == expected
+
+
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_the_example_of_a_library_runs_alone(library: str, tmp_path: Path) -> None:
+    """In a fresh process nothing has been imported that the example itself does not import, in its own order."""
+    page = (ROOT / "docs" / "training_loops.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = next(block for block in blocks if re.search(rf"^(import|from) {library}", block, re.MULTILINE))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError
 from gumbel_plugin.learning.guest import GuestSession, refuse_scaled_gradients
 from gumbel_plugin.learning.nni_masks import Masks
 from gumbel_plugin.learning.session import GATES
+from gumbel_plugin.learning.settling import settled
 from gumbel_plugin.shrinking.inputs import inputs_following
 from gumbel_plugin.shrinking.shrink import Backend, shrink
 
@@ -65,6 +67,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         self._network: nn.Module | None = None
         self._hook: Any = None
         self._stepping = self._restored = False
+        self._best_steps: dict[str, int] = {}  # by the path of a best checkpoint: how many steps it had seen
         self.masks: Masks | None = None
 
     def shrink(self, example_inputs: Any = None, backend: Backend = "torch_pruning") -> nn.Module:
@@ -84,6 +87,14 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         if inputs is None:
             raise ConfigError("shrink needs example_inputs: a tensor, a tuple of them, or a dict")
         return shrink(self._network.cpu(), self.masks, _fitting(self._network, inputs), backend)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the masks are fixed, or as sparse as they will be: only then a state could be the result.
+
+        A metric that chooses a checkpoint is best logged as its worst value until then.
+        """
+        return self.masks is not None or (self._guest is not None and settled(self._guest.session))
 
     # Lightning's hooks --------------------------------------------------------------------------------------------
 
@@ -111,6 +122,10 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         if not self._restored and math.isfinite(steps) and steps > 0:
             self._running.session.expect(int(steps))
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note best checkpoints that were written after the batch before; that callback comes after all others."""
+        self._note_best(trainer)
+
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Stop at a loss that is no number."""
         self._running.session.guard(loss)
@@ -134,8 +149,10 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Decide the masks and leave the plain module, its closed weights at zero."""
+        self._note_best(trainer)
         self.masks = self._running.finish()
         self._hook.remove()
+        self._warn_of_dense_checkpoints(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the plain module as it is now; the callback may train again."""
@@ -163,7 +180,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         assert self._network is not None
         plain, own = self._running.plain_state(), self._network.state_dict()
         under = {name: own[name] for name, tensor in plain.items() if not torch.equal(tensor, own[name])}
-        return {**self._running.state_dict(), "weights": under}
+        return {**self._running.state_dict(), "weights": under, "best_steps": self._best_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -171,6 +188,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
             assert self._network is not None
             self._network.load_state_dict({**self._network.state_dict(), **state_dict["weights"]})
             self._running.load_state_dict(state_dict)
+            self._best_steps = dict(state_dict.get("best_steps", {}))
             self._restored = True
 
     # --------------------------------------------------------------------------------------------------------------
@@ -202,12 +220,29 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
             if getattr(callback, "_use_buffers", False):
                 raise ConfigError(f"{name}(use_buffers=True) averages the gates' decisions; pass use_buffers=False")
 
+    def _note_best(self, trainer: Any) -> None:
+        for saving in _monitoring(trainer):
+            key = f"{saving.best_model_path} {saving.best_model_score}"  # a file of a fixed name is written again
+            self._best_steps.setdefault(key, self._running.session.steps)
+
+    def _warn_of_dense_checkpoints(self, trainer: Any) -> None:
+        for saving in _monitoring(trainer):
+            steps = self._best_steps[f"{saving.best_model_path} {saving.best_model_score}"]
+            if not settled(self._running.session, steps):
+                warnings.warn(
+                    f"ModelCheckpoint(monitor={saving.monitor!r}) kept {saving.best_model_path}, written after step "
+                    f"{steps}, when the masks were not decided yet: it holds a denser network than was learned. Take "
+                    "the module as fit left it, with phases.fixed to train it with its final masks; or monitor later: "
+                    "log the metric at its worst value until GumbelPruning.settled",
+                    stacklevel=2,
+                )
+
     def _leave(self) -> None:
         """Take gates and hooks off a network whose masks were not decided."""
         if self._attached:
             self._running.session.detach()
             self._hook.remove()
-            self._guest, self._stepping = None, False
+            self._guest, self._stepping, self._best_steps = None, False, {}
 
     @property
     def _prefix(self) -> str:
@@ -222,6 +257,11 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         if self._guest is None:
             raise LifecycleError("the callback was not set up: pass it to the Trainer that fits")
         return self._guest
+
+
+def _monitoring(trainer: Any) -> list[Any]:
+    """Return the ModelCheckpoints that have kept a best checkpoint by a metric."""
+    return [saving for saving in trainer.checkpoint_callbacks if saving.best_model_path and saving.monitor is not None]
 
 
 def _fitting(network: nn.Module, example_inputs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, Missing
 from gumbel_plugin.learning.gates import GATES
 from gumbel_plugin.learning.guest import GuestSession, refuse_scaled_gradients
 from gumbel_plugin.learning.nni_masks import Masks
+from gumbel_plugin.learning.settling import settled
 from gumbel_plugin.shrinking.shrink import Backend, shrink
 
 try:
@@ -78,6 +80,14 @@ class GumbelPruningCallback(TrainerCallback):
         self._running.session.detach()
         self._guest = None
 
+    @property
+    def settled(self) -> bool:
+        """Whether the masks are fixed, or as sparse as they will be: only then a state could be the result.
+
+        A metric that chooses the best checkpoint is best returned as its worst value until then.
+        """
+        return self.masks is not None or (self._guest is not None and settled(self._guest.session))
+
     # The Trainer's events -----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -124,6 +134,15 @@ class GumbelPruningCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decide the masks and leave the plain model, its closed weights at zero."""
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None and not settled(self._running.session, _step_of(best)):
+            warnings.warn(
+                f"TrainingArguments(load_best_model_at_end=True) has loaded {best}, written when the masks were not "
+                "decided yet: the model is denser than was learned. Pass load_best_model_at_end=False, with "
+                "phases.fixed to train the model with its final masks; or choose later: let compute_metrics return "
+                "the worst value until GumbelPruningCallback.settled",
+                stacklevel=2,
+            )
         self.masks = self._running.finish()
 
     def _read(self, args: Any, state: Any) -> dict[str, Any]:
@@ -149,3 +168,8 @@ class GumbelPruningCallback(TrainerCallback):
         if self._guest is None:
             raise LifecycleError("the training has not begun")
         return self._guest
+
+
+def _step_of(checkpoint: str) -> int:
+    """Return the step of one of the Trainer's checkpoints, whose folders are named after it."""
+    return int(Path(checkpoint).name.rpartition("-")[2])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gumbel_plugin.config import PruningSection
+from gumbel_plugin.config import OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.learning.budget import BudgetController
 from gumbel_plugin.learning.gates import GATES, Attached, Gates, gated_layers, plain_copy, remove_gates
@@ -178,14 +178,10 @@ class MaskingSession(Attached):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the gates' and the scales' parameters, each with its learning settings, for an optimizer."""
-        groups = []
-        for parameters, settings in (
-            (self.gate_parameters(), self.config.gate_optimizer_config()),
-            (self.scale_parameters(), self.config.scale_optimizer),
-        ):
-            if parameters:
-                groups.append({"params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay})
-        return groups
+        return [
+            {"params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay}
+            for parameters, settings in self._learned_parameters()
+        ]
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return what is trained of the network itself, for its own optimizer; nothing if the weights are frozen."""
@@ -201,11 +197,7 @@ class MaskingSession(Attached):
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Return optimizers of gates and scales with the configured (by default the published) settings."""
-        pairs = (
-            (self.gate_parameters(), self.config.gate_optimizer_config()),
-            (self.scale_parameters(), self.config.scale_optimizer),
-        )
-        return [make_optimizer(parameters, settings) for parameters, settings in pairs if parameters]
+        return [make_optimizer(parameters, settings) for parameters, settings in self._learned_parameters()]
 
     def guard(self, loss: Tensor) -> Tensor:
         """Return a finite loss as it is; remember the model's state now and then.
@@ -344,6 +336,11 @@ class MaskingSession(Attached):
     def status(self) -> Status:
         """Return where the learning stands."""
         return status_of(self.plan, self.phase, self.steps)
+
+    def _learned_parameters(self) -> list[tuple[list[nn.Parameter], OptimizerConfig]]:
+        gates = self.gate_parameters(), self.config.gate_optimizer_config()
+        scales = self.scale_parameters(), self.config.scale_optimizer
+        return [pair for pair in (gates, scales) if pair[0]]
 
     def _require_start(self, verb: str) -> None:
         if not self._started and self.phase is not Phase.FIXED:  # masks may be given instead of learned

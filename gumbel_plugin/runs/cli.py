@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,7 +16,9 @@ from rich.table import Table
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, GumbelPluginError, shorten, shown
 from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, agreement_line, result_rows
-from gumbel_plugin.runs.folder import CONFIG
+from gumbel_plugin.runs.folder import CONFIG, SUMMARY
+from gumbel_plugin.runs.interruption import Interruption
+from gumbel_plugin.runs.lock import locked
 from gumbel_plugin.runs.reporting import warnings_of
 from gumbel_plugin.yaml_files import apply_overrides, read_yaml
 
@@ -51,21 +54,34 @@ def run(
     """Train with learnt masks, shrink the network, prove that it is equal, and print what it costs."""
     if (config is None and resume is None) or (resume is not None and (output is not None or force)):
         raise typer.BadParameter("give a CONFIG, or --resume DIR alone or with the CONFIG that it was begun with")
+    folder = resume or output or Path("runs") / (config or Path()).stem
     try:
-        from gumbel_plugin.runs.progress import following
-        from gumbel_plugin.runs.run import run as run_config
+        with Interruption() as interruption:
+            from gumbel_plugin.runs.progress import following
+            from gumbel_plugin.runs.run import run as run_config
 
-        folder = resume or output or Path("runs") / (config or Path()).stem
-        resolved = _load(config or folder / CONFIG, settings)
-        with following(quiet) as (say, followers):
-            result = run_config(resolved, folder, force=force, resume=resume is not None, say=say, followers=followers)
+            resolved, again = _load(config or folder / CONFIG, settings), resume is not None
+            with following(quiet, interruption.check) as (say, followers):
+                result = run_config(resolved, folder, force=force, resume=again, say=say, followers=followers)
+            _print_result(result, folder)
     except _USER_ERRORS as error:
         _fail(error)
     except (KeyboardInterrupt, SystemExit) as stop:
-        hint = f"; gumbel-prune run --resume {folder} goes on" if (folder / CONFIG).exists() else ""
-        typer.secho(f"interrupted: there is no result{hint}", err=True, fg="red")
+        typer.secho(f"interrupted: {_after_interruption(folder)}", err=True, fg="red")
         code = getattr(stop, "code", None)  # 143 after SIGTERM
         raise typer.Exit(code if isinstance(code, int) else 130) from None
+
+
+def _after_interruption(folder: Path) -> str:
+    """Say what an interrupted run left, and how to go on."""
+    if (folder / SUMMARY).exists():
+        return f"{folder} holds a finished run; gumbel-prune report {folder} writes its report anew"
+    if (folder / CONFIG).exists():
+        return f"there is no result; gumbel-prune run --resume {folder} goes on"
+    return "there is no result, and nothing was begun"
+
+
+def _print_result(result: RunResult, folder: Path) -> None:
     if result.output is None:
         return  # the first process of a distributed run has written and prints
     _print_table(result_table(result))
@@ -87,7 +103,8 @@ def report(
     try:
         from gumbel_plugin.runs.reporting import read_result, write_report
 
-        page, data = write_report(folder), read_result(folder)
+        with _hold(folder):
+            page, data = write_report(folder), read_result(folder)
     except _USER_ERRORS as error:
         _fail(error)
     _print_table(_table("result", ["", *data.columns], [[label, *cells] for label, cells in result_rows(data.columns)]))
@@ -118,7 +135,8 @@ def explain(folder: Annotated[Path, typer.Argument(help="The folder of a finishe
     try:
         from gumbel_plugin.runs.explain import explain as explain_run
 
-        written = explain_run(folder)
+        with _hold(folder):
+            written = explain_run(folder)
     except _USER_ERRORS as error:
         _fail(error)
     typer.echo(f"explanation: {written / 'explanation.md'}, with pictures beside it")
@@ -134,7 +152,8 @@ def export(
     try:
         from gumbel_plugin.runs.export import export_run
 
-        file, error_found = export_run(folder, kind, output)
+        with _hold(folder) if output is None else nullcontext():
+            file, error_found = export_run(folder, kind, output)
     except _USER_ERRORS as error:
         _fail(error)
     typer.echo(f"{file}: equal to the small network up to {error_found:.1e} of its output, at any batch size")
@@ -201,6 +220,11 @@ def groups(config: ConfigArgument, settings: SetOption = None) -> None:
         gated = "yes" if group.name in prepared.session.plan.groups else "no"
         table.add_row(group.name, str(group.size), computed, read, group.safety, gated, group.reason)
     _print_table(table)
+
+
+def _hold(folder: Path) -> AbstractContextManager[None]:
+    """Return what keeps a run, which may be replacing this one, out of its folder; one that is missing has no lock."""
+    return locked(folder) if folder.is_dir() else nullcontext()
 
 
 def result_table(result: RunResult) -> Table:

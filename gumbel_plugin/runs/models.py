@@ -84,8 +84,8 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
     Raises:
         ConfigError: The name is unknown, an option is unknown or wrong, or the factory did not return a module.
     """
-    sizes = (("num_classes", num_classes), ("in_channels", in_channels))
-    given: dict[str, Any] = {option: size for option, size in sizes if size is not None}
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    given: dict[str, Any] = {option: size for option, size in sizes.items() if size is not None}
     _check_sizes(**given)
     given |= options
     factory = _factory(name)
@@ -146,13 +146,11 @@ def _call_torchvision(name: str, builder: ModelFactory, given: dict[str, Any]) -
 def _call(name: str, factory: ModelFactory, given: dict[str, Any]) -> nn.Module:
     try:
         return factory(**given)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a factory raises at options that it cannot use
-        if isinstance(error, ConfigError):
-            raise
-        problem = (
-            f"{shorten(str(error) or repr(error), 800)}; its options are: {', '.join(_options(factory)) or 'none'}"
-        )
-        raise ConfigError(f"model {shown(name)}: {problem}") from error
+        problem, options = shorten(str(error) or repr(error), 800), ", ".join(_options(factory)) or "none"
+        raise ConfigError(f"model {shown(name)}: {problem}; its options are: {options}") from error
 
 
 def _options(factory: ModelFactory) -> list[str]:

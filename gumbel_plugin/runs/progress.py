@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import typer
@@ -22,8 +23,22 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def following(quiet: bool) -> Iterator[tuple[Say, list[Any]]]:
-    """Yield what to tell lines, and the callbacks that draw progress where somebody looks at a terminal."""
+def following(quiet: bool, check: Callable[[], None] | None = None) -> Iterator[tuple[Say, list[Any]]]:
+    """Yield what to tell lines, and the callbacks that draw progress where somebody looks at a terminal.
+
+    Args:
+        quiet: Whether to show nothing.
+        check: Called before every line and every batch; it ends the run by an exception.
+    """
+    with _display(quiet) as (say, followers):
+        if check is None:
+            yield say, followers
+        else:
+            yield partial(_say_checked, check, say), [_BatchCheck(check), *followers]
+
+
+@contextmanager
+def _display(quiet: bool) -> Iterator[tuple[Say, list[Any]]]:
     if quiet:
         yield _silent, []
     elif not sys.stderr.isatty():
@@ -31,6 +46,21 @@ def following(quiet: bool) -> Iterator[tuple[Say, list[Any]]]:
     else:
         with _progress() as progress:
             yield lambda line: progress.console.print(line, style="dim", highlight=False), [ProgressBar(progress)]
+
+
+class _BatchCheck(pl.Callback):  # type: ignore[misc]
+    """Calls a function before every batch."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, batch_idx: int) -> None:
+        """Call it."""
+        self._check()
+
+    def on_validation_batch_start(self, trainer: Any, task: Any, batch: Any, batch_idx: int) -> None:
+        """Call it."""
+        self._check()
 
 
 class ProgressBar(pl.Callback):  # type: ignore[misc]
@@ -95,6 +125,11 @@ def _progress() -> Progress:
 
 def _say(line: str) -> None:
     typer.secho(line, err=True, dim=True)
+
+
+def _say_checked(check: Callable[[], None], say: Say, line: str) -> None:
+    check()
+    say(line)
 
 
 def _silent(line: str) -> None:

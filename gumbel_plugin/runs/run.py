@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.errors import ConfigError, MissingExtraError
+from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, OutputError
 from gumbel_plugin.insight.profile import Profile, count_macs, profile
 from gumbel_plugin.insight.widths import LayerWidth, layer_widths
 from gumbel_plugin.learning.agreement import Agreement, adopt_consensus, measure_agreement, votes_per_sample
@@ -29,6 +30,7 @@ from gumbel_plugin.runs.checkpoint import Checkpoint, read_checkpoint
 from gumbel_plugin.runs.data import DataBundle
 from gumbel_plugin.runs.epoch_log import EpochLog, other_rank
 from gumbel_plugin.runs.gate_log import GateLog
+from gumbel_plugin.runs.lock import locked
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.provenance import provenance
 from gumbel_plugin.runs.reporting import write_report
@@ -129,6 +131,7 @@ def prepare(config: PruningConfig) -> Prepared:
     if config.model is None:
         raise ConfigError("model: required for a run, but missing")
     data = load_config_data(config)
+    _check_sizes(data)
     check_training(config.training, data.validation is not None)
     torch.manual_seed(config.seed)
     model = build_model(config.model.name, config.model.num_classes, config.model.in_channels, **config.model.options)
@@ -167,20 +170,43 @@ def run(
         followers: Lightning callbacks and loggers that follow the trainings, for instance a progress bar.
 
     Raises:
-        ConfigError: If the configuration is wrong, or the folder holds a finished run, cannot be written or belongs to
-            another configuration than the resumed one. Nothing was trained.
+        ConfigError: If the configuration is wrong, or the folder holds a finished run, cannot be written, is in use by
+            another process or belongs to another configuration than the resumed one. Nothing was trained.
         GumbelPluginError: If the data or the network is wrong. Nothing was trained or written.
         NonFiniteLossError: If the loss becomes NaN or infinite.
+        OutputError: If the folder cannot be written any more. The run can be resumed once it can.
         EquivalenceError: If the small network is not equal to the masked one; everything was written by then.
     """
     if other_rank():  # it computes along in a distributed run, and leaves writing and talking to the first process
         output, say = None, _logger.debug
     if output is not None:
-        files.check_resumable(output, config) if resume else files.refuse_finished(output, force)
+        files.check_state(output, config, force=force, resume=resume)
     prepared = prepare(config)
     trackers.check_mlflow(config.report.mlflow)
-    if output is not None:
-        _open(output, prepared, resume)
+    if output is None:
+        return _run(prepared, None, say, followers)
+    with _opened(output, prepared, force=force, resume=resume):
+        return _run(prepared, output, say, followers)
+
+
+@contextmanager
+def _opened(output: Path, prepared: Prepared, *, force: bool, resume: bool) -> Iterator[None]:
+    """Hold a folder that can take the results, and clear it of older ones; a resumed run keeps its own."""
+    files.check_space(output, 8 * sum(p.numel() * p.element_size() for p in prepared.model.parameters()))
+    files.create(output)
+    with locked(output):
+        files.check_state(output, prepared.config, force=force, resume=resume)  # it may have changed meanwhile
+        kept = (files.LOG, files.GATES, *_CHECKPOINTS.values()) if resume else ()
+        files.claim(output, prepared.config, kept, _CHECKPOINTS.values())
+        try:
+            yield
+        except OutputError as error:
+            raise OutputError(f"{error}; when that is mended, gumbel-prune run --resume {output} goes on") from error
+
+
+def _run(prepared: Prepared, output: Path | None, say: Callable[[str], None], followers: Sequence[Any]) -> RunResult:
+    """Do what `run` says, once everything is checked."""
+    config = prepared.config
     trainer = _Trainer(prepared, output, say, followers)
     dense = copy.deepcopy(prepared.model)
     if config.training.dense_baseline:
@@ -206,11 +232,12 @@ def run(
     return result
 
 
-def _open(output: Path, prepared: Prepared, resume: bool) -> None:
-    """Make sure that the folder can take the results, and clear it of older ones; a resumed run keeps its own."""
-    files.check_space(output, 8 * sum(p.numel() * p.element_size() for p in prepared.model.parameters()))
-    kept = (files.LOG, files.GATES, *_CHECKPOINTS.values()) if resume else ()
-    files.claim(output, prepared.config, kept, _CHECKPOINTS.values())
+def _check_sizes(data: DataBundle) -> None:
+    """Refuse data with a part that is too small to train with, or to trace the network with."""
+    for name, part, least in (("train", data.train, 1), ("validation", data.validation, 1), ("test", data.test, 2)):
+        size = least if part is None else len(part)  # type: ignore[arg-type]  # torch's Dataset does not declare it
+        if size < least:
+            raise DataError(f"data: the {name} part has {size} samples; it needs at least {least}")
 
 
 def _check_outputs(config: PruningConfig, data: DataBundle, model: nn.Module, example: Tensor) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gumbel_plugin.config import PruningConfig, TrainingConfig
-from gumbel_plugin.errors import ConfigError, MissingExtraError, NonFiniteLossError
+from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, NonFiniteLossError, shown
 from gumbel_plugin.learning.session import GATES, MaskingSession, make_optimizer
+from gumbel_plugin.learning.settling import settled
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import DataBundle, load_data, make_loader
 from gumbel_plugin.shrinking.inputs import observing
@@ -109,17 +112,8 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
 
     @property
     def settled(self) -> bool:
-        """Whether a state of now could be the result.
-
-        That is: the masks are fixed, or are to be learnt to the end and have no budget that is still falling. Before,
-        the network is denser than it will be, and scores better than it will.
-        """
-        if self.session is None or self.session.phase is Phase.FIXED:
-            return True
-        config = self.session.config
-        if config.phases.fixed > 0 or self.session.phase is not Phase.LEARNING:
-            return False
-        return not self.session.controller.scopes or self.session.progress >= config.budget.ramp
+        """Whether a state of now could be the result: see `gumbel_plugin.learning.settling.settled`."""
+        return self.session is None or settled(self.session)
 
     def _weights(self) -> list[nn.Parameter]:
         """Return what of the network itself is trained: no gates, no scales, and nothing if the weights are frozen."""
@@ -211,11 +205,15 @@ def fit(
 
     Raises:
         ConfigError: If the training settings contradict each other or this machine; nothing was trained.
+        DataError: If a loader has no batch; nothing was trained.
         NonFiniteLossError: If the loss becomes NaN or infinite. A gated model keeps its last remembered state.
     """
     check_training(training, validation is not None)
     if max_steps is not None and max_steps < 1:
         raise ConfigError(f"max_steps is {max_steps}; it must be at least 1")
+    for name, loader in (("train", train), ("validation", validation)):
+        if loader is not None and len(loader) == 0:
+            raise DataError(f"{name}: the loader has no batch; is its data set empty, or smaller than a batch?")
     with _quiet_lightning():
         trainer = _trainer(training, logger)
         steps_per_epoch = math.ceil(len(train) / trainer.world_size)
@@ -247,7 +245,13 @@ def check_training(training: TrainingConfig, has_validation: bool) -> None:
             "that it would clip; use 'bf16-mixed'"
         )
     with _quiet_lightning():
-        _trainer(training, None)
+        trainer = _trainer(training, None)
+    cores = os.cpu_count() or 1
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
+        raise ConfigError(
+            f"training.devices = {shown(training.devices)}: that are {trainer.num_devices} processes on the CPU, which "
+            f"has {cores} cores; set 1, or at most {cores}"
+        )
 
 
 def _trainer(training: TrainingConfig, followers: Any) -> Any:
@@ -319,13 +323,19 @@ def load_config_data(config: PruningConfig) -> DataBundle:
 
 
 def evaluate(model: nn.Module, loader: Loader, loss: str = "cross_entropy") -> float:
-    """Return the accuracy in percent on a loader's data, or the negative mean squared error for ``mse``; eval mode."""
+    """Return the accuracy in percent on a loader's data, or the negative mean squared error for ``mse``; eval mode.
+
+    Raises:
+        DataError: If the loader has no data.
+    """
     total = count = 0.0
     device = next(model.parameters()).device
     with observing(model):
         for inputs, targets in loader:
             total += float(_score(model(inputs.to(device)), targets.to(device), loss)) * len(inputs)
             count += len(inputs)
+    if count == 0:
+        raise DataError("there is no data to evaluate on: the loader is empty")
     return total / count
 
 
@@ -338,6 +348,7 @@ def _score(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Let Ctrl-C stay a KeyboardInterrupt (Lightning turns it into an exit), and SIGTERM end in an exit code."""
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as stop:
@@ -346,6 +357,9 @@ def _interruptible() -> Iterator[None]:
         if stop.code is None:  # Lightning's SIGTERMException, which the shell would take for a finished run
             raise SystemExit(128 + signal.SIGTERM) from stop
         raise
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # which Lightning ignores from the first one on
 
 
 @contextmanager

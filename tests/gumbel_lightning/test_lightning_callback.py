@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import signal
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,28 @@ class TestLightningsOwnIdioms:
         tuner.Tuner(fitter).lr_find(task, loader(), num_training=4)
         assert not list(task.net.named_buffers())
         fitter.fit(task, loader())
+        assert self.widths(callback) == [6, 4, 3]
+
+    @pytest.mark.parametrize("package", PACKAGES)
+    @pytest.mark.parametrize("moment", ["on_train_start", "on_before_zero_grad", "on_train_epoch_end", "on_fit_end"])
+    def test_ctrl_c_leaves_a_plain_module(self, package: str, moment: str, tmp_path: Path) -> None:
+        task, callback = module(package), GumbelPruning(CONFIG, attribute="net")
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        setattr(task, moment, lambda *_: signal.raise_signal(signal.SIGINT))
+        try:
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                trainer(package, callback, tmp_path).fit(task, loader())
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        assert task.net.state_dict().keys() == network().state_dict().keys()
+        assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in task.net.modules())
+        if moment == "on_fit_end":  # the masks were decided by then
+            assert self.widths(callback) == [6, 4, 3]
+            return
+        with pytest.raises(LifecycleError, match="there are no masks yet"):
+            callback.shrink()
+        delattr(task, moment)
+        trainer(package, callback, tmp_path).fit(task, loader())
         assert self.widths(callback) == [6, 4, 3]
 
     def test_a_training_that_failed_leaves_a_plain_module(self, tmp_path: Path) -> None:

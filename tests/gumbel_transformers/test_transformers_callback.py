@@ -132,3 +132,31 @@ def test_a_training_that_failed_can_be_taken_back(tmp_path: Path) -> None:
 def test_before_the_training() -> None:
     with pytest.raises(LifecycleError, match="train with this callback first"):
         GumbelPruningCallback(CONFIG).shrink()
+
+
+class TestBestCheckpoint:
+    """A Trainer that loads the best checkpoint may load one of before the masks were decided."""
+
+    def train(self, folder: Path, best_epoch: int, callback: GumbelPruningCallback | None = None) -> None:
+        pruning = callback or GumbelPruningCallback(CONFIG, EXAMPLE)
+        options = {"max_steps": -1, "num_train_epochs": 4, "eval_strategy": "epoch", "save_strategy": "epoch"}
+        options |= {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+        epochs = iter(range(1, 5))
+        trainer = transformers.Trainer(
+            bert(),
+            arguments(folder, **options),
+            train_dataset=data(),
+            eval_dataset=data(8),
+            compute_metrics=lambda _: {"score": float(next(epochs) == best_epoch)},
+            callbacks=[pruning],
+        )
+        trainer.train()
+
+    def test_of_a_denser_network_warns(self, tmp_path: Path) -> None:
+        with pytest.warns(UserWarning, match=r"has loaded .*checkpoint-4, written when the masks were not decided"):
+            self.train(tmp_path, best_epoch=1)
+
+    def test_of_the_final_masks_is_fine(self, tmp_path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*masks were not decided")
+            self.train(tmp_path, best_epoch=4)

@@ -104,7 +104,8 @@ class TestRun:
     def test_a_finished_run_needs_force(self) -> None:
         call("run", "good.yaml", "--quiet")
         error = the_error("run", "good.yaml")
-        assert error == f"error: output {str(Path('runs/good'))!r} holds a finished run; pass --force to replace it"
+        ways = "pass --force to replace it, or choose another --output"
+        assert error == f"error: output {str(Path('runs/good'))!r} holds a finished run; {ways}"
         call("run", "good.yaml", "--quiet", "--force")
 
     def test_a_small_network_that_is_not_equal(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +138,7 @@ class TestRun:
         result = call("run", "good.yaml", "--set", "model={name: 'network_that_waits:build'}", "--set", rules, code=130)
         hint = f"gumbel-prune run --resume {Path('runs/good')} goes on"
         assert result.stderr.splitlines() == ["training with gates", f"interrupted: there is no result; {hint}"]
-        assert {path.name for path in Path("runs/good").iterdir()} == {"config.yaml", "tensorboard"}
+        assert {path.name for path in Path("runs/good").iterdir()} == {"config.yaml"}
 
     def test_set(self) -> None:
         overrides = ("seed=3", "training.max_epochs=1", "pruning.config_list.1.sparse_ratio=0.9")
@@ -175,6 +176,7 @@ class TestErrors:
         ("pruning.config_list.2.sparse_ratio=0.5", "'2' is no number of an item; the list has 2, from 0 on"),
         ("pruning.config_list=[1", "is no valid YAML: "),
         ("nothing", "--set 'nothing' must read key.subkey=value"),
+        ("training.devices=999", "training.devices = 999: that are 999 processes on the CPU"),
         ("training.accelerator=abacus", "training: Lightning refuses accelerator 'abacus'"),
     )
 

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gumbel_plugin.config import PruningConfig, PruningSection, TrainingConfig
-from gumbel_plugin.errors import ConfigError, NonFiniteLossError
+from gumbel_plugin.errors import ConfigError, DataError, NonFiniteLossError
 from gumbel_plugin.learning.session import GATES, MaskingSession
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import make_loader
@@ -310,6 +310,15 @@ class TestLightning:
     def test_no_steps_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="max_steps is 0"):
             fit(network(), None, training(), points(), max_steps=0)
+
+    @pytest.mark.parametrize("part", ["train", "validation"])
+    def test_no_data_is_refused(self, part: str) -> None:
+        empty = DataLoader(TensorDataset(torch.zeros(0, 6), torch.zeros(0).long()))
+        loaders = {"train": points(), "validation": points(), part: empty}
+        with pytest.raises(DataError, match=f"{part}: the loader has no batch"):
+            fit(network(), None, training(), **loaders)
+        with pytest.raises(DataError, match="no data to evaluate on"):
+            evaluate(network(), empty)
 
     def test_it_is_quiet(self, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.chdir(tmp_path)
