@@ -27,6 +27,7 @@ from gumbel_torch_pruning.groups import DependencyGroups, check_forward, mark_ou
 from gumbel_torch_pruning.heads import find_heads_to_prune
 from gumbel_torch_pruning.history import replay
 from gumbel_torch_pruning.importance import GateImportance
+from gumbel_torch_pruning.layers import with_modules
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
 from gumbel_torch_pruning.removal import closed_units
@@ -95,6 +96,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """
         check_arguments(target, arguments)
         check_model(model)
+        arguments = with_modules(arguments, model)
         self.example_inputs = example_inputs
         self._dtype = dtype_of(model)
         self._settings = pruning or PruningSection()
