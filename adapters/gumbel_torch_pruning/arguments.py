@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from gumbel_plugin.shrinking.inputs import call_model
 from gumbel_plugin.wrapped import refuse_parallel
 from gumbel_torch_pruning.repairs import missing_pruners
 from gumbel_torch_pruning.tracing import Forward
+
+_logger = logging.getLogger(__name__)
 
 _TARGETS = ("channels", "macs", "parameters", "latency")
 _RATIOS = ("pruning_ratio", "ch_sparsity", "head_pruning_ratio")
@@ -47,6 +50,9 @@ def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
     limit = arguments.get("max_pruning_ratio", 1.0)
     if not (_is_number(limit) and 0 < limit <= 1):
         raise ConfigError(f"max_pruning_ratio = {shown(limit)}: must be in (0, 1]")
+    capped = [name for name, ratio in ratios.items() if ratio is not None and ratio > limit]
+    if capped and target == "channels":
+        _logger.warning("%s is above max_pruning_ratio = %g, which is what goes at most", ", ".join(capped[:3]), limit)
     for name in ("iterative_steps", "round_to"):
         count = arguments.get(name, 1)
         if count is None and name == "round_to":

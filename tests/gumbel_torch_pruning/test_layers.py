@@ -98,3 +98,9 @@ def test_a_layer_that_is_not_in_the_model_is_refused(arguments: dict[str, Any], 
 def test_a_value_of_a_wrong_kind_names_its_argument(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(arguments))):
         GumbelGroupPruner(network(), INPUTS, **{"pruning_ratio": 0.5, **arguments})
+
+
+def test_a_model_without_anything_to_gate_says_why() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 3))
+    with pytest.raises(TargetError, match="can be gated: 1: it reaches the network's output"):
+        GumbelGroupPruner(model, INPUTS, pruning_ratio=0.5, ignored_layers="0")
