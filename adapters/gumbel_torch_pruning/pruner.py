@@ -180,8 +180,9 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             LifecycleError: If all ``iterative_steps`` are done, or the model's layers were changed meanwhile.
         """
         if self.current_step >= self.iterative_steps:
-            done = f"{self.current_step} of {self.iterative_steps} iterative_steps are done"
-            raise LifecycleError(f"no gates are left to decide: {done}")
+            raise LifecycleError(
+                f"{self.current_step} of {self.iterative_steps} iterative_steps are done, no gates left"
+            )
         if self._unfinished:
             raise LifecycleError(
                 "the last step failed while units were leaving; the model is incomplete: load it again and "

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gumbel_plugin import GumbelGroupPruner
-from gumbel_plugin.errors import ConfigError, TargetError
+from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError
 
 INPUTS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 
@@ -104,3 +104,16 @@ def test_a_model_without_anything_to_gate_says_why() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 3))
     with pytest.raises(TargetError, match="can be gated: 1: it reaches the network's output"):
         GumbelGroupPruner(model, INPUTS, pruning_ratio=0.5, ignored_layers="0")
+
+
+def test_after_a_step_that_failed_halfway_the_next_one_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner = GumbelGroupPruner(network(), INPUTS, pruning_ratio=0.5, iterative_steps=3)
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pruner, "_update_graph", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pruner.step()
+    with pytest.raises(LifecycleError, match="failed halfway"):
+        pruner.step()
