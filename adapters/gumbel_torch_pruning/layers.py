@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -31,9 +32,9 @@ def with_modules(arguments: Mapping[str, Any], model: nn.Module) -> dict[str, An
             known.find("ignored_layers", each, parameters=True) for each in _listed(own["ignored_layers"])
         ]
     for argument in _RATIO_DICTS:
-        own.update(_keyed(argument, own, lambda key, argument=argument: known.find_all(argument, key)))
+        own.update(_keyed(argument, own, partial(known.find_all, argument)))
     for argument in _COUNTS:
-        own.update(_keyed(argument, own, lambda key, argument=argument: known.find(argument, key)))
+        own.update(_keyed(argument, own, partial(known.find, argument)))
         for key, count in (own.get(argument) or {}).items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 what = f"{argument}[{known.name(key)!r}]"
@@ -56,7 +57,9 @@ class _Known:
     def __init__(self, model: nn.Module) -> None:
         self._modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._names = {id(part): name for name, part in (*self._modules.items(), *self._parameters.items())}
+        self._names: dict[int, str] = {
+            id(part): name for name, part in (*self._modules.items(), *self._parameters.items())
+        }
         self._names[id(model)] = ""
 
     def name(self, part: object) -> str:

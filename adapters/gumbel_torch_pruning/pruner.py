@@ -181,13 +181,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """
         if self.current_step >= self.iterative_steps:
             raise LifecycleError(
-                f"{self.current_step} of {self.iterative_steps} iterative_steps are done, no gates left"
+                f"{self.current_step} of {self.iterative_steps} iterative_steps are done; no gates left"
             )
         if self._unfinished:
-            raise LifecycleError(
-                "the last step failed while units were leaving; the model is incomplete: load it again and "
-                "build a new pruner"
-            )
+            raise LifecycleError("the last step failed halfway: load the model again and build a new pruner")
         if self._attached:
             self._structure.check(self.model)
         else:
