@@ -98,13 +98,11 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         check_model(model)
         arguments = with_modules(arguments, model)
         self.example_inputs = example_inputs
-        self._dtype = dtype_of(model)
-        self._settings = pruning or PruningSection()
+        self._dtype, self._settings = dtype_of(model), pruning or PruningSection()
         self._target, self._inexact, self._table, self._total_steps = target, inexact, latency_table, total_steps
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
         self._record, self._changes = Record(), ParameterChanges()
-        self._dense_cost = 0.0
-        self._own_importance, self._unfinished = importance is None, False
+        self._dense_cost, self._own_importance, self._unfinished = 0.0, importance is None, False
         with untouched_on_error(model):
             with calling(model, self._forward, example_inputs):
                 check_forward(model, example_inputs)
@@ -375,10 +373,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Return the groups of which something may go: exact ones, unless their ratio is 0."""
         allowed = ("exact", "inexact") if self._inexact else ("exact",)
         groups = [group for group in self._groups if group.safety in allowed and self._may_go(group)]
-        if self._target == "channels":
-            ratios = rank(self, groups, self._heads, -1).ratios
-            groups = [group for group in groups if ratios[group.name] > 0]
-        return groups
+        if self._target != "channels":
+            return groups
+        ratios = rank(self, groups, self._heads, -1).ratios
+        return [group for group in groups if ratios[group.name] > 0]
 
     def _require_gated_groups(self) -> None:
         if not self._gated_groups():
