@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from gumbel_plugin.errors import GraphError
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, input_channels, output_dimension
@@ -228,11 +229,17 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
     try:
         duplicate = copy.deepcopy(model)
     except RuntimeError as error:
-        raise GraphError(
-            f"the model cannot be copied: {error}. Take old-style parametrisations off first (torch.nn.utils."
-            "remove_weight_norm, remove_spectral_norm)"
-        ) from error
+        raise GraphError(f"the model cannot be copied: {error}. {_copy_hint(model)}") from error
     return DependencyGroups(duplicate, example_inputs).groups
+
+
+def _copy_hint(model: nn.Module) -> str:
+    """Return what to do about tensors that torch computes from others, which cannot be copied."""
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                return f"Make old pruning of {name!r} permanent first (torch.nn.utils.prune.remove)"
+    return "Take old-style parametrizations off first (torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
 
 
 def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:
