@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 _LIBRARIES = ("gumbel-plugin", "torch", "torchvision", "torch-pruning", "nni", "lightning")
 
 
@@ -16,4 +18,5 @@ def library_versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # names the build too, as 2.14.1+cu130
     return found

@@ -325,7 +325,9 @@ def _hats(width: Tensor, points: tuple[int, ...]) -> Tensor:
     knots = width.new_tensor(points)
     if len(points) == 1:
         return width.new_ones(1)
-    clamped = width.clamp(points[0], points[-1])
+    inside = (width >= points[0]) & (width <= points[-1])
+    # Not clamp alone: from torch 2.14 on it has no gradient at its bounds, and the full width is one of them.
+    clamped = torch.where(inside, width, width.detach().clamp(points[0], points[-1]))
     upper = int(torch.searchsorted(knots, clamped.detach()).clamp(1, len(points) - 1))
     share = (clamped - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
     weights = [width.new_zeros(()) for _ in points]

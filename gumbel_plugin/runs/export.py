@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError, MissingExtraError, nearest, shown
+from gumbel_plugin.errors import (
+    ConfigError,
+    DataError,
+    EquivalenceError,
+    GraphError,
+    MissingExtraError,
+    nearest,
+    shorten,
+    shown,
+)
 from gumbel_plugin.files import write_bytes
 from gumbel_plugin.runs.folder import CONFIG, SMALL, RunFolder, check_output
 from gumbel_plugin.runs.models import build_model
@@ -102,15 +111,21 @@ def _to_onnx(model: nn.Module, example: Tensor) -> tuple[bytes, Runner]:
     except ImportError as error:
         raise MissingExtraError("onnxruntime or onnxscript", "export") from error
     with _quietly():
-        program: Any = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            input_names=["input"],
-            output_names=["output"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        try:
+            program: Any = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise GraphError(
+                f"torch's ONNX exporter cannot export the network: {shorten(str(error), 400)}; torch 2.6 fails on "
+                f"batch norms beside today's onnxscript (here: torch {torch.__version__}). --format pt2 needs neither"
+            ) from error
         content: bytes = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda inputs: torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0])

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from gumbel_plugin import load_pruned
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError
+from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError, GraphError
 from gumbel_plugin.runs import export
 from gumbel_plugin.runs.cli import app
 from gumbel_plugin.runs.export import FORMATS, export_run
@@ -43,6 +43,10 @@ class TestExport:
         folder, small = finished
         if kind == "onnx":
             pytest.importorskip("onnxruntime")
+        if kind == "onnx" and torch.__version__.startswith("2.6."):
+            with pytest.raises(GraphError, match=r"torch 2\.6 fails on batch norms .* --format pt2"):
+                export_run(folder, kind, tmp_path / f"mine.{kind}")
+            return
         file, error = export_run(folder, kind, tmp_path / f"mine.{kind}")
         assert error < 1e-5
         assert [path.name for path in tmp_path.iterdir()] == [f"mine.{kind}"]
