@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, prune
 
 from gumbel_plugin.errors import ConfigError, LifecycleError, shown
 
@@ -54,6 +55,21 @@ def refuse_unusable(model: object, what: str) -> nn.Module:
             if reason(tensor):
                 raise ConfigError(f"{what} cannot use the model: {name!r} {rule}")
     return model
+
+
+def how_to_keep_weights(layer: nn.Module) -> str:
+    """Return the call that makes the computed weight of a layer an ordinary parameter; empty for ordinary layers."""
+    if parametrize.is_parametrized(layer):
+        return "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            return f"torch.nn.utils.prune.remove(layer, {hook._tensor_name!r})"
+        if type(hook).__name__ in _REMOVERS and type(hook).__module__.startswith("torch.nn.utils"):
+            return f"torch.nn.utils.{_REMOVERS[type(hook).__name__]}(layer)"
+    return ""
+
+
+_REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 
 
 def _refuse_module(module: nn.Module, name: str, what: str) -> None:

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
 
 from gumbel_plugin.errors import GraphError
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice, input_channels, output_dimension
 from gumbel_plugin.shrinking.equivalence import named_tensors
-from gumbel_plugin.shrinking.inputs import call_model, observing
+from gumbel_plugin.shrinking.inputs import call_model, checked_inputs, observing
+from gumbel_plugin.wrapped import how_to_keep_weights, refuse_unusable
 from gumbel_torch_pruning.attention import find_heads, kind_of
 from gumbel_torch_pruning.exactness import Cut, Judge, Safety, Treatment, tried
 from gumbel_torch_pruning.removal import Item, Remover, unchanging_graph
 from gumbel_torch_pruning.repairs import FrozenNormPruner, missing_pruners, repaired_tracing
-from gumbel_torch_pruning.tracing import traceable
+from gumbel_torch_pruning.tracing import cannot_build, reason_of, traceable
 
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
 
@@ -224,22 +224,21 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
 
     Raises:
+        ConfigError: If it is no model that can be pruned, or nothing can be traced with the inputs.
         GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
     """
+    refuse_unusable(model, "finding channel groups")
     try:
         duplicate = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise GraphError(f"the model cannot be copied: {error}. {_copy_hint(model)}") from error
+    except Exception as error:
+        raise GraphError(f"the model cannot be copied: {_copy_hint(model) or reason_of(error)}") from error
     return DependencyGroups(duplicate, example_inputs).groups
 
 
 def _copy_hint(model: nn.Module) -> str:
-    """Return what to do about tensors that torch computes from others, which cannot be copied."""
-    for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
-                return f"Make old pruning of {name!r} permanent first (torch.nn.utils.prune.remove)"
-    return "Take old-style parametrizations off first (torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
+    """Return what to do about weights that torch computes from others, which cannot be copied."""
+    ways = ((name, how_to_keep_weights(module)) for name, module in model.named_modules())
+    return "; ".join(f"{name!r} has a computed weight, call {way} first" for name, way in ways if way)
 
 
 def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:
@@ -266,20 +265,22 @@ def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
                 verbose=False,
             )
         except Exception as error:
-            raise GraphError(f"Torch-Pruning cannot build the dependency graph: {error!r}") from error
+            raise cannot_build(error) from error
 
 
 def check_forward(model: nn.Module, example_inputs: Any) -> None:
     """Run the model once, in eval mode.
 
     Raises:
+        ConfigError: If nothing can be traced with the inputs, see `checked_inputs`.
         GraphError: If its forward fails on the example inputs.
     """
+    checked_inputs(example_inputs)
     try:
         with observing(model):
             call_model(model, example_inputs)
     except Exception as error:
-        raise GraphError(f"the model's forward fails on the example inputs: {error}") from error
+        raise GraphError(f"the model's forward fails on the example inputs: {reason_of(error)}") from error
 
 
 def _forward(model: nn.Module, example_inputs: Any) -> Any:

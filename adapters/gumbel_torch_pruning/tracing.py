@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
-from gumbel_plugin.errors import GraphError, LifecycleError
+from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, shorten
 from gumbel_plugin.learning.session import GATES
 from gumbel_plugin.shrinking.inputs import observing
 from gumbel_torch_pruning.attention import opaque_attention
@@ -85,11 +87,27 @@ def traceable(model: nn.Module, own_attention: bool = False) -> Iterator[None]:
             for parameter in flags:
                 parameter.requires_grad_(parameter.is_floating_point())
             yield
+        except GumbelPluginError:
+            raise
         except Exception as error:
-            raise GraphError(f"Torch-Pruning cannot build the dependency graph: {error!r}") from error
+            raise cannot_build(error) from error
         finally:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
+
+
+def cannot_build(error: Exception) -> GraphError:
+    """Return the error of a graph that Torch-Pruning cannot build, with the reason and where it came up."""
+    return GraphError(f"Torch-Pruning cannot build the dependency graph: {reason_of(error)}")
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's kind, text and place: the innermost line of code that is not torch's own."""
+    inside_torch = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((inside_torch, "<"))]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {shorten(text, 600)}{place}"
 
 
 @contextmanager

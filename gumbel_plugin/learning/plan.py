@@ -26,6 +26,7 @@ from gumbel_plugin.masks.targets import (
     granularity_of,
     output_dimension,
 )
+from gumbel_plugin.wrapped import how_to_keep_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -136,9 +137,14 @@ class Plan:
     def _check_own_weight(self, name: str, module: nn.Module) -> None:
         weight = module._parameters.get("weight")
         if weight is None:
+            way = how_to_keep_weights(module)
             raise TargetError(
                 f"{name!r}: its weight is computed (parametrized, or normalised), so no mask can be written into it; "
-                "remove the parametrization first, or exclude the layer"
+                f"{f'call {way} first' if way else 'remove the parametrization first'}, or exclude the layer"
+            )
+        if weight.numel() == 0:
+            raise TargetError(
+                f"{name!r}: its weight of shape {tuple(weight.shape)} is empty: nothing to gate; exclude it"
             )
         for other, candidate in self._modules.items():
             if candidate is not module and any(parameter is weight for parameter in candidate._parameters.values()):

@@ -21,7 +21,7 @@ from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equiva
 from gumbel_plugin.shrinking.inputs import random_inputs_like
 from gumbel_plugin.shrinking.kept import find_kept, kept_after, kept_of, note_kept
 from gumbel_plugin.shrinking.precision import dtypes_of, round_to
-from gumbel_plugin.wrapped import refuse_wrapped
+from gumbel_plugin.wrapped import how_to_keep_weights, refuse_wrapped
 
 _logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ def masked_copy(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None
                 raise TargetError(f"mask for {name}.{target}, which is no tensor of that module")
             if target not in {**modules[name]._parameters, **modules[name]._buffers}:  # frozen norms have buffers
                 raise TargetError(
-                    f"mask for {name}.{target}, which is computed from other parameters: take its parametrisation off "
-                    "first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm)"
+                    f"mask for {name}.{target}, which is computed from other parameters: make it a parameter first "
+                    f"with {how_to_keep_weights(modules[name]) or 'what takes its parametrization off'}"
                 )
             if tensor.shape != mask.shape:
                 raise TargetError(f"{name}.{target}: mask {tuple(mask.shape)}, tensor {tuple(tensor.shape)}")
