@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch_pruning as tp
 from torch import nn
 
-from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest, shown
+from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest
 from gumbel_plugin.learning.session import GATES
 from gumbel_plugin.shrinking.inputs import call_model
 from gumbel_plugin.wrapped import refuse_unusable
 from gumbel_torch_pruning.repairs import missing_pruners
 from gumbel_torch_pruning.tracing import Forward
-
-_logger = logging.getLogger(__name__)
 
 _TARGETS = ("channels", "macs", "parameters", "latency")
 _RATIOS = ("pruning_ratio", "ch_sparsity", "head_pruning_ratio")
@@ -31,7 +28,7 @@ def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
         ConfigError: If an argument is unknown, out of range or contradicts another one.
     """
     if target not in _TARGETS:
-        raise ConfigError(f"target {shown(target)} is unknown{nearest(str(target), _TARGETS)}")
+        raise ConfigError(f"target {target!r} is unknown{nearest(target, _TARGETS)}")
     valid = inspect.signature(tp.pruner.BasePruner.__init__).parameters
     for name in arguments:
         if name not in valid:
@@ -39,38 +36,19 @@ def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
     ratios = {name: arguments.get(name) for name in _RATIOS}
     for name in _RATIO_DICTS:
         given = arguments.get(name) or {}
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"{name} = {shown(given)}: must be a dict that is keyed by modules or their names")
         if given and target != "channels":
             raise ConfigError(f"{name} speaks of channels; with target={target!r} the groups share one budget")
         ratios.update({f"{name}[{_kinds(key)}]": ratio for key, ratio in given.items()})
     for name, ratio in ratios.items():
-        if ratio is not None and not (_is_number(ratio) and 0 <= ratio < 1):
-            raise ConfigError(f"{name} = {shown(ratio)}: must be in [0, 1)")
+        if ratio is not None and not 0 <= ratio < 1:
+            raise ConfigError(f"{name} = {ratio}: must be in [0, 1)")
     limit = arguments.get("max_pruning_ratio", 1.0)
-    if not (_is_number(limit) and 0 < limit <= 1):
-        raise ConfigError(f"max_pruning_ratio = {shown(limit)}: must be in (0, 1]")
-    capped = [name for name, ratio in ratios.items() if ratio is not None and ratio > limit]
-    if capped and target == "channels":
-        _logger.warning("%s is above max_pruning_ratio = %g, which is what goes at most", ", ".join(capped[:3]), limit)
+    if not 0 < limit <= 1:
+        raise ConfigError(f"max_pruning_ratio = {limit}: must be in (0, 1]")
     for name in ("iterative_steps", "round_to"):
-        count = arguments.get(name, 1)
-        if count is None and name == "round_to":
-            continue
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ConfigError(f"{name} = {shown(count)}: must be a whole number of at least 1")
-    _check_root_types(arguments.get("root_module_types"))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_root_types(types: Any) -> None:
-    if types is None:
-        return
-    if not isinstance(types, list | tuple) or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
-        raise ConfigError(f"root_module_types = {shown(types)}: must be a list of module classes")
+        count = arguments.get(name)
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ConfigError(f"{name} = {count}: must be a whole number of at least 1")
 
 
 def check_model(model: nn.Module) -> None:
@@ -111,6 +89,9 @@ def own_copies(arguments: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
     for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
         own[name] = dict(own.get(name) or {})
     own["customized_pruners"] = {**missing_pruners(model), **(own.get("customized_pruners") or {})}
+    unwrapped = own.get("unwrapped_parameters")
+    if unwrapped is not None:  # documented as a dict, read as a list of pairs
+        own["unwrapped_parameters"] = list(unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped)
     return own
 
 
@@ -127,5 +108,4 @@ def forward_of(forward_fn: Forward | None, output_transform: Callable[[Any], Any
 
 
 def _kinds(key: Any) -> str:
-    keys = key if isinstance(key, tuple) else (key,)
-    return ", ".join(shown(each) if isinstance(each, str) else type(each).__name__ for each in keys)
+    return ", ".join(type(module).__name__ for module in (key if isinstance(key, tuple) else (key,)))

@@ -27,11 +27,10 @@ from gumbel_torch_pruning.groups import DependencyGroups, check_forward, mark_ou
 from gumbel_torch_pruning.heads import find_heads_to_prune
 from gumbel_torch_pruning.history import replay
 from gumbel_torch_pruning.importance import GateImportance
-from gumbel_torch_pruning.layers import with_modules
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
 from gumbel_torch_pruning.removal import closed_units
-from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank, reasons
+from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank
 from gumbel_torch_pruning.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
 
 _logger = logging.getLogger(__name__)
@@ -96,13 +95,16 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """
         check_arguments(target, arguments)
         check_model(model)
-        arguments = with_modules(arguments, model)
         self.example_inputs = example_inputs
-        self._dtype, self._settings = dtype_of(model), pruning or PruningSection()
-        self._target, self._inexact, self._table, self._total_steps = target, inexact, latency_table, total_steps
+        self._dtype = dtype_of(model)
+        self._settings = pruning or PruningSection()
+        self._target, self._inexact, self._table = target, inexact, latency_table
+        self._total_steps = total_steps
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
-        self._record, self._changes = Record(), ParameterChanges()
-        self._dense_cost, self._own_importance, self._unfinished = 0.0, importance is None, False
+        self._record = Record()
+        self._changes = ParameterChanges()
+        self._dense_cost = 0.0
+        self._own_importance = importance is None
         with untouched_on_error(model):
             with calling(model, self._forward, example_inputs):
                 check_forward(model, example_inputs)
@@ -179,14 +181,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """
         if self.current_step >= self.iterative_steps:
             raise LifecycleError(
-                f"{self.current_step} of {self.iterative_steps} iterative_steps are done; no gates left"
+                f"no gates are left to decide: {self.current_step} of {self.iterative_steps} iterative_steps are done"
             )
-        if self._unfinished:
-            raise LifecycleError("the last step failed halfway: load the model again and build a new pruner")
-        if self._attached:
+        if self._attached:  # otherwise nothing is left that can be gated
             self._structure.check(self.model)
-        else:
-            _logger.warning("this step does nothing, because no group is left that can be gated")
         masks = self.session.extract() if self._attached else {}
         self.current_step += 1
         groups = self._prune(masks) if self._attached else iter(())
@@ -199,7 +197,6 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _prune(self, masks: Masks) -> Iterator[Any]:
         plan = self.session.plan
         self._detach()
-        self._unfinished = True
         closed = closed_units(self.model, plan)
         if not self._record.masks:
             self._record.start(self.model, plan.groups, masks)
@@ -216,7 +213,6 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for name, mask in plan.masks.items():
             self._changes.add_gates(mask, next_masks.get(name), closed.get(name))
         self._changes.drop(parameter for site in plan.sites.values() if (parameter := site.scale) is not None)
-        self._unfinished = False
 
     def update_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer go on after `step`: smaller parameters take the old ones' places, their state is cut alike.
@@ -373,14 +369,14 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Return the groups of which something may go: exact ones, unless their ratio is 0."""
         allowed = ("exact", "inexact") if self._inexact else ("exact",)
         groups = [group for group in self._groups if group.safety in allowed and self._may_go(group)]
-        if self._target != "channels":
-            return groups
-        ratios = rank(self, groups, self._heads, -1).ratios
-        return [group for group in groups if ratios[group.name] > 0]
+        if self._target == "channels":
+            ratios = rank(self, groups, self._heads, -1).ratios
+            groups = [group for group in groups if ratios[group.name] > 0]
+        return groups
 
     def _require_gated_groups(self) -> None:
         if not self._gated_groups():
-            raise TargetError(f"no dependency group of this model can be gated: {reasons(self._groups)}")
+            raise TargetError("no dependency group of this model can be gated; groups() says why")
 
     def _may_go(self, group: ChannelGroup) -> bool:
         """Whether the arguments let units of a group go: heads stay unless ``prune_num_heads`` says otherwise."""

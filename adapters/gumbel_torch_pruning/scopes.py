@@ -25,9 +25,6 @@ from gumbel_torch_pruning.attention import kind_of, remove_heads
 
 Target = Literal["channels", "macs", "parameters", "latency"]
 
-_ROUNDING = 1e-6
-"""What sums of ratios times widths may be off, in channels: the widths' own limits must not refuse their sum."""
-
 
 @dataclass(frozen=True)
 class Ranking:
@@ -113,14 +110,6 @@ def _patterns(pruner: tp.pruner.BasePruner) -> dict[str, str]:
     return patterns
 
 
-def reasons(groups: Sequence[ChannelGroup]) -> str:
-    """Return why none of these groups can be gated: the first few, with the layers' names."""
-    if not groups:
-        return "it has none beside ignored layers"
-    first = "; ".join(f"{each.name}: {each.reason or 'its ratio is 0, or its heads stay'}" for each in groups[:3])
-    return first + (f"; and {len(groups) - 3} more" if len(groups) > 3 else "")
-
-
 def plan_groups(
     model: nn.Module,
     pruning: PruningSection,
@@ -172,7 +161,7 @@ def _channel_scopes(members: Sequence[Member], budget: Budget) -> list[Scope]:
 def _check_scope(scope: Scope, needed: float, original: int) -> None:
     """Refuse a budget that the groups cannot meet although each keeps as little as it may."""
     possible = sum(min(member.units * member.max_ratio, member.units - 1) for member in scope.members)
-    if len(scope.members) > 1 and math.floor(needed + _ROUNDING) > possible + _ROUNDING:
+    if len(scope.members) > 1 and math.floor(needed + 1e-6) > possible:
         worst = max(scope.members, key=lambda member: max(1, member.units * (1 - member.max_ratio)))
         stay = sum(member.units for member in scope.members) - possible
         raise ConfigError(
@@ -225,4 +214,4 @@ def _channels_of_a_unit(group: ChannelGroup) -> int:
     return max(1, len(own[0].positions) // group.size) if own else 1
 
 
-__all__ = ["Budget", "Ranking", "Target", "plan_groups", "rank", "reasons"]
+__all__ = ["Budget", "Ranking", "Target", "plan_groups", "rank"]

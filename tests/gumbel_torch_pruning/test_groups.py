@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from gumbel_plugin.errors import ConfigError, GraphError
 from gumbel_plugin.masks.targets import ChannelGroup, ChannelSlice
@@ -156,10 +155,3 @@ def test_removing_units_shrinks_everything_they_touch(network: Any) -> None:
             )
             assert layer.weight.shape[dim] == before[f"{part.module}.weight"][dim] - gone - others
     assert model(network.inputs).shape[-1] == 4
-
-
-def test_a_model_that_torch_has_pruned_names_the_way_out() -> None:
-    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
-    prune.l1_unstructured(model[2], "weight", 0.5)
-    with pytest.raises(GraphError, match=r"old pruning of '2' permanent first \(torch.nn.utils.prune.remove\)"):
-        find_groups(model, torch.randn(2, 6, generator=torch.Generator().manual_seed(0)))

@@ -98,7 +98,7 @@ CASES: dict[str, tuple[Callable[[Net], dict[str, Any]], type[Exception], str]] =
     "nothing to gate": (
         lambda net: {"ignored_layers": [net.first, net.second, net.third]},
         TargetError,
-        "can be gated: head: it reaches the network's output",
+        r"groups\(\) says why",
     ),
     "too few MACs": (
         lambda net: {"target": "macs", "pruning_ratio": 0.99},
