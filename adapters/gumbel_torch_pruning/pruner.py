@@ -20,13 +20,21 @@ from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.inputs import call_model, dtype_of, inputs_following
 from gumbel_plugin.shrinking.kept import kept_after, kept_of, note_kept
-from gumbel_torch_pruning.arguments import check_arguments, check_layers, check_model, forward_of, own_copies
+from gumbel_torch_pruning.arguments import (
+    check_arguments,
+    check_layers,
+    check_model,
+    check_schedule,
+    forward_of,
+    own_copies,
+)
 from gumbel_torch_pruning.attention import kind_of
 from gumbel_torch_pruning.gradients import EvenGradients
 from gumbel_torch_pruning.groups import DependencyGroups, check_forward, mark_outputs
 from gumbel_torch_pruning.heads import find_heads_to_prune
 from gumbel_torch_pruning.history import replay
 from gumbel_torch_pruning.importance import GateImportance
+from gumbel_torch_pruning.named_layers import with_layers
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
 from gumbel_torch_pruning.removal import closed_units
@@ -93,8 +101,9 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             TargetError: If a layer that an argument names is not in the graph, or nothing can be gated.
             LifecycleError: If the model has gates already.
         """
-        check_arguments(target, arguments)
+        check_arguments(target, {"importance": importance, **arguments})
         check_model(model)
+        arguments = with_layers(arguments, model)
         self.example_inputs = example_inputs
         self._dtype = dtype_of(model)
         self._settings = pruning or PruningSection()
@@ -117,6 +126,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                         output_transform=mark_outputs,
                         **own_copies(arguments, model),
                     )
+            check_schedule(self)
             check_layers(self, arguments)
             self._read_graph()
             self._original = {group.name: group.size for group in self._groups}
