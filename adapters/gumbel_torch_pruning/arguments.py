@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import numbers
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from gumbel_plugin.wrapped import refuse_unusable
 from gumbel_torch_pruning.named_layers import RATIO_DICTS
 from gumbel_torch_pruning.repairs import missing_pruners
 from gumbel_torch_pruning.tracing import Forward
+
+_logger = logging.getLogger(__name__)
 
 _TARGETS = ("channels", "macs", "parameters", "latency")
 _RATIOS = ("pruning_ratio", "ch_sparsity", "head_pruning_ratio")
@@ -50,6 +53,9 @@ def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
     limit = arguments.get("max_pruning_ratio", 1.0)
     if not (_is_number(limit) and 0 < limit <= 1):
         raise ConfigError(f"max_pruning_ratio = {shown(limit)}: must be in (0, 1]")
+    highest = max(ratios, key=lambda name: ratios[name] or 0.0, default="")
+    if highest and (ratios[highest] or 0.0) > limit:
+        _logger.warning("%s = %g is above max_pruning_ratio = %g, which holds", highest, ratios[highest], limit)
     for name in _COUNTS:
         count = arguments.get(name, 1)
         if not (count is None and name == "round_to") and not (_is_number(count, numbers.Integral) and count >= 1):

@@ -111,6 +111,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._total_steps = total_steps
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
         self._record = Record()
+        self._unfinished = False
         self._changes = ParameterChanges()
         self._dense_cost = 0.0
         self._own_importance = importance is None
@@ -131,6 +132,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._read_graph()
             self._original = {group.name: group.size for group in self._groups}
             self._require_gated_groups()
+            self._gated = {group.name for group in self._gated_groups()}
             if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
                 self._plan(-1, self._settings)
             self._attach()
@@ -187,14 +189,18 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             interactive: Yield Torch-Pruning's groups instead of pruning them; call ``group.prune()`` on each.
 
         Raises:
-            LifecycleError: If all ``iterative_steps`` are done, or the model's layers were changed meanwhile.
+            LifecycleError: If all ``iterative_steps`` are done, the last step was not finished, or the model's layers
+                were changed meanwhile.
         """
+        self._require_finished()
         if self.current_step >= self.iterative_steps:
             raise LifecycleError(
                 f"no gates are left to decide: {self.current_step} of {self.iterative_steps} iterative_steps are done"
             )
-        if self._attached:  # otherwise nothing is left that can be gated
+        if self._attached:
             self._structure.check(self.model)
+        else:
+            _logger.warning("step %d removes nothing: no group is left that can be gated", self.current_step + 1)
         masks = self.session.extract() if self._attached else {}
         self.current_step += 1
         groups = self._prune(masks) if self._attached else iter(())
@@ -206,6 +212,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _prune(self, masks: Masks) -> Iterator[Any]:
         plan = self.session.plan
+        self._unfinished = True  # until the end of this: an error, or a loop that stops early, leaves units half gone
         self._detach()
         closed = closed_units(self.model, plan)
         if not self._record.masks:
@@ -223,6 +230,14 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for name, mask in plan.masks.items():
             self._changes.add_gates(mask, next_masks.get(name), closed.get(name))
         self._changes.drop(parameter for site in plan.sites.values() if (parameter := site.scale) is not None)
+        self._unfinished = False
+
+    def _require_finished(self) -> None:
+        if self._unfinished:
+            raise LifecycleError(
+                f"step {self.current_step} was not finished, so that some of its units have left the model and others "
+                "have not; go on from a copy of the model or a checkpoint from before it, with a new pruner"
+            )
 
     def update_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer go on after `step`: smaller parameters take the old ones' places, their state is cut alike.
@@ -237,6 +252,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Start over: ``iterative_steps`` count from zero again, and new gates are attached to what is left."""
+        self._require_finished()
         self._require_gated_groups()
         super().reset()
         self._detach()
@@ -393,13 +409,15 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return group.name in self._heads or kind_of(self.model.get_submodule(group.name)) is None
 
     def _budget(self, step: int, groups: Sequence[ChannelGroup]) -> Budget:
+        spent = [each for each in self._groups if each.name in self._gated - {group.name for group in groups}]
         return Budget(
             target=self._target,
             ratio=self.per_step_pruning_ratio[step],
             limit=self.max_pruning_ratio,
             round_to=self.round_to or 1,
-            ranking=rank(self, groups, self._heads, step),
+            ranking=rank(self, [*groups, *spent], self._heads, step),
             original=self._original,
+            spent={group.name: group.size for group in spent},
             dense_cost=self._dense_cost,
             table=self._table,
         )
