@@ -69,7 +69,18 @@ def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} = {shown(function)}: must be a function")
 
 
-def check_schedule(pruner: tp.pruner.BasePruner) -> None:
+def check_graph(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> None:
+    """Check what Torch-Pruning made of the arguments.
+
+    Raises:
+        ConfigError: If the schedule of ratios is none.
+        TargetError: If a layer that has a ratio of its own is not in the graph.
+    """
+    _check_schedule(pruner)
+    _check_layers(pruner, arguments)
+
+
+def _check_schedule(pruner: tp.pruner.BasePruner) -> None:
     """Check what the user's ``iterative_pruning_ratio_scheduler`` returned.
 
     Raises:
@@ -101,7 +112,7 @@ def check_model(model: nn.Module) -> None:
         raise GraphError("every parameter of the model is frozen, so there is nothing to learn from; unfreeze some")
 
 
-def check_layers(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> None:
+def _check_layers(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> None:
     """Check that every layer that has a ratio of its own is in the graph; Torch-Pruning would ignore it.
 
     Raises:

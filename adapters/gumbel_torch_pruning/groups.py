@@ -229,8 +229,8 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
         duplicate = copy.deepcopy(model)
     except RuntimeError as error:
         raise GraphError(
-            f"the model cannot be copied: {error}. Take old-style parametrisations off first (torch.nn.utils."
-            "remove_weight_norm, remove_spectral_norm)"
+            f"the model cannot be copied: {error}. Take what computes its weights off first: torch.nn.utils."
+            "prune.remove(layer, name) for old pruning, remove_weight_norm or remove_spectral_norm for norms of weights"
         ) from error
     return DependencyGroups(duplicate, example_inputs).groups
 

@@ -20,14 +20,7 @@ from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.inputs import call_model, dtype_of, inputs_following
 from gumbel_plugin.shrinking.kept import kept_after, kept_of, note_kept
-from gumbel_torch_pruning.arguments import (
-    check_arguments,
-    check_layers,
-    check_model,
-    check_schedule,
-    forward_of,
-    own_copies,
-)
+from gumbel_torch_pruning.arguments import check_arguments, check_graph, check_model, forward_of, own_copies
 from gumbel_torch_pruning.attention import kind_of
 from gumbel_torch_pruning.gradients import EvenGradients
 from gumbel_torch_pruning.groups import DependencyGroups, check_forward, mark_outputs
@@ -38,7 +31,7 @@ from gumbel_torch_pruning.named_layers import with_layers
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
 from gumbel_torch_pruning.removal import closed_units
-from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank
+from gumbel_torch_pruning.scopes import Target, budget_of, plan_groups, rank
 from gumbel_torch_pruning.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
 
 _logger = logging.getLogger(__name__)
@@ -110,9 +103,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._target, self._inexact, self._table = target, inexact, latency_table
         self._total_steps = total_steps
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
-        self._record = Record()
+        self._record, self._changes = Record(), ParameterChanges()
         self._unfinished = False
-        self._changes = ParameterChanges()
         self._dense_cost = 0.0
         self._own_importance = importance is None
         with untouched_on_error(model):
@@ -127,8 +119,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                         output_transform=mark_outputs,
                         **own_copies(arguments, model),
                     )
-            check_schedule(self)
-            check_layers(self, arguments)
+            check_graph(self, arguments)
             self._read_graph()
             self._original = {group.name: group.size for group in self._groups}
             self._require_gated_groups()
@@ -385,7 +376,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         with calling(self.model, self._forward, self.example_inputs):
             if self._target == "latency" and self._table is None:
                 self._table = measure_table(self.model, self.example_inputs)
-            return plan_groups(self.model, settings, groups, self._budget(step, groups), self.example_inputs)
+            return plan_groups(self.model, settings, groups, budget_of(self, groups, step), self.example_inputs)
 
     def _detach(self) -> None:
         self.session.detach()
@@ -407,17 +398,3 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _may_go(self, group: ChannelGroup) -> bool:
         """Whether the arguments let units of a group go: heads stay unless ``prune_num_heads`` says otherwise."""
         return group.name in self._heads or kind_of(self.model.get_submodule(group.name)) is None
-
-    def _budget(self, step: int, groups: Sequence[ChannelGroup]) -> Budget:
-        spent = [each for each in self._groups if each.name in self._gated - {group.name for group in groups}]
-        return Budget(
-            target=self._target,
-            ratio=self.per_step_pruning_ratio[step],
-            limit=self.max_pruning_ratio,
-            round_to=self.round_to or 1,
-            ranking=rank(self, [*groups, *spent], self._heads, step),
-            original=self._original,
-            spent={group.name: group.size for group in spent},
-            dense_cost=self._dense_cost,
-            table=self._table,
-        )

@@ -115,6 +115,29 @@ def _patterns(pruner: tp.pruner.BasePruner) -> dict[str, str]:
     return patterns
 
 
+def budget_of(pruner: Any, groups: Sequence[ChannelGroup], step: int) -> Budget:
+    """Read from a `GumbelGroupPruner` what it was asked for.
+
+    Args:
+        pruner: The pruner.
+        groups: The groups that it gates now.
+        step: The iterative step; -1 is the last one.
+    """
+    gated = {group.name for group in groups}
+    spent = [group for group in pruner._groups if group.name in pruner._gated - gated]
+    return Budget(
+        target=pruner._target,
+        ratio=pruner.per_step_pruning_ratio[step],
+        limit=pruner.max_pruning_ratio,
+        round_to=pruner.round_to or 1,
+        ranking=rank(pruner, [*groups, *spent], pruner._heads, step),
+        original=pruner._original,
+        spent={group.name: group.size for group in spent},
+        dense_cost=pruner._dense_cost,
+        table=pruner._table,
+    )
+
+
 def plan_groups(
     model: nn.Module,
     pruning: PruningSection,
@@ -234,4 +257,4 @@ def _channels_of_a_unit(group: ChannelGroup) -> int:
     return max(1, len(own[0].positions) // group.size) if own else 1
 
 
-__all__ = ["Budget", "Ranking", "Target", "plan_groups", "rank"]
+__all__ = ["Budget", "Ranking", "Target", "budget_of", "plan_groups", "rank"]
