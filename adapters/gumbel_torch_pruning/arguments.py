@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+import numbers
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch_pruning as tp
 from torch import nn
 
-from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest
+from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest, shown
 from gumbel_plugin.learning.session import GATES
 from gumbel_plugin.shrinking.inputs import call_model
 from gumbel_plugin.wrapped import refuse_unusable
+from gumbel_torch_pruning.named_layers import RATIO_DICTS
 from gumbel_torch_pruning.repairs import missing_pruners
 from gumbel_torch_pruning.tracing import Forward
 
+_logger = logging.getLogger(__name__)
+
 _TARGETS = ("channels", "macs", "parameters", "latency")
 _RATIOS = ("pruning_ratio", "ch_sparsity", "head_pruning_ratio")
-_RATIO_DICTS = ("pruning_ratio_dict", "ch_sparsity_dict", "head_pruning_ratio_dict")
+_COUNTS = ("iterative_steps", "round_to")
+_SWITCHES = ("global_pruning", "isomorphic", "prune_num_heads", "prune_head_dims")
+_FUNCTIONS = ("importance", "iterative_pruning_ratio_scheduler", "forward_fn", "output_transform")
 
 
 def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
@@ -28,27 +35,66 @@ def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
         ConfigError: If an argument is unknown, out of range or contradicts another one.
     """
     if target not in _TARGETS:
-        raise ConfigError(f"target {target!r} is unknown{nearest(target, _TARGETS)}")
-    valid = inspect.signature(tp.pruner.BasePruner.__init__).parameters
+        raise ConfigError(f"target {shown(target)} is unknown{nearest(str(target), _TARGETS)}")
+    valid = inspect.signature(tp.pruner.BasePruner.__init__).parameters.keys() - {"self", "model", "example_inputs"}
     for name in arguments:
         if name not in valid:
             raise ConfigError(f"argument {name!r} is unknown{nearest(name, valid)}")
-    ratios = {name: arguments.get(name) for name in _RATIOS}
-    for name in _RATIO_DICTS:
-        given = arguments.get(name) or {}
+    ratios = {name: arguments[name] for name in _RATIOS if name in arguments}
+    for name in RATIO_DICTS:
+        given = arguments.get(name)
         if given and target != "channels":
             raise ConfigError(f"{name} speaks of channels; with target={target!r} the groups share one budget")
-        ratios.update({f"{name}[{_kinds(key)}]": ratio for key, ratio in given.items()})
+        if isinstance(given, Mapping):
+            ratios.update({f"{name}[{_kinds(key)}]": ratio for key, ratio in given.items()})
     for name, ratio in ratios.items():
-        if ratio is not None and not 0 <= ratio < 1:
-            raise ConfigError(f"{name} = {ratio}: must be in [0, 1)")
+        if not (ratio is None and name == "ch_sparsity") and not (_is_number(ratio) and 0 <= ratio < 1):
+            raise ConfigError(f"{name} = {shown(ratio)}: must be in [0, 1)")
     limit = arguments.get("max_pruning_ratio", 1.0)
-    if not 0 < limit <= 1:
-        raise ConfigError(f"max_pruning_ratio = {limit}: must be in (0, 1]")
-    for name in ("iterative_steps", "round_to"):
-        count = arguments.get(name)
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ConfigError(f"{name} = {count}: must be a whole number of at least 1")
+    if not (_is_number(limit) and 0 < limit <= 1):
+        raise ConfigError(f"max_pruning_ratio = {shown(limit)}: must be in (0, 1]")
+    highest = max(ratios, key=lambda name: ratios[name] or 0.0, default="")
+    if highest and (ratios[highest] or 0.0) > limit:
+        _logger.warning("%s = %g is above max_pruning_ratio = %g, which holds", highest, ratios[highest], limit)
+    for name in _COUNTS:
+        count = arguments.get(name, 1)
+        if not (count is None and name == "round_to") and not (_is_number(count, numbers.Integral) and count >= 1):
+            raise ConfigError(f"{name} = {shown(count)}: must be a whole number of at least 1")
+    for name in _SWITCHES:
+        if not isinstance(arguments.get(name, False), bool):
+            raise ConfigError(f"{name} = {shown(arguments[name])}: must be True or False")
+    for name in _FUNCTIONS:
+        function = arguments.get(name, len)
+        if not callable(function) and not (function is None and name != "iterative_pruning_ratio_scheduler"):
+            raise ConfigError(f"{name} = {shown(function)}: must be a function")
+
+
+def check_graph(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> None:
+    """Check what Torch-Pruning made of the arguments.
+
+    Raises:
+        ConfigError: If the schedule of ratios is none.
+        TargetError: If a layer that has a ratio of its own is not in the graph.
+    """
+    _check_schedule(pruner)
+    _check_layers(pruner, arguments)
+
+
+def _check_schedule(pruner: tp.pruner.BasePruner) -> None:
+    """Check what the user's ``iterative_pruning_ratio_scheduler`` returned.
+
+    Raises:
+        ConfigError: If it is not one ratio in [0, 1) for 0 steps and for each of the ``iterative_steps``.
+    """
+    steps = pruner.iterative_steps
+    schedules = (pruner.per_step_pruning_ratio, pruner.per_step_head_pruning_ratio)
+    for ratios in (*schedules, *pruner.pruning_ratio_dict.values(), *pruner.head_pruning_ratio_dict.values()):
+        valid = isinstance(ratios, Collection) and len(ratios) == steps + 1
+        if not valid or not all(_is_number(ratio) and 0 <= ratio < 1 for ratio in ratios):
+            raise ConfigError(
+                f"iterative_pruning_ratio_scheduler returned {shown(ratios)}: must be a list of {steps + 1} ratios in "
+                "[0, 1), of which the first is for no step"
+            )
 
 
 def check_model(model: nn.Module) -> None:
@@ -66,7 +112,7 @@ def check_model(model: nn.Module) -> None:
         raise GraphError("every parameter of the model is frozen, so there is nothing to learn from; unfreeze some")
 
 
-def check_layers(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> None:
+def _check_layers(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> None:
     """Check that every layer that has a ratio of its own is in the graph; Torch-Pruning would ignore it.
 
     Raises:
@@ -74,7 +120,7 @@ def check_layers(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> 
     """
     names = {module: name for name, module in pruner.model.named_modules()}
     nodes = pruner.DG.module2node
-    for argument in _RATIO_DICTS:
+    for argument in RATIO_DICTS:
         for key in arguments.get(argument) or {}:
             for module in key if isinstance(key, tuple) else (key,):
                 if module not in names or all(part not in nodes for part in module.modules()):
@@ -89,9 +135,6 @@ def own_copies(arguments: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
     for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
         own[name] = dict(own.get(name) or {})
     own["customized_pruners"] = {**missing_pruners(model), **(own.get("customized_pruners") or {})}
-    unwrapped = own.get("unwrapped_parameters")
-    if unwrapped is not None:  # documented as a dict, read as a list of pairs
-        own["unwrapped_parameters"] = list(unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped)
     return own
 
 
@@ -108,4 +151,9 @@ def forward_of(forward_fn: Forward | None, output_transform: Callable[[Any], Any
 
 
 def _kinds(key: Any) -> str:
-    return ", ".join(type(module).__name__ for module in (key if isinstance(key, tuple) else (key,)))
+    parts = key if isinstance(key, tuple) else (key,)
+    return ", ".join(shown(part) if isinstance(part, str) else type(part).__name__ for part in parts)
+
+
+def _is_number(value: object, kind: type = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

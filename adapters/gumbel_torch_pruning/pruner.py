@@ -20,17 +20,18 @@ from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.inputs import call_model, dtype_of, inputs_following
 from gumbel_plugin.shrinking.kept import kept_after, kept_of, note_kept
-from gumbel_torch_pruning.arguments import check_arguments, check_layers, check_model, forward_of, own_copies
+from gumbel_torch_pruning.arguments import check_arguments, check_graph, check_model, forward_of, own_copies
 from gumbel_torch_pruning.attention import kind_of
 from gumbel_torch_pruning.gradients import EvenGradients
 from gumbel_torch_pruning.groups import DependencyGroups, check_forward, mark_outputs
 from gumbel_torch_pruning.heads import find_heads_to_prune
 from gumbel_torch_pruning.history import replay
 from gumbel_torch_pruning.importance import GateImportance
+from gumbel_torch_pruning.named_layers import with_layers
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
 from gumbel_torch_pruning.removal import closed_units
-from gumbel_torch_pruning.scopes import Budget, Target, plan_groups, rank
+from gumbel_torch_pruning.scopes import Target, budget_of, plan_groups, rank
 from gumbel_torch_pruning.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
 
 _logger = logging.getLogger(__name__)
@@ -93,16 +94,17 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             TargetError: If a layer that an argument names is not in the graph, or nothing can be gated.
             LifecycleError: If the model has gates already.
         """
-        check_arguments(target, arguments)
+        check_arguments(target, {"importance": importance, **arguments})
         check_model(model)
+        arguments = with_layers(arguments, model)
         self.example_inputs = example_inputs
         self._dtype = dtype_of(model)
         self._settings = pruning or PruningSection()
         self._target, self._inexact, self._table = target, inexact, latency_table
         self._total_steps = total_steps
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
-        self._record = Record()
-        self._changes = ParameterChanges()
+        self._record, self._changes = Record(), ParameterChanges()
+        self._unfinished = False
         self._dense_cost = 0.0
         self._own_importance = importance is None
         with untouched_on_error(model):
@@ -117,10 +119,11 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                         output_transform=mark_outputs,
                         **own_copies(arguments, model),
                     )
-            check_layers(self, arguments)
+            check_graph(self, arguments)
             self._read_graph()
             self._original = {group.name: group.size for group in self._groups}
             self._require_gated_groups()
+            self._gated = {group.name for group in self._gated_groups()}
             if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
                 self._plan(-1, self._settings)
             self._attach()
@@ -177,14 +180,18 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             interactive: Yield Torch-Pruning's groups instead of pruning them; call ``group.prune()`` on each.
 
         Raises:
-            LifecycleError: If all ``iterative_steps`` are done, or the model's layers were changed meanwhile.
+            LifecycleError: If all ``iterative_steps`` are done, the last step was not finished, or the model's layers
+                were changed meanwhile.
         """
+        self._require_finished()
         if self.current_step >= self.iterative_steps:
             raise LifecycleError(
                 f"no gates are left to decide: {self.current_step} of {self.iterative_steps} iterative_steps are done"
             )
-        if self._attached:  # otherwise nothing is left that can be gated
+        if self._attached:
             self._structure.check(self.model)
+        else:
+            _logger.warning("step %d removes nothing: no group is left that can be gated", self.current_step + 1)
         masks = self.session.extract() if self._attached else {}
         self.current_step += 1
         groups = self._prune(masks) if self._attached else iter(())
@@ -196,6 +203,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _prune(self, masks: Masks) -> Iterator[Any]:
         plan = self.session.plan
+        self._unfinished = True  # until the end of this: an error, or a loop that stops early, leaves units half gone
         self._detach()
         closed = closed_units(self.model, plan)
         if not self._record.masks:
@@ -213,6 +221,14 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for name, mask in plan.masks.items():
             self._changes.add_gates(mask, next_masks.get(name), closed.get(name))
         self._changes.drop(parameter for site in plan.sites.values() if (parameter := site.scale) is not None)
+        self._unfinished = False
+
+    def _require_finished(self) -> None:
+        if self._unfinished:
+            raise LifecycleError(
+                f"step {self.current_step} was not finished, so that some of its units have left the model and others "
+                "have not; go on from a copy of the model or a checkpoint from before it, with a new pruner"
+            )
 
     def update_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer go on after `step`: smaller parameters take the old ones' places, their state is cut alike.
@@ -227,6 +243,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Start over: ``iterative_steps`` count from zero again, and new gates are attached to what is left."""
+        self._require_finished()
         self._require_gated_groups()
         super().reset()
         self._detach()
@@ -359,7 +376,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         with calling(self.model, self._forward, self.example_inputs):
             if self._target == "latency" and self._table is None:
                 self._table = measure_table(self.model, self.example_inputs)
-            return plan_groups(self.model, settings, groups, self._budget(step, groups), self.example_inputs)
+            return plan_groups(self.model, settings, groups, budget_of(self, groups, step), self.example_inputs)
 
     def _detach(self) -> None:
         self.session.detach()
@@ -381,15 +398,3 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _may_go(self, group: ChannelGroup) -> bool:
         """Whether the arguments let units of a group go: heads stay unless ``prune_num_heads`` says otherwise."""
         return group.name in self._heads or kind_of(self.model.get_submodule(group.name)) is None
-
-    def _budget(self, step: int, groups: Sequence[ChannelGroup]) -> Budget:
-        return Budget(
-            target=self._target,
-            ratio=self.per_step_pruning_ratio[step],
-            limit=self.max_pruning_ratio,
-            round_to=self.round_to or 1,
-            ranking=rank(self, groups, self._heads, step),
-            original=self._original,
-            dense_cost=self._dense_cost,
-            table=self._table,
-        )

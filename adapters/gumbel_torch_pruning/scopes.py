@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,8 @@ from gumbel_plugin.learning.plan import Plan
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.shrinking.inputs import ExampleInputs
 from gumbel_torch_pruning.attention import kind_of, remove_heads
+
+_logger = logging.getLogger(__name__)
 
 Target = Literal["channels", "macs", "parameters", "latency"]
 
@@ -50,6 +53,7 @@ class Budget:
         round_to: What the number of kept channels is a multiple of.
         ranking: How the groups are ranked, for the target channels.
         original: By group name, how many units it had at first.
+        spent: By group name, how many units are left of those that can lose no more, but share a ratio with others.
         dense_cost: The original network's cost, for a target other than channels; 0 if this is the original.
         table: Measured latencies, for the target latency.
     """
@@ -60,6 +64,7 @@ class Budget:
     round_to: int
     ranking: Ranking
     original: Mapping[str, int]
+    spent: Mapping[str, int] = field(default_factory=dict)
     dense_cost: float = 0.0
     table: LatencyTable | None = None
 
@@ -110,6 +115,29 @@ def _patterns(pruner: tp.pruner.BasePruner) -> dict[str, str]:
     return patterns
 
 
+def budget_of(pruner: Any, groups: Sequence[ChannelGroup], step: int) -> Budget:
+    """Read from a `GumbelGroupPruner` what it was asked for.
+
+    Args:
+        pruner: The pruner.
+        groups: The groups that it gates now.
+        step: The iterative step; -1 is the last one.
+    """
+    gated = {group.name for group in groups}
+    spent = [group for group in pruner._groups if group.name in pruner._gated - gated]
+    return Budget(
+        target=pruner._target,
+        ratio=pruner.per_step_pruning_ratio[step],
+        limit=pruner.max_pruning_ratio,
+        round_to=pruner.round_to or 1,
+        ranking=rank(pruner, [*groups, *spent], pruner._heads, step),
+        original=pruner._original,
+        spent={group.name: group.size for group in spent},
+        dense_cost=pruner._dense_cost,
+        table=pruner._table,
+    )
+
+
 def plan_groups(
     model: nn.Module,
     pruning: PruningSection,
@@ -150,25 +178,40 @@ def _channel_scopes(members: Sequence[Member], budget: Budget) -> list[Scope]:
         scope.add(member)
     for name, scope in scopes.items():
         scope.name = name
-        original = sum(budget.original.get(m.name, m.units) for m in scope.members)
-        present = sum(m.units for m in scope.members)
-        needed = present - original * (1 - (scope.ratio or 0.0))
-        _check_scope(scope, needed, original)
-        scope.ratio = max(0.0, needed / present)
+        left = {member.name: member.units for member in scope.members}
+        left |= {each: units for each, units in budget.spent.items() if budget.ranking.scopes.get(each) == name}
+        original = sum(budget.original.get(each, units) for each, units in left.items())
+        wanted = max(0.0, sum(left.values()) - original * (1 - (scope.ratio or 0.0)))
+        present = sum(member.units for member in scope.members)
+        scope.ratio = _within_limits(scope, wanted, original) / present
     return list(scopes.values())
 
 
-def _check_scope(scope: Scope, needed: float, original: int) -> None:
-    """Refuse a budget that the groups cannot meet although each keeps as little as it may."""
-    possible = sum(min(member.units * member.max_ratio, member.units - 1) for member in scope.members)
-    if len(scope.members) > 1 and math.floor(needed + 1e-6) > possible:
-        worst = max(scope.members, key=lambda member: max(1, member.units * (1 - member.max_ratio)))
-        stay = sum(member.units for member in scope.members) - possible
+def _within_limits(scope: Scope, wanted: float, original: int) -> float:
+    """Return how many units of a scope go: as many as wanted, or as its groups' limits let go, with a warning.
+
+    Raises:
+        ConfigError: If nothing was removed yet and there are more groups than units that would stay.
+    """
+    possible = sum(member.removable()[1] for member in scope.members)
+    present = sum(member.units for member in scope.members)
+    if len(scope.members) == 1 or math.floor(wanted + 1e-6) <= possible:
+        return wanted
+    most = sum(member.units - 1 for member in scope.members)
+    if present == original and math.floor(wanted + 1e-6) > most:
         raise ConfigError(
-            f"pruning_ratio {scope.ratio:g} of the {original} channels of {scope.name!r} cannot be met: {stay:g} stay, "
-            f"because each of its {len(scope.members)} groups keeps one channel and what max_pruning_ratio leaves it "
-            f"(most in {worst.name!r}); the largest possible ratio is {1 - stay / original:.3f}"
+            f"pruning_ratio {scope.ratio:g} of the {original} channels of {scope.name!r} cannot be met: "
+            f"{present - most} stay, because each of its {len(scope.members)} groups keeps one channel; the largest "
+            f"possible ratio is {math.floor(1000 * most / original) / 1000:.3f}"
         )
+    _logger.warning(
+        "the ratio %.3g of %r is not met: of its %d channels %d stay, which max_pruning_ratio and round_to demand",
+        scope.ratio,
+        scope.name,
+        original,
+        present - possible,
+    )
+    return float(possible)
 
 
 def _cost_scope(model: nn.Module, plan: Plan, members: list[Member], budget: Budget, example_inputs: Any) -> CostScope:
@@ -214,4 +257,4 @@ def _channels_of_a_unit(group: ChannelGroup) -> int:
     return max(1, len(own[0].positions) // group.size) if own else 1
 
 
-__all__ = ["Budget", "Ranking", "Target", "plan_groups", "rank"]
+__all__ = ["Budget", "Ranking", "Target", "budget_of", "plan_groups", "rank"]

@@ -187,7 +187,7 @@ class CostScope(Scope):
             gates[: member.units - member.removable()[1]] = 1.0
             smallest[member.name] = gates
         floor = float(self._cost(smallest)) / self.total
-        if self.model is not None and floor > 1 - (self.ratio or 0.0):
+        if self.model is not None and floor > 1 - (self.ratio or 0.0) + 1e-9:
             fixed = self.model.constant / self.total
             worst = max(self.model.layers, key=lambda layer: float(layer(smallest)))
             raise ConfigError(

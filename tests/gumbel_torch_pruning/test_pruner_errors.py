@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from gumbel_plugin import GumbelGroupPruner
 from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError
+from gumbel_torch_pruning import find_groups
 
 
 class Net(nn.Module):
@@ -247,3 +249,10 @@ def test_steps_go_on_when_nothing_is_left_to_gate():
     assert widths == [2, 1, 1]
     with pytest.raises(LifecycleError, match="3 of 3"):
         pruner.step()
+
+
+def test_old_pruning_that_was_not_removed_is_told_how_to():
+    net = Net()
+    prune.l1_unstructured(net.second, "weight", 0.5)
+    with pytest.raises(GraphError, match=r"prune\.remove\(layer, name\)"):
+        find_groups(net, INPUTS)
