@@ -31,7 +31,7 @@ from gumbel_torch_pruning.named_layers import with_layers
 from gumbel_torch_pruning.optimizer import ParameterChanges, tracked
 from gumbel_torch_pruning.record import Record
 from gumbel_torch_pruning.removal import closed_units
-from gumbel_torch_pruning.scopes import Target, budget_of, plan_groups, rank
+from gumbel_torch_pruning.scopes import Target, budget_of, plan_groups, rank, why_not
 from gumbel_torch_pruning.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
 
 _logger = logging.getLogger(__name__)
@@ -393,7 +393,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _require_gated_groups(self) -> None:
         if not self._gated_groups():
-            raise TargetError("no dependency group of this model can be gated; groups() says why")
+            raise TargetError(f"no dependency group of this model can be gated: {why_not(self._groups)}")
 
     def _may_go(self, group: ChannelGroup) -> bool:
         """Whether the arguments let units of a group go: heads stay unless ``prune_num_heads`` says otherwise."""

@@ -138,6 +138,14 @@ def budget_of(pruner: Any, groups: Sequence[ChannelGroup], step: int) -> Budget:
     )
 
 
+def why_not(groups: Sequence[ChannelGroup]) -> str:
+    """Return why none of these groups is gated: the first few, with their layers' names."""
+    if not groups:
+        return "there is none beside the ignored layers"
+    first = "; ".join(f"{each.name}: {each.reason or 'its ratio is 0, or its heads stay'}" for each in groups[:3])
+    return first + (f"; and {len(groups) - 3} more" if len(groups) > 3 else "")
+
+
 def plan_groups(
     model: nn.Module,
     pruning: PruningSection,

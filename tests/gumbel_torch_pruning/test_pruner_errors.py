@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from gumbel_plugin import GumbelGroupPruner
+from gumbel_plugin import GumbelGroupPruner, MaskingSession, PruningConfig
 from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError
 from gumbel_torch_pruning import find_groups
 
@@ -100,7 +101,7 @@ CASES: dict[str, tuple[Callable[[Net], dict[str, Any]], type[Exception], str]] =
     "nothing to gate": (
         lambda net: {"ignored_layers": [net.first, net.second, net.third]},
         TargetError,
-        r"groups\(\) says why",
+        "can be gated: there is none beside the ignored layers|can be gated: head: it reaches the network's output",
     ),
     "too few MACs": (
         lambda net: {"target": "macs", "pruning_ratio": 0.99},
@@ -251,8 +252,60 @@ def test_steps_go_on_when_nothing_is_left_to_gate():
         pruner.step()
 
 
-def test_old_pruning_that_was_not_removed_is_told_how_to():
+COMPUTED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"prune\.remove\(layer, 'weight'\)"),
+    "weight_norm": (nn.utils.weight_norm, r"remove_weight_norm\(layer\)"),
+    "spectral_norm": (nn.utils.spectral_norm, r"remove_spectral_norm\(layer\)"),
+    "parametrized": (nn.utils.parametrizations.weight_norm, r"parametrize\.remove_parametrizations\(layer, 'weight'\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_weights_that_torch_computes_are_told_how_to_become_parameters(kind: str) -> None:
     net = Net()
-    prune.l1_unstructured(net.second, "weight", 0.5)
-    with pytest.raises(GraphError, match=r"prune\.remove\(layer, name\)"):
-        find_groups(net, INPUTS)
+    compute, call = COMPUTED[kind]
+    compute(net.second)
+    rules = [{"op_names": ["second"], "granularity": "element", "sparse_ratio": 0.5}]
+    with pytest.raises(TargetError, match=rf"'second': its weight is computed .*{call} first"):
+        MaskingSession(net, PruningConfig.load(rules).pruning)
+    if kind != "parametrized":  # the others hold a tensor that torch cannot copy
+        net.train()
+        net(INPUTS)
+        with pytest.raises(GraphError, match=rf"cannot be copied: 'second' has a computed weight, call .*{call} first"):
+            find_groups(net, INPUTS)
+
+
+class Failing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        raise IndexError("no such token")
+
+
+@pytest.mark.parametrize("use", [find_groups, GumbelGroupPruner])
+def test_a_forward_that_fails_is_named_once_with_its_line(use: Callable[..., object]) -> None:
+    with pytest.raises(
+        GraphError, match=r"the example inputs: IndexError: no such token \(.*\.py:\d+, in forward\)$"
+    ) as error:
+        use(Failing(), INPUTS)
+    assert isinstance(error.value.__cause__, IndexError)
+    assert str(error.value).count("example inputs") == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [(INPUTS * float("nan"), "holds NaN"), (INPUTS[:0], "is empty"), (None, "NoneType"), ("image.png", "is a str")],
+    ids=["nan", "empty", "none", "text"],
+)
+@pytest.mark.parametrize("use", [find_groups, GumbelGroupPruner])
+def test_inputs_that_nothing_can_be_traced_with(use: Callable[..., object], inputs: Any, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        use(Net(), inputs)
+
+
+def test_an_empty_layer_is_not_gated() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: initializing it is a no-op
+        net = nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 3))
+    rules = [{"op_names": ["0"], "granularity": "element", "sparse_ratio": 0.5}]
+    with pytest.raises(TargetError, match=r"'0': its weight of shape \(0, 6\) is empty"):
+        MaskingSession(net, PruningConfig.load(rules).pruning)
