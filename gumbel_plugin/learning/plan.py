@@ -140,6 +140,8 @@ class Plan:
                 f"{name!r}: its weight is computed (parametrized, or normalised), so no mask can be written into it; "
                 "remove the parametrization first, or exclude the layer"
             )
+        if weight.numel() == 0:
+            raise TargetError(f"{name!r} has a weight of shape {tuple(weight.shape)}, with nothing to mask: exclude it")
         for other, candidate in self._modules.items():
             if candidate is not module and any(parameter is weight for parameter in candidate._parameters.values()):
                 raise TargetError(
