@@ -45,8 +45,8 @@ def remove_gates(model: nn.Module) -> None:
 
 
 def unhide_weight(layer: nn.Module) -> None:
-    """Remove an attribute that hides the layer's own weight parameter (a wrapper of NNI's keeps the parameter)."""
-    if "weight" in layer._parameters:
+    """Remove an attribute that hides the layer's own weight: a parameter, or a buffer while NNI wraps the layer."""
+    if "weight" in layer._parameters or "weight" in layer._buffers:
         layer.__dict__.pop("weight", None)
 
 

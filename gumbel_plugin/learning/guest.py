@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ import torch.distributed
 from torch import Tensor, nn
 
 from gumbel_plugin.config import ConfigLike, PruningConfig
-from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError
+from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError, TargetError
 from gumbel_plugin.learning.nni_masks import Masks
 from gumbel_plugin.learning.plan import needs_groups
 from gumbel_plugin.learning.session import GATES, MaskingSession
-from gumbel_plugin.shrinking.inputs import inputs_on_device_of, observing
+from gumbel_plugin.learning.state_check import check_optimizer_state, require_keys
+from gumbel_plugin.shrinking.inputs import checked_inputs, inputs_on_device_of, observing
+from gumbel_plugin.wrapped import refuse_unusable
 
 
 class GuestSession:
@@ -38,9 +40,11 @@ class GuestSession:
             example_inputs: What to trace the model with, where whole channels are to go.
 
         Raises:
-            ConfigError: If the configuration breaks a rule, or channels are to go and there is nothing to trace with.
+            ConfigError: If the configuration breaks a rule, channels are to go and there is nothing to trace with, or
+                the model or the inputs cannot be used.
             TargetError: If a rule matches nothing.
         """
+        refuse_unusable(model, "a masking session")
         resolved = PruningConfig.load(config)
         groups = []
         if needs_groups(resolved.pruning):
@@ -50,7 +54,7 @@ class GuestSession:
                     "example_shape in the configuration"
                 )
             inputs = torch.zeros(resolved.example_shape or ()) if example_inputs is None else example_inputs
-            groups = _find_groups(model, inputs_on_device_of(model, inputs))
+            groups = _find_groups(model, inputs_on_device_of(model, checked_inputs(inputs)))
         self.session = MaskingSession(model, resolved.pruning, groups, resolved.seed)
         self.optimizers: list[torch.optim.Optimizer] = []
 
@@ -107,9 +111,16 @@ class GuestSession:
 
         Raises:
             LifecycleError: If it was not.
+            TargetError: If the state is of another session or damaged; nothing was taken over.
         """
         if not self.optimizers:
             raise LifecycleError("start the session before a state is put into it")
+        state = require_keys(state, ("session", "optimizers"), "the state")
+        count = len(state["optimizers"]) if isinstance(state["optimizers"], Sequence) else 0
+        if count != len(self.optimizers):
+            raise TargetError(f"the state has {count} optimizers, the session {len(self.optimizers)}")
+        for number, (optimizer, own) in enumerate(zip(self.optimizers, state["optimizers"], strict=True)):
+            check_optimizer_state(optimizer, own, f"optimizers[{number}]")
         self.session.load_state_dict(state["session"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)

@@ -8,18 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.config import OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.learning.budget import BudgetController
-from gumbel_plugin.learning.gates import GATES, Attached, Gates, gated_layers, plain_copy, remove_gates
+from gumbel_plugin.learning.gates import GATES, Gates, gated_layers, plain_copy, remove_gates
+from gumbel_plugin.learning.hooks import SessionHooks
 from gumbel_plugin.learning.nni_masks import Masks, decisions_of, masks_of
 from gumbel_plugin.learning.optimizers import make_optimizer
 from gumbel_plugin.learning.plan import Plan, build_plan
 from gumbel_plugin.learning.rescale import initialise_weight
-from gumbel_plugin.learning.samples import SampleHooks
-from gumbel_plugin.learning.sites import SiteHooks
 from gumbel_plugin.learning.snapshot import Snapshot, load_state, save_state
 from gumbel_plugin.learning.status import Status, status_of
 from gumbel_plugin.learning.training_check import TrainingCheck, checked_steps, kept_fractions, warn_if_unprepared
@@ -30,7 +28,7 @@ from gumbel_plugin.wrapped import refuse_unusable
 _logger = logging.getLogger(__name__)
 
 
-class MaskingSession(Attached):
+class MaskingSession:
     """Learns masks on a model, whoever trains it.
 
     The verbs, in the order in which a training loop calls them::
@@ -75,13 +73,16 @@ class MaskingSession(Attached):
 
         Raises:
             TargetError: If a rule matches nothing or nothing would be gated.
-            LifecycleError: If the model has a session already.
-            ConfigError: If it is wrapped for data parallel training.
+            LifecycleError: If the model has a session already, or inference mode is on.
+            ConfigError: If the model cannot be gated as it is (see `refuse_unusable`).
         """
-        refuse_unusable(model, "a masking session")
-        if gated_layers(model):
-            raise LifecycleError("the model has a masking session already; detach that one first")
-        self.model = model
+        self.model = refuse_unusable(model, "a masking session")
+        self._require_free_model()
+        if torch.is_inference_mode_enabled():
+            raise LifecycleError(
+                "gates that are made in inference mode can have no gradient: make the session outside of "
+                "torch.inference_mode()"
+            )
         self.config = config
         self.seed = seed
         self.plan = plan or build_plan(model, config, groups, seed, example_inputs)
@@ -90,8 +91,7 @@ class MaskingSession(Attached):
         self.steps = 0
         self._started = False
         self._frozen: list[nn.Parameter] = []
-        self._hooks: list[SiteHooks | SampleHooks] = []
-        self._root: RemovableHandle | None = None
+        self._hooks: SessionHooks | None = None
         self._snapshot = Snapshot(model)
         self._check = TrainingCheck(self.gate_parameters(), bool(self.controller.scopes))
 
@@ -113,8 +113,7 @@ class MaskingSession(Attached):
         total_steps = checked_steps(total_steps)
         if self._started:
             raise LifecycleError("the session was started before; a new MaskingSession learns new masks")
-        if gated_layers(self.model):
-            raise LifecycleError("the model has a masking session already; detach that one first")
+        self._require_free_model()
         self._started = True
         self._initialise_weights()
         self.total_steps = total_steps
@@ -127,9 +126,14 @@ class MaskingSession(Attached):
 
         Raises:
             ConfigError: If `total_steps` is no whole number of at least 1.
-            LifecycleError: If the session was not started.
+            LifecycleError: If the session was not started, a step was made, or the masks are fixed.
         """
         self._require_start("expect")
+        if self.steps or self.phase is Phase.FIXED:
+            raise LifecycleError(
+                f"expect() comes before the first step; the session is at step {self.steps}, its masks are "
+                f"{self.phase.value}"
+            )
         self.total_steps = checked_steps(total_steps)
         for mask in self.plan.masks.values():
             mask.phase = Phase.OPEN
@@ -142,33 +146,25 @@ class MaskingSession(Attached):
             hooks: See `start`.
 
         Raises:
-            LifecycleError: If the session was not started, or is attached.
+            LifecycleError: If the session was not started, or it or another one is attached to the model.
         """
         self._require_start("attach")
-        if self._root is not None:
+        if self._hooks is not None:
             raise LifecycleError("the session is attached to its model already; detach() comes before attach()")
+        self._require_free_model()
         if self.config.weights == "frozen":
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
         self._register_gates()
-        self._root = self.model.register_forward_pre_hook(self._begin_forward)
-        # A layer whose parent reads its weight without calling it is out of a wrapper's reach: it needs hooks anyway.
-        sites = self.plan.sites.values()
-        self._hooks = [SiteHooks(site) for site in sites if hooks or site.read_by_parent]
-        # Nor can a wrapper that masks weights act on activations.
-        self._hooks += [SampleHooks(site) for site in sites if any(mask.per_sample for mask in site.masks)]
-        for hook in self._hooks:
-            hook.attach()
+        self._hooks = SessionHooks(self.model, self.plan, self._check, on_layers=hooks)
 
     def detach(self) -> None:
-        """Remove hooks and gates from the model; what `extract` wrote into the weights stays."""
-        if self._root is not None:
-            self._root.remove()
-            self._root = None
-        for hook in self._hooks:
-            hook.detach()
-        self._hooks = []
+        """Remove hooks and gates from the model, if they are there; what `extract` wrote into the weights stays."""
+        if self._hooks is None:
+            return  # the gates on the model, if any, are another session's
+        self._hooks.remove()
+        self._hooks = None
         remove_gates(self.model)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -208,7 +204,12 @@ class MaskingSession(Attached):
         return self._snapshot.guard(loss, self.steps)
 
     def loss(self) -> Tensor:
-        """Return what the masks add to the training loss: budget and the method's own penalties; 0 outside learning."""
+        """Return what the masks add to the training loss: budget and the method's own penalties; 0 outside learning.
+
+        Raises:
+            LifecycleError: If the session was not started.
+        """
+        self._require_start("loss")
         self._check.loss()
         total = torch.zeros((), device=next(self.model.parameters()).device)
         if self.phase is not Phase.LEARNING:
@@ -310,7 +311,7 @@ class MaskingSession(Attached):
         """Go on from `state_dict`; the session must be planned alike, on a model of the same shape.
 
         Raises:
-            TargetError: If the masks are not the same ones.
+            TargetError: If the state is of another plan or damaged; the session is as it was.
         """
         load_state(self.plan, self.controller, state)
         self.steps, self.total_steps = state["steps"], state["total_steps"]
@@ -342,24 +343,13 @@ class MaskingSession(Attached):
         scales = self.scale_parameters(), self.config.scale_optimizer
         return [pair for pair in (gates, scales) if pair[0]]
 
+    def _require_free_model(self) -> None:
+        if gated_layers(self.model):
+            raise LifecycleError("the model has a masking session already; detach that one first")
+
     def _require_start(self, verb: str) -> None:
         if not self._started and self.phase is not Phase.FIXED:  # masks may be given instead of learned
             raise LifecycleError(f"{verb}() of a session that was not started; start(total_steps) comes first")
-
-    def _begin_forward(self, module: nn.Module, args: Any) -> None:
-        polled = any(mask.polled for mask in self.plan.masks.values())
-        if not (module.training or polled):
-            return
-        if torch._C._current_graph_task_id() == -1:
-            self.plan.noise.forward += 1
-            if module.training and self.phase is Phase.LEARNING:
-                self._check.forward()
-        # Otherwise a backward is running: activation checkpointing recomputes the model, and needs the same sample.
-        for mask in self.plan.masks.values():
-            # Drawn here, not where they are first used: a checkpointed layer must not own what others use too.
-            mask.forget_sample()
-            if mask.granularity is None and not mask.per_sample:
-                mask.gates()
 
     def _boundaries(self) -> tuple[int, int]:
         total = self.total_steps or 0

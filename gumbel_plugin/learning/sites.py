@@ -232,7 +232,7 @@ class SiteHooks(Attached):
         return None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.site.module.__dict__.pop("weight", None)
+        self.site.unhide()
 
 
 def scale_channels(tensor: Tensor, factors: Tensor, spatial: int) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import NonFiniteLossError, TargetError
+from gumbel_plugin.errors import NonFiniteLossError
 from gumbel_plugin.learning.budget import BudgetController
 from gumbel_plugin.learning.plan import Plan
+from gumbel_plugin.learning.state_check import check_session_state
 from gumbel_plugin.masks.base import Phase
 
 _EVERY = 50
@@ -71,11 +72,9 @@ def load_state(plan: Plan, controller: BudgetController, state: Mapping[str, Any
     """Take over masks, scales, multipliers and noise that `save_state` returned, for a plan made alike.
 
     Raises:
-        TargetError: If the masks are not the same ones.
+        TargetError: If the state is of another plan or damaged; nothing was taken over.
     """
-    if set(state["masks"]) != set(plan.masks):
-        other = sorted(set(state["masks"]) ^ set(plan.masks))
-        raise TargetError(f"the state is of another plan: mask {other[0]!r} is in only one of them")
+    check_session_state(plan, controller, state)
     for name, mask in plan.masks.items():
         mask.load_state_dict(state["masks"][name])
         mask.phase = Phase(state["phases"][name])

@@ -44,20 +44,22 @@ class TrainingCheck:
     """Watches one session's training, from the first step of its mask learning to the decision."""
 
     def __init__(self, gates: Iterable[nn.Parameter], has_budget: bool) -> None:
-        """Remember where the gates are.
+        """Start watching.
 
         Args:
             gates: The learned parameters of all masks.
             has_budget: Whether the session's loss steers the gates to a budget.
         """
-        # An optimizer changes parameters in place, which torch counts: no copy is needed to know that they moved.
-        self._versions = [(parameter, parameter._version) for parameter in gates]
+        self._gates = list(gates)
+        self._before: list[float] = []
         self._has_budget = has_budget
         self._forwards = self._without_gradients = self._losses = 0
         self._said_loss = False
 
     def forward(self) -> None:
         """Count a forward in train mode while the gates are being learned."""
+        if not self._forwards:
+            self._before = self._sums()
         self._forwards += 1
         self._without_gradients += not torch.is_grad_enabled()
 
@@ -93,11 +95,15 @@ class TrainingCheck:
                 "all training forwards ran without gradients (torch.no_grad or inference_mode): the gates learned "
                 "nothing; train them with gradients enabled"
             )
-        elif self._versions and all(parameter._version == version for parameter, version in self._versions):
+        elif self._gates and self._sums() == self._before:
             _logger.warning(
                 "the gates did not move since the training began: no optimizer holds them; give "
                 "session.parameter_groups() to yours, or step those of session.optimizers()"
             )
+
+    def _sums(self) -> list[float]:
+        """Return what shows without a copy whether the gates moved; torch counts no changes by fused optimizers."""
+        return [float(parameter.detach().sum(dtype=torch.float64)) for parameter in self._gates]
 
 
 def kept_fractions(scope: Scope, own: Sequence[Tensor], cut: Sequence[Tensor]) -> tuple[float, float]:

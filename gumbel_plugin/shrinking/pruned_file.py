@@ -11,12 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest, shown
+from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, MissingExtraError, nearest, shown
 from gumbel_plugin.json_record import Record, read_record
 from gumbel_plugin.learning.blocks import residual_block
+from gumbel_plugin.learning.gates import gated_layers
 from gumbel_plugin.shrinking.blocks import removed_blocks, replace_block
 from gumbel_plugin.shrinking.kept import kept_of, note_kept
 from gumbel_plugin.tensor_file import DIGEST, read_tensors, require_digest, write_tensors
+from gumbel_plugin.wrapped import refuse_wrapped
 
 FORMAT = "gumbel-plugin-network-2"
 _OLD_FORMAT = "gumbel-plugin-network-1"
@@ -57,7 +59,14 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
 
     Raises:
         ConfigError: If the model has state that is no tensor, or the file cannot be written.
+        LifecycleError: If the model still has gates, or wrappers of NNI's.
     """
+    refuse_wrapped(model, "save_pruned")
+    if gated_layers(model):
+        raise LifecycleError(
+            "save_pruned got a model that is still gated, and whose channels are all there: extract() and detach() its "
+            "session first, and shrink it"
+        )
     state = model.state_dict()
     odd = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if odd is not None:

@@ -18,7 +18,7 @@ from gumbel_plugin.shrinking.carriers import merge_constants
 from gumbel_plugin.shrinking.constants import fold_constants
 from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
-from gumbel_plugin.shrinking.inputs import random_inputs_like
+from gumbel_plugin.shrinking.inputs import checked_inputs, random_inputs_like
 from gumbel_plugin.shrinking.kept import find_kept, kept_after, kept_of, note_kept
 from gumbel_plugin.shrinking.precision import dtypes_of, round_to
 from gumbel_plugin.wrapped import how_to_keep_weights, refuse_wrapped
@@ -51,9 +51,11 @@ def shrink(
 
     Raises:
         TargetError: If a mask's module does not exist, its shape does not fit, or it holds anything but 0 and 1.
+        ConfigError: If the inputs cannot be used (see `checked_inputs`), or the model (see `refuse_unusable`).
         GraphError: If the model cannot be traced.
         EquivalenceError: If the small model's outputs differ from the masked model's.
     """
+    checked_inputs(example_inputs)
     masked = masked_copy(model, masks)
     small = remove_dead_units(masked, example_inputs, backend)
     if verify:

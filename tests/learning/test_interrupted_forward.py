@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gumbel_plugin import MaskingSession, PruningConfig
+from gumbel_plugin import GumbelPruner, MaskingSession, PruningConfig
+from gumbel_plugin.learning.guest import GuestSession
 from gumbel_plugin.learning.session import plain_copy
+from gumbel_torch_pruning import find_groups
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
@@ -86,3 +88,93 @@ def test_an_interrupted_model_can_be_copied_and_called_again(monkeypatch: pytest
     expected = session.model(X)
     assert torch.equal(session.model(X), expected)
     copy.deepcopy(session.model)
+
+
+class Sometimes(nn.Module):
+    """A network that calls its first layer, or only reads the layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.calls = nn.Linear(6, 16), nn.Linear(16, 3), True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x) if self.calls else x @ self.first.weight.t()
+        return self.last(hidden.relu())
+
+
+def test_a_forward_that_skips_the_layer_finds_its_own_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Sometimes().eval()
+    session = MaskingSession(model, PruningConfig.load([{"op_names": ["first"], "granularity": "element"}]).pruning)
+    session.start(10)
+    session.plan.masks["first"].fix(torch.zeros(16, 6))
+    model.calls = False
+    expected = model(X)
+    model.calls = True
+    with interrupted(monkeypatch, KeyboardInterrupt):
+        model(X)
+    model.calls = False
+    assert torch.equal(model(X), expected)
+
+
+def test_an_input_that_is_gated_next_meets_the_weight_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large batch meets a masked weight; a small one is masked itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    rules = PruningConfig.load([{"op_names": ["0"], "sparse_ratio": 0.5}]).pruning
+    session = MaskingSession(model, rules, find_groups(copy.deepcopy(model), X))
+    session.start(10)
+    (mask,) = session.plan.masks.values()
+    mask.fix(torch.zeros(16))
+    with interrupted(monkeypatch, KeyboardInterrupt):
+        model[2](torch.ones(50, 16))
+    mask.fix(torch.ones(16))
+    assert torch.equal(
+        model[2](torch.ones(1, 16)), F.linear(torch.ones(1, 16), model[2]._parameters["weight"], model[2].bias)
+    )
+
+
+def test_a_checkpoint_holds_the_plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Sometimes()
+    guest = GuestSession(model, [{"op_names": ["first"], "granularity": "element", "sparse_ratio": 0.5}])
+    guest.start(10)
+    expected = guest.plain_state()
+    with interrupted(monkeypatch, KeyboardInterrupt):
+        model(X)
+    for name, tensor in guest.plain_state().items():
+        assert torch.equal(tensor, expected[name])
+
+
+ATTENTION = [{"op_names": ["0.out_proj"], "granularity": "element", "sparse_ratio": 0.5}]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.add_module("0", nn.MultiheadAttention(6, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule("0")(x, x, x)[0]
+
+
+def test_a_layer_that_its_parent_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SelfAttention()
+    expected = model(X)
+    session = MaskingSession(model, PruningConfig.load(ATTENTION).pruning)
+    session.start(10)
+    with interrupted(monkeypatch, KeyboardInterrupt):
+        model(X)
+    session.detach()
+    assert torch.equal(model(X), expected)
+
+
+def test_a_layer_that_its_parent_reads_and_nni_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SelfAttention()
+    expected = model(X)
+    pruner = GumbelPruner(model, ATTENTION, example_inputs=X)
+    pruner.session.start(10, hooks=False)
+    with interrupted(monkeypatch, KeyboardInterrupt):
+        model(X)
+    pruner.unwrap_model()
+    assert torch.equal(model(X), expected)

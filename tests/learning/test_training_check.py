@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gumbel_plugin import MaskingSession, PruningConfig
-from gumbel_plugin.errors import ConfigError, LifecycleError
+from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 
@@ -108,6 +108,21 @@ def test_gates_in_no_optimizer(caplog: pytest.LogCaptureFixture) -> None:
     assert any("the gates did not move" in said and "parameter_groups" in said for said in warnings(caplog))
 
 
+@pytest.mark.parametrize("keys", [{"fused": True}, {"foreach": True}, {}])
+def test_gates_that_any_kind_of_optimizer_moves_are_seen_to_move(
+    keys: dict[str, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    session = planned()
+    session.start(2)
+    optimizer = torch.optim.Adam(session.gate_parameters(), **keys)
+    for _ in range(2):
+        (session.model(X).square().mean() + session.loss()).backward()
+        optimizer.step()
+        session.step()
+    session.extract()
+    assert not any("did not move" in said for said in warnings(caplog))
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_training_without_gradients(context: Any, caplog: pytest.LogCaptureFixture) -> None:
     session = planned()
@@ -139,7 +154,7 @@ def test_any_kind_of_whole_number_will_do(steps: Any) -> None:
     assert type(session.total_steps) is int
 
 
-@pytest.mark.parametrize("verb", ["step", "decide", "extract", "attach"])
+@pytest.mark.parametrize("verb", ["step", "decide", "extract", "attach", "loss"])
 def test_start_comes_first(verb: str) -> None:
     with pytest.raises(LifecycleError, match=rf"^{verb}\(\) of a session that was not started; start\(total_steps\)"):
         getattr(planned(), verb)()
@@ -157,3 +172,56 @@ def test_attached_twice_is_refused_and_detached_leaves_nothing(weights: str) -> 
     session.detach()
     assert all(parameter.requires_grad for parameter in session.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in session.model.modules())
+
+
+def test_a_session_leaves_another_ones_gates_alone() -> None:
+    first = planned()
+    second = MaskingSession(first.model, first.config)
+    first.start(3)
+    first.detach()
+    second.start(3)
+    with pytest.raises(LifecycleError, match="has a masking session already; detach that one first"):
+        first.attach()
+    first.detach()
+    assert second.gate_parameters()[0] in set(first.model.parameters())
+    second.detach()
+    first.attach()
+
+
+def test_a_length_that_comes_too_late() -> None:
+    session = planned()
+    session.start()
+    session.step()
+    with pytest.raises(LifecycleError, match=r"expect\(\) comes before the first step; the session is at step 1"):
+        session.expect(10)
+    fixed = planned()
+    fixed.start()
+    fixed.extract()
+    with pytest.raises(LifecycleError, match="its masks are fixed"):
+        fixed.expect(10)
+    assert fixed.status().phase == "fixed"
+
+
+def test_gates_are_not_made_in_inference_mode() -> None:
+    model, config = nn.Sequential(nn.Linear(3, 3)), planned().config
+    with torch.inference_mode(), pytest.raises(LifecycleError, match=r"outside of torch\.inference_mode\(\)"):
+        MaskingSession(model, config)
+
+
+def test_masks_may_be_decided_in_inference_mode() -> None:
+    session = planned()
+    session.start(3)
+    with torch.inference_mode():
+        session.extract()
+    assert session.status().phase == "fixed"
+    assert all(float((layer.weight == 0).float().mean()) == 0.5 for layer in (session.model[0], session.model[2]))
+    session.model(X).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["0", "2"])
+def test_a_layer_without_weights(name: str) -> None:
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = nn.Sequential(nn.Linear(6, 0), nn.ReLU(), nn.Linear(0, 3))
+    rules = PruningConfig.load([{"op_names": [name], "granularity": "element", "sparse_ratio": 0.5}]).pruning
+    with pytest.raises(TargetError, match=rf"^'{name}' has a weight of shape \(.*, with nothing to mask: exclude it"):
+        MaskingSession(model, rules)
