@@ -85,6 +85,10 @@ class OutputError(ConfigError, OSError):
     """A file of a result cannot be written, for instance because the disk is full."""
 
 
+class IncompatibleLibraryError(GumbelPluginError, ImportError):
+    """A library that is installed does not work with this Python or torch."""
+
+
 class MissingExtraError(GumbelPluginError, ImportError):
     """An optional dependency is not installed."""
 

@@ -143,10 +143,6 @@ class Plan:
                 f"{f'call {way} first' if way else 'remove the parametrization first'}, or exclude the layer"
             )
         if weight.numel() == 0:
-            raise TargetError(
-                f"{name!r}: its weight of shape {tuple(weight.shape)} is empty: nothing to gate; exclude it"
-            )
-        if weight.numel() == 0:
             raise TargetError(f"{name!r} has a weight of shape {tuple(weight.shape)}, with nothing to mask: exclude it")
         for other, candidate in self._modules.items():
             if candidate is not module and any(parameter is weight for parameter in candidate._parameters.values()):

@@ -151,7 +151,9 @@ class MaskingSession:
         self._require_start("attach")
         if self._hooks is not None:
             raise LifecycleError("the session is attached to its model already; detach() comes before attach()")
-        self._require_free_model()
+        taken = set(gated_layers(self.model)) & {site.module for site in self.plan.sites.values()}
+        if taken:  # sessions of several pruners of NNI's may hold different layers of one model
+            raise LifecycleError("another masking session holds layers of this one; detach that one first")
         if self.config.weights == "frozen":
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
             for parameter in self._frozen:

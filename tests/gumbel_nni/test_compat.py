@@ -6,6 +6,8 @@ import copy
 import dis
 import inspect
 import pickle
+import re
+import subprocess
 import sys
 import warnings
 from collections import defaultdict
@@ -47,6 +49,7 @@ ALL_REPAIRS = (
     "masks_of_unknown_modules",
     "slim_factors_in_weights",
     "biases_of_norms",
+    "channels_of_transposed_convolutions",
     "norm_pruners_in_fusion",
     "layers_survive_unwrapping",
     "wrapped_layers_in_fused_kernels",
@@ -342,3 +345,24 @@ def test_speedup_leaves_modes_and_statistics_alone(monkeypatch: pytest.MonkeyPat
     assert not bool(model[1].running_mean.any())
     assert [module.training for module in model] == [True, True, True, False]
     assert (model.training, model[0].out_features) == (True, 3)
+
+
+def test_an_nni_that_does_not_work_here_is_told_in_a_sentence_and_costs_nothing_else(tmp_path: Path) -> None:
+    """NNI imports typeguard; where that is not to be had, nothing but the adapter is lost."""
+    program = """
+import sys
+sys.modules["typeguard"] = None  # as if it could not be imported
+import gumbel_plugin, gumbel_torch_pruning
+try:
+    gumbel_plugin.GumbelPruner
+except ImportError as error:
+    print(type(error).__name__, error)
+import torch
+from torch import nn
+print(len(gumbel_torch_pruning.find_groups(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2)), torch.ones(1, 2))))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    told, groups = ended.stdout.splitlines()
+    assert re.match(r"IncompatibleLibraryError NNI 3\.0 does not work with Python .* and torch .*typeguard", told)
+    assert told.endswith("the rest of gumbel_plugin does without it")
+    assert int(groups) > 0

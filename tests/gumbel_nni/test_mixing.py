@@ -329,4 +329,5 @@ def test_the_evaluator_trains_what_another_pruner_has_wrapped_before() -> None:
 def test_the_log_stays_quiet_where_nothing_is_shared(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         mix(PRUNERS["l1norm"], ("fc1", "conv2"), gumbel_first=True)  # conv2 reads what conv1 computes: no mask of ours
-    assert caplog.records == []
+    told = [record.getMessage() for record in caplog.records]
+    assert [message for message in told if "far from the budget" not in message] == []  # twelve steps are few

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -300,12 +299,3 @@ def test_a_forward_that_fails_is_named_once_with_its_line(use: Callable[..., obj
 def test_inputs_that_nothing_can_be_traced_with(use: Callable[..., object], inputs: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         use(Net(), inputs)
-
-
-def test_an_empty_layer_is_not_gated() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own: initializing it is a no-op
-        net = nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 3))
-    rules = [{"op_names": ["0"], "granularity": "element", "sparse_ratio": 0.5}]
-    with pytest.raises(TargetError, match=r"'0': its weight of shape \(0, 6\) is empty"):
-        MaskingSession(net, PruningConfig.load(rules).pruning)

@@ -180,7 +180,7 @@ def test_a_session_leaves_another_ones_gates_alone() -> None:
     first.start(3)
     first.detach()
     second.start(3)
-    with pytest.raises(LifecycleError, match="has a masking session already; detach that one first"):
+    with pytest.raises(LifecycleError, match="another masking session holds layers of this one; detach that one first"):
         first.attach()
     first.detach()
     assert second.gate_parameters()[0] in set(first.model.parameters())

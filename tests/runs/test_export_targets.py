@@ -98,8 +98,6 @@ class TestWhatIsNoRegularFile:
                 save_masks(tmp_path / name, {"fc": {"weight": torch.ones(2)}})
             with pytest.raises(ConfigError, match=f"{name}' cannot be written: {problem}"):
                 save_pruned(tmp_path / name, nn.Linear(2, 2))
-        with pytest.raises(ConfigError, match="'/dev/null' cannot be written: it is no regular file"):
-            save_pruned("/dev/null", nn.Linear(2, 2))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "folder", "link", "pipe"]
         assert (tmp_path / "file").read_text() == "valuable"
 

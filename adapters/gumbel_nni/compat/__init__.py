@@ -7,12 +7,16 @@ again, and returns whether its repair is in force. Replaced functions carry NNI'
 
 from __future__ import annotations
 
+import platform
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
 
 from gumbel_nni.compat import compressors, evaluators, messages, speedup, tracing, transposed
 from gumbel_plugin.compat import make_torchvision_importable
-from gumbel_plugin.errors import MissingExtraError
+from gumbel_plugin.errors import IncompatibleLibraryError, MissingExtraError
 
 _REPAIRS: tuple[Callable[[], bool], ...] = (
     tracing.tensor_methods_in_tracer,
@@ -57,6 +61,7 @@ def apply() -> tuple[str, ...]:
 
     Raises:
         MissingExtraError: If NNI is not installed.
+        IncompatibleLibraryError: If NNI cannot be imported on this Python, or with these libraries.
     """
     make_torchvision_importable()  # nni.compression imports it, and catches ImportError only
     _import_nni()
@@ -71,7 +76,10 @@ def _import_nni() -> None:
             import nni.common.concrete_trace_utils
             import nni.compression.pruning
             import nni.compression.speedup  # noqa: F401
-        except ImportError as error:
-            if (error.name or "").split(".")[0] == "nni":
+        except Exception as error:  # what NNI raises where a library or a Python is not the one that it was made for
+            if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "nni":
                 raise MissingExtraError("nni", "nni") from error
-            raise
+            raise IncompatibleLibraryError(
+                f"NNI {version('nni')} does not work with Python {platform.python_version()} and torch "
+                f"{torch.__version__} here ({type(error).__name__}: {error}); the rest of gumbel_plugin does without it"
+            ) from error

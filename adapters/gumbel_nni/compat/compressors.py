@@ -77,10 +77,7 @@ def biases_of_norms() -> bool:
     """
     from nni.compression.pruning.tools import sparse_gen
 
-    if not hasattr(sparse_gen._generate_align_sparsity, "__wrapped__"):
-        sparse_gen._generate_align_sparsity = functools.update_wrapper(
-            _generate_align_sparsity, sparse_gen._generate_align_sparsity
-        )
+    replace_once(sparse_gen, "_generate_align_sparsity", _generate_align_sparsity)
     return True
 
 
