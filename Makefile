@@ -20,7 +20,7 @@ demo: $(READY)  ## Train, prune, shrink and verify a small network on handwritte
 	$(BIN)/gumbel-prune run configs/digits.yaml --output runs/digits --force
 
 test: $(READY)  ## Run the whole test suite
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 # Which pairs of torch and torchvision: all, or for instance PAIRS="py311-torch2.14". pyenv's Pythons are used where it is.
 PAIRS ?= py311-torch2.13 py311-torch2.14 py312-torch2.11 py313-torch2.14 py310-torch2.6

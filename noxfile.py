@@ -38,4 +38,5 @@ def suite(session: nox.Session, torch: str, torchvision: str) -> None:
     results = RESULTS / session.name.removeprefix("suite(").removesuffix(")")
     packages = session.run("python", "-m", "pip", "freeze", silent=True, log=False)
     Path(f"{results}.txt").write_text(str(packages), encoding="utf-8")
-    session.run("pytest", f"--junitxml={results}.xml", *session.posargs)
+    parallel = ("--numprocesses", "auto", "--dist", "loadfile")
+    session.run("pytest", *parallel, f"--junitxml={results}.xml", *session.posargs, env={"OMP_NUM_THREADS": "1"})

@@ -40,7 +40,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Which data set, known to `gumbel_plugin.runs.data`, and how it is fed.
+    """Which data set, known to `gumbel_plugin.runs.data` or ``package.module:factory``, and how it is fed.
 
     Attributes:
         samples: How many training images to use, drawn at random with the run's seed; None takes all.

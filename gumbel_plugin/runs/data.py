@@ -6,23 +6,20 @@ a seed, and neither it nor the validation set is ever augmented.
 
 from __future__ import annotations
 
-import gzip
 import importlib
-import math
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest, shown
+from gumbel_plugin.runs.idx_files import read_idx
+from gumbel_plugin.runs.own_data import describe, own_data_sets, random_split
 
 DEFAULT_ROOT = Path("data")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -51,7 +48,7 @@ class DataBundle:
     @property
     def is_regression(self) -> bool:
         """Whether the targets are numbers instead of classes."""
-        return bool(self.test[0][1].is_floating_point())
+        return torch.as_tensor(self.test[0][1]).is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def load_data(
     ``cifar100`` Krizhevsky 2009; ``toy_regression`` the synthetic check of Zhang et al. (arXiv 2311.12526).
 
     Args:
-        name: One of `data_names`.
+        name: One of `data_names`, or ``package.module:factory`` for data of your own (see `own_data`).
         root: Folder that holds the files, torchvision's layout included. None means ``./data`` and, for
             ``fashion_mnist``, the place where Debian's package puts them.
         samples: How many training images to use, drawn at random (validation images among them); None takes all.
@@ -134,18 +131,20 @@ def load_data(
         DataError: The files are missing or damaged.
         MissingExtraError: scikit-learn or torchvision is needed and not installed.
     """
-    if name not in _READERS:
-        raise ConfigError(f"unknown data set {shown(name)}{nearest(name, _READERS)}")
+    if name not in _READERS and ":" not in name:
+        raise ConfigError(f"unknown data set {shown(name)}{nearest(name, _READERS)}, or package.module:factory")
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"validation_fraction is {shown(validation_fraction)}; it must be at least 0 and less than 1")
     if augment and name not in _AUGMENTED:
         raise ConfigError(f"augment is true for data set {name!r}; only {' and '.join(_AUGMENTED)} can be augmented")
+    if ":" in name:
+        if root is not None or download:
+            raise ConfigError(f"root and download are for data sets that are known by name; {name!r} finds its own")
+        return _load_own(name, samples, validation_fraction, seed)
     tables = _READERS[name](None if root is None else _folder(root), download)
     inputs, targets = tables.train
     if samples is not None:
-        if not 1 <= samples <= len(inputs):
-            raise ConfigError(f"samples is {shown(samples)}; data set {name!r} has {len(inputs)} to train with")
-        chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:samples]
+        chosen = _chosen(name, len(inputs), samples, seed)
         inputs, targets = inputs[chosen], targets[chosen]
     wrap: Callable[..., Dataset[Any]] = TensorDataset
     if inputs.dtype == torch.uint8:
@@ -159,6 +158,24 @@ def load_data(
         inputs, targets = inputs[kept], targets[kept]
     train = wrap(inputs, targets, padding=_CROP_PADDING) if augment else wrap(inputs, targets)
     return DataBundle(train, validation, test, tables.num_classes, tuple(inputs.shape[1:]))
+
+
+def _load_own(name: str, samples: int | None, validation_fraction: float, seed: int) -> DataBundle:
+    train, test = own_data_sets(name)
+    num_classes, input_shape = describe(name, train, test)
+    if samples is not None:
+        train = Subset(train, _chosen(name, len(train), samples, seed).tolist())  # type: ignore[arg-type]
+    validation = None
+    if validation_fraction > 0:
+        kept, held_out = random_split(len(train), validation_fraction, seed)  # type: ignore[arg-type]
+        train, validation = Subset(train, kept), Subset(train, held_out)
+    return DataBundle(train, validation, test, num_classes, input_shape)
+
+
+def _chosen(name: str, count: int, samples: int, seed: int) -> Tensor:
+    if not 1 <= samples <= count:
+        raise ConfigError(f"samples is {shown(samples)}; data set {name!r} has {count} to train with")
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
 
 
 def _folder(root: str | Path) -> Path:
@@ -278,32 +295,6 @@ def _read_labelled(images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor
     if labels.max() > 9:
         raise DataError(f"{labels_path} holds the label {labels.max()}; the largest of ten classes is 9")
     return images.unsqueeze(1), labels.long()
-
-
-def read_idx(path: Path) -> Tensor:
-    """Read an idx file of unsigned bytes, gzipped if its name ends in ``.gz``.
-
-    The format (LeCun, "The MNIST database"): two zero bytes, the type (8), the number of dimensions, each dimension as
-    a big-endian 32-bit integer, then the bytes, the last dimension fastest.
-
-    Returns:
-        A uint8 tensor of the shape in the header, of at least one element.
-
-    Raises:
-        DataError: The file cannot be read, is of another type, or is shorter or longer than its header says.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise DataError(f"{path} is not an idx file of unsigned bytes: it starts with {content[:4].hex()}")
-    shape = struct.unpack_from(f">{content[3]}I", content, 4)
-    start = 4 + 4 * len(shape)
-    if not len(content) - start == math.prod(shape) > 0:
-        raise DataError(f"{path} is damaged: {len(content) - start} bytes follow a header that says {shape}")
-    values = np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-    return torch.from_numpy(values.copy())  # a copy, because bytes are read-only
 
 
 def _read_cifar(kind: str, root: Path | None, download: bool) -> _Tables:

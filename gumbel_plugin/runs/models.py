@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, MissingExtraError, nearest, shorten, shown
+from gumbel_plugin.runs.factories import import_factory
 
 ModelFactory = Callable[..., nn.Module]
 _Factory = TypeVar("_Factory", bound=ModelFactory)
@@ -99,7 +100,7 @@ def build_model(name: str, num_classes: int | None = None, in_channels: int | No
 
 def _factory(name: str) -> ModelFactory:
     if ":" in name:
-        return _import_factory(name)
+        return import_factory(name, "model")
     if name in _REGISTRY:
         return _REGISTRY[name]
     known = model_names()
@@ -111,25 +112,6 @@ def _factory(name: str) -> ModelFactory:
 
 def _has_torchvision() -> bool:
     return importlib.util.find_spec("torchvision") is not None
-
-
-def _import_factory(name: str) -> ModelFactory:
-    module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"model {shown(name)} is not of the form package.module:factory")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists; something that it imports does not
-        raise ConfigError(f"model {name!r}: there is no module {error.name!r} on the import path") from error
-    except Exception as error:  # its own code
-        raise ConfigError(f"model {name!r}: importing {module_name} raises {shorten(repr(error), 800)}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        hint = nearest(attribute, (key for key, value in vars(module).items() if callable(value)))
-        raise ConfigError(f"model {name!r}: {module_name} has no callable {attribute!r}{hint}")
-    return factory  # type: ignore[no-any-return]
 
 
 def _call_torchvision(name: str, builder: ModelFactory, given: dict[str, Any]) -> nn.Module:
