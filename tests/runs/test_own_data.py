@@ -127,7 +127,7 @@ def test_what_is_for_known_sets_only(settings: dict[str, Any]) -> None:
 
 def test_a_run_trains_on_it(tmp_path: Path) -> None:
     config = {
-        "model": {"name": "digits_cnn"},
+        "model": {"name": "digits_cnn", "num_classes": 3},
         "data": {"name": named("fresh"), "batch_size": 16},
         "training": {"max_epochs": 1},
         "report": {"html": False, "latency_batches": []},
