@@ -38,6 +38,11 @@ def shown(value: object, limit: int = 160) -> str:
     return shorten(_short.repr(value), limit)
 
 
+def shown_path(path: object) -> str:
+    """Return a path as a message shows it: quoted, and whole unless it is longer than any that is meant."""
+    return shorten(repr(str(path)), 400)
+
+
 def shorten(text: str, limit: int = _LONGEST) -> str:
     """Return a text of at most `limit` characters; what is too much is left out of its middle."""
     if len(text) <= limit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gumbel_plugin.errors import DataError, OutputError, shorten
+from gumbel_plugin.errors import DataError, OutputError, shown_path
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -26,7 +26,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
-        raise OutputError(f"{_shown(path)} cannot be written: {_reason(error)}") from error
+        raise OutputError(f"{shown_path(path)} cannot be written: {_reason(error)}") from error
 
 
 def append_text(path: str | Path, text: str) -> None:
@@ -39,7 +39,7 @@ def append_text(path: str | Path, text: str) -> None:
         with Path(path).open("ab") as file:
             file.write(text.encode())
     except OSError as error:
-        raise OutputError(f"{_shown(path)} cannot be written: {_reason(error)}") from error
+        raise OutputError(f"{shown_path(path)} cannot be written: {_reason(error)}") from error
 
 
 def check_writable(path: str | Path) -> None:
@@ -58,7 +58,7 @@ def check_writable(path: str | Path) -> None:
     except (OSError, ValueError) as error:  # a name that is too long, or that holds a NUL
         problem = _reason(error)
     if problem is not None:
-        raise OutputError(f"{_shown(path)} cannot be written: {problem}")
+        raise OutputError(f"{shown_path(path)} cannot be written: {problem}")
 
 
 def check_readable(path: str | Path, kind: str) -> None:
@@ -77,11 +77,7 @@ def check_readable(path: str | Path, kind: str) -> None:
         regular = exists = False
     if not regular:
         problem = "it is no regular file" if exists else "it does not exist"
-        raise DataError(f"{kind} {shorten(str(path), 400)} cannot be read: {problem}")
-
-
-def _shown(path: str | Path) -> str:
-    return shorten(repr(str(path)), 400)
+        raise DataError(f"{kind} {shown_path(path)} cannot be read: {problem}")
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from gumbel_plugin.config_values import MAX_DEPTH, MAX_VALUES, plain
-from gumbel_plugin.errors import ConfigError, shorten, shown
+from gumbel_plugin.errors import ConfigError, shorten, shown, shown_path
 
 MAX_BYTES = 1_000_000
 """How large a configuration file may be."""
@@ -153,7 +153,7 @@ def read_yaml(path: Path) -> Any:
     Raises:
         ConfigError: If the file is missing, no regular file, too large, or is no YAML mapping or list.
     """
-    name = f"config {shown(str(path))}"
+    name = f"config {shown_path(path)}"
     raw = _read_bytes(path, name)
     try:
         content = parse_yaml(raw.decode("utf-8-sig"))

@@ -236,9 +236,16 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
 
 
 def _copy_hint(model: nn.Module) -> str:
-    """Return what to do about weights that torch computes from others, which cannot be copied."""
-    ways = ((name, how_to_keep_weights(module)) for name, module in model.named_modules())
-    return "; ".join(f"{name!r} has a computed weight, call {way} first" for name, way in ways if way)
+    """Return what to do about weights and attributes that are computed from others, which torch does not copy."""
+    for name, module in model.named_modules():
+        way = how_to_keep_weights(module)
+        if way:
+            return f"{name!r} has a computed weight, call {way} first"
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                place = ".".join(filter(None, (name, attribute)))
+                return f"{place!r} is a tensor computed from others, which torch does not copy; delete or detach it"
+    return ""
 
 
 def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.errors import ConfigError, GumbelPluginError, shorten, shown
+from gumbel_plugin.errors import ConfigError, GumbelPluginError, shorten, shown_path
 from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, agreement_line, result_rows
 from gumbel_plugin.runs.folder import CONFIG, SUMMARY
 from gumbel_plugin.runs.interruption import Interruption
@@ -251,7 +251,7 @@ def _print_table(table: Table) -> None:
 def _load(path: Path, settings: list[str] | None) -> PruningConfig:
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ConfigError(f"config {shown(str(path))} must be a mapping with a pruning section to be run")
+        raise ConfigError(f"config {shown_path(path)} must be a mapping with a pruning section to be run")
     return PruningConfig.load(apply_overrides(values, settings or []))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest, shown
+from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, nearest, shown, shown_path
 from gumbel_plugin.runs.idx_files import read_idx
 from gumbel_plugin.runs.own_data import describe, own_data_sets, random_split
 
@@ -184,7 +184,7 @@ def _folder(root: str | Path) -> Path:
         folder.exists()  # what can be no path at all, such as 5,000 letters, raises
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"root {shown(str(root))} cannot be a folder: {reason}") from error
+        raise ConfigError(f"root {shown_path(root)} cannot be a folder: {reason}") from error
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError, shown
+from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError, shown, shown_path
 from gumbel_plugin.files import check_writable, write_bytes
 from gumbel_plugin.runs.result_files import read_gates, read_log, read_summary
 from gumbel_plugin.shrinking.mask_file import load_masks
@@ -50,7 +50,7 @@ class RunFolder:
             DataError: If there is no such folder.
         """
         if not path.is_dir():
-            raise DataError(f"run folder {shown(str(path))} does not exist")
+            raise DataError(f"run folder {shown_path(path)} does not exist")
         folder = cls(path)
         for name, reader in _READERS.items():
             file = path / name
@@ -76,7 +76,7 @@ class RunFolder:
         problem = f"{wrong} {self.problems[wrong]}"
         if self.problems.get(SUMMARY) == "is missing" and CONFIG in self.contents:
             problem = f"the run is not finished ({problem}); gumbel-prune run --resume {self.path} goes on with it"
-        raise DataError(f"run folder {shown(str(self.path))}: {problem}; what can be read: {readable}")
+        raise DataError(f"run folder {shown_path(self.path)}: {problem}; what can be read: {readable}")
 
     def _described(self, name: str) -> str:
         return f"{name} ({len(self.contents[name])} epochs)" if name in (LOG, GATES) else name
@@ -115,10 +115,10 @@ def refuse_finished(output: Path, force: bool) -> None:
     try:
         finished = (output / SUMMARY).exists()
     except OSError as error:
-        raise ConfigError(f"output {shown(str(output))} cannot be read: {error}") from error
+        raise ConfigError(f"output {shown_path(output)} cannot be read: {error}") from error
     if finished and not force:
         raise ConfigError(
-            f"output {shown(str(output))} holds a finished run; pass --force to replace it, or choose another --output"
+            f"output {shown_path(output)} holds a finished run; pass --force to replace it, or choose another --output"
         )
 
 
@@ -143,14 +143,14 @@ def check_resumable(output: Path, config: PruningConfig) -> None:
     """
     folder = RunFolder.read(output)
     if SUMMARY in folder.contents or (output / SUMMARY).exists():
-        raise ConfigError(f"output {shown(str(output))} holds a finished run; there is nothing to resume")
+        raise ConfigError(f"output {shown_path(output)} holds a finished run; there is nothing to resume")
     folder.require(CONFIG)
     noted = _flat(folder.contents[CONFIG].model_dump(mode="json"))
     given = _flat(config.model_dump(mode="json"))
     different = [key for key in {**noted, **given} if noted.get(key) != given.get(key)]
     if different:
         listed = "; ".join(f"{key}: {shown(noted.get(key))} there, {shown(given.get(key))} now" for key in different)
-        raise ConfigError(f"run folder {shown(str(output))} was begun with another configuration: {listed}")
+        raise ConfigError(f"run folder {shown_path(output)} was begun with another configuration: {listed}")
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -176,7 +176,7 @@ def check_space(output: Path, needed: int) -> None:
     if free < needed + _SPARE:
         megabytes = (needed + _SPARE) / 2**20
         raise ConfigError(
-            f"output {shown(str(output))}: {free / 2**20:.0f} MiB are free, the run needs {megabytes:.0f} MiB"
+            f"output {shown_path(output)}: {free / 2**20:.0f} MiB are free, the run needs {megabytes:.0f} MiB"
         )
 
 
@@ -189,7 +189,7 @@ def create(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output {shown(str(output))} cannot be written: {error}") from error
+        raise ConfigError(f"output {shown_path(output)} cannot be written: {error}") from error
 
 
 def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftovers: Iterable[str] = ()) -> None:
@@ -211,7 +211,7 @@ def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftove
                 (output / name).unlink(missing_ok=True)
         write_bytes(output / CONFIG, config.to_yaml().encode())
     except OSError as error:
-        raise ConfigError(f"output {shown(str(output))} cannot be written: {error}") from error
+        raise ConfigError(f"output {shown_path(output)} cannot be written: {error}") from error
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {

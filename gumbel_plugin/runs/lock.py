@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from gumbel_plugin.errors import ConfigError, shown
+from gumbel_plugin.errors import ConfigError, shown_path
 
 LOCK = "run.lock"
 """The locked file; it says which process writes into its folder, and goes when that process is done."""
@@ -52,7 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
     except OSError as error:
-        raise ConfigError(f"output {shown(str(folder))} cannot be written: {error}") from error
+        raise ConfigError(f"output {shown_path(folder)} cannot be written: {error}") from error
     with file:
         try:
             yield
@@ -71,7 +71,7 @@ def _open_locked(path: Path) -> IO[str]:
                 file.seek(0)
                 holder = file.read(100) or "another process"
             raise ConfigError(
-                f"output {shown(str(path.parent))} is in use by {holder}; wait for it, or choose another folder"
+                f"output {shown_path(path.parent)} is in use by {holder}; wait for it, or choose another folder"
             ) from None
         warnings.warn(
             f"{path} cannot be locked ({error}): start no second run in this folder before this one ends", stacklevel=2

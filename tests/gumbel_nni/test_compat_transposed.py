@@ -100,7 +100,7 @@ class Skip(nn.Module):
         return self.out(torch.relu(self.norm(self.up(x) + self.side(wide))))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")  # NNI traces by it
 def test_tied_layers_close_the_same_outputs() -> None:
     torch.manual_seed(0)
     model, x = Skip(), torch.randn(2, 3, 4, 4)
