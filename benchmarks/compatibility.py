@@ -16,7 +16,8 @@ SHOWN = ("torch", "torchvision", "nni", "torch-pruning", "lightning", "transform
 TEXT = """# Compatibility
 
 Which installations is the whole test suite run on, and what is the result? Everything that the project depends on is
-installed in each of them, with the versions of `constraints.txt`; only torch and torchvision are the row's own.
+installed in each of them, with the versions of `constraints.txt`; only torch and torchvision are the row's own. A pair
+of `noxfile.py` without a row was not run to an end on this state.
 
 ```bash
 make matrix    # installs and runs all rows (hours); PAIRS="py313-torch2.14" runs one of them

@@ -142,9 +142,15 @@ def _wrapped_iterable_class(tracer: Any, clz: type) -> Any:
 
 
 def _like_its_class(wrapper: Any, clz: Any) -> Any:
-    """Give the wrapper's class, which is its own, the subscript and the attributes of the class that it stands for."""
+    """Give the wrapper's class, which is its own, the subscript and the methods of the class that it stands for."""
+
+    def public(self: Any, name: str) -> Any:
+        if name.startswith("__"):  # functools.wraps copies what it finds of these
+            raise AttributeError(name)
+        return getattr(clz, name)
+
     type(wrapper).__getitem__ = lambda self, item: clz[item]
-    type(wrapper).__getattr__ = lambda self, name: getattr(clz, name)
+    type(wrapper).__getattr__ = public
     return wrapper
 
 
