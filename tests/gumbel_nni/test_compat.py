@@ -36,6 +36,7 @@ ALL_REPAIRS = (
     "tensor_methods_in_tracer",
     "python_functions_in_tracer",
     "generic_classes_in_tracer",
+    "type_in_tracer",
     "classes_after_tracing",
     "impure_with_two_arguments",
     "bytecode_caches_in_proxy",
@@ -66,6 +67,7 @@ ALL_REPAIRS = (
     "layer_types_by_name",
 )
 NOT_NEEDED = {
+    "type_in_tracer": isinstance(getattr(type, "__type_params__", ()), tuple),
     "impure_with_two_arguments": "impure_random" not in inspect.signature(torch.fx.Node.is_impure).parameters,
     "bytecode_caches_in_proxy": sys.version_info < (3, 11),
 }

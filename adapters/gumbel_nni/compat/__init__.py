@@ -22,6 +22,7 @@ _REPAIRS: tuple[Callable[[], bool], ...] = (
     tracing.tensor_methods_in_tracer,
     tracing.python_functions_in_tracer,
     tracing.generic_classes_in_tracer,
+    tracing.type_in_tracer,
     tracing.classes_after_tracing,
     tracing.impure_with_two_arguments,
     tracing.bytecode_caches_in_proxy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import sys
 import types
@@ -70,6 +71,22 @@ def generic_classes_in_tracer() -> bool:
 
     replace_once(concrete_tracer, "_create_wrapped_leaf_class", _wrapped_class)
     replace_once(concrete_tracer, "_create_wrapped_leaf_iterable_class", _wrapped_iterable_class)
+    return True
+
+
+def type_in_tracer() -> bool:
+    """Let concrete_trace wrap ``type``.
+
+    Cause: ``functools.wraps(type)`` copies ``type.__type_params__``, in Python 3.12 a descriptor and no tuple:
+    TypeError at every tracing. Remedy: the tracer's ``wraps`` leaves it out.
+    """
+    if isinstance(getattr(type, "__type_params__", ()), tuple):
+        return False
+    from nni.common.concrete_trace_utils import concrete_tracer
+
+    assigned = tuple(name for name in functools.WRAPPER_ASSIGNMENTS if name != "__type_params__")
+    wraps = functools.partial(functools.wraps, assigned=assigned)
+    concrete_tracer.functools = types.SimpleNamespace(**{**vars(functools), "wraps": wraps})
     return True
 
 
