@@ -84,7 +84,8 @@ def type_in_tracer() -> bool:
         return False
     from nni.common.concrete_trace_utils import concrete_tracer
 
-    assigned = tuple(name for name in functools.WRAPPER_ASSIGNMENTS if name != "__type_params__")
+    names: tuple[str, ...] = functools.WRAPPER_ASSIGNMENTS
+    assigned = tuple(name for name in names if name != "__type_params__")
     wraps = functools.partial(functools.wraps, assigned=assigned)
     concrete_tracer.functools = types.SimpleNamespace(**{**vars(functools), "wraps": wraps})
     return True
