@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from nni.compression.base import config as nni_config
 from nni.compression.base.apply_method import pruning_apply_methods
 from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.setting import PruningSetting
@@ -19,13 +17,12 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
-from gumbel_nni.arguments import check_compressor, check_evaluator, check_length
-from gumbel_nni.compat.messages import complaints
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
+from gumbel_nni.pruner_arguments import check_compressor, check_evaluator, check_length, inputs_to_trace, load_config
 from gumbel_nni.schedules import Goals, TrainingLength
 from gumbel_nni.unremovable import warn_if_nothing_left
 from gumbel_nni.unwrapping import SITE, unwrapped_copy, wrappers_of
-from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
+from gumbel_plugin.config import ConfigLike, PruningSection
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
 from gumbel_plugin.learning.plan import Plan, needs_groups
 from gumbel_plugin.learning.session import MaskingSession, Masks
@@ -105,8 +102,8 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         check_evaluator(evaluator)
         learnt, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
         check_followers(model, aligned)
-        self.config = _load(learnt)
-        self._example_inputs = _example_inputs(self.config, evaluator, example_inputs)
+        self.config = load_config(learnt)
+        self._example_inputs = inputs_to_trace(self.config, evaluator, example_inputs)
         pruning = self.config.pruning
         groups = find_groups(model, self._example_inputs) if needs_groups(pruning) else []
         inputs = self._example_inputs
@@ -368,42 +365,3 @@ def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
     if pruning.method_options().gates_blocks:
         return [{"op_names": list(plan.sites)}]
     return [rule.as_nni() for rule in pruning.config_list]
-
-
-def _load(config: ConfigLike) -> PruningConfig:
-    """Read a configuration; where NNI has something to say against a config list too, say that as well."""
-    if not isinstance(config, list):
-        return PruningConfig.load(config)
-    for number, entry in enumerate(config):
-        if not isinstance(entry, Mapping):
-            raise ConfigError(f"config_list.{number} is a {type(entry).__name__}; each entry must be a mapping")
-    translated: list[Any] = nni_config.trans_legacy_config_list(config)
-    # What an entry of NNI's older format excludes stands in all the others now.
-    entries = [entry for entry, given in zip(translated, config, strict=True) if not given.get("exclude")]
-    try:
-        return PruningConfig.load(entries)
-    except ConfigError as error:
-        nnis = complaints(entries)
-        raise ConfigError(f"{error} (NNI: {'; '.join(nnis)})" if nnis else str(error)) from error
-
-
-def _example_inputs(config: PruningConfig, evaluator: Evaluator | None, given: Any) -> Any:
-    """Return what to trace the model with, from the first of the four places that has it."""
-    if given is not None:
-        return given
-    if config.example_shape is not None:
-        return torch.randn(config.example_shape, generator=torch.Generator().manual_seed(config.seed))
-    dummy = evaluator.get_dummy_input() if evaluator is not None else None
-    if dummy is not None:
-        return dummy
-    if config.data is not None:
-        from gumbel_plugin.runs.train import loaders
-
-        batch = next(iter(loaders(config)[0]))
-        return batch[0][:2]
-    if needs_groups(config.pruning):
-        raise ConfigError(
-            "removing whole channels needs inputs to trace the model with: pass example_inputs=, or example_shape in "
-            "the configuration, or dummy_input in the evaluator, or a data section in the configuration"
-        )
-    return None
