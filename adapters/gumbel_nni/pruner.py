@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
-from gumbel_nni.pruner_arguments import check_compressor, check_evaluator, check_length, inputs_to_trace, load_config
+from gumbel_nni.pruner_arguments import check_compressor, check_evaluator, inputs_to_trace, load_config
 from gumbel_nni.schedules import Goals, TrainingLength
 from gumbel_nni.unremovable import warn_if_nothing_left
 from gumbel_nni.unwrapping import SITE, unwrapped_copy, wrappers_of
@@ -27,6 +27,7 @@ from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, neare
 from gumbel_plugin.learning.plan import Plan, needs_groups
 from gumbel_plugin.learning.session import MaskingSession, Masks
 from gumbel_plugin.learning.sites import WeightSite
+from gumbel_plugin.learning.training_check import checked_length
 from gumbel_plugin.mask_format import check_format
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
@@ -191,8 +192,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         """
         if self.session.phase is Phase.FIXED:
             raise LifecycleError("the masks were decided already; a new GumbelPruner learns new ones")
-        check_length("max_steps", max_steps)
-        check_length("max_epochs", max_epochs)
+        max_steps, max_epochs = checked_length("max_steps", max_steps), checked_length("max_epochs", max_epochs)
         if max_steps is None and max_epochs is None:
             max_epochs = self.config.training.max_epochs
         if self.evaluator is not None:

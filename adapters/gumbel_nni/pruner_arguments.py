@@ -30,16 +30,6 @@ def check_evaluator(evaluator: Any) -> None:
         )
 
 
-def check_length(name: str, value: Any) -> None:
-    """Refuse a number of steps or epochs that is neither a positive integer nor None.
-
-    Raises:
-        ConfigError: With the argument's name and value.
-    """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigError(f"{name} = {shown(value)}: it must be a positive integer, or None")
-
-
 def check_compressor(compressor: Any) -> None:
     """Refuse what is no compressor of NNI's where one is inherited from.
 

@@ -20,7 +20,7 @@ from gumbel_plugin.learning.plan import Plan, build_plan
 from gumbel_plugin.learning.rescale import initialise_weight
 from gumbel_plugin.learning.snapshot import Snapshot, load_state, save_state
 from gumbel_plugin.learning.status import Status, status_of
-from gumbel_plugin.learning.training_check import TrainingCheck, checked_steps, kept_fractions, warn_if_unprepared
+from gumbel_plugin.learning.training_check import TrainingCheck, checked_length, kept_fractions, warn_if_unprepared
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.wrapped import refuse_unusable
@@ -110,7 +110,7 @@ class MaskingSession:
             LifecycleError: If the session was started before.
             ConfigError: If `total_steps` is no whole number of at least 1.
         """
-        total_steps = checked_steps(total_steps)
+        total_steps = checked_length("total_steps", total_steps)
         if self._started:
             raise LifecycleError("the session was started before; a new MaskingSession learns new masks")
         self._require_free_model()
@@ -134,7 +134,7 @@ class MaskingSession:
                 f"expect() comes before the first step; the session is at step {self.steps}, its masks are "
                 f"{self.phase.value}"
             )
-        self.total_steps = checked_steps(total_steps)
+        self.total_steps = checked_length("total_steps", total_steps)
         for mask in self.plan.masks.values():
             mask.phase = Phase.OPEN
         self._enter_phase()

@@ -20,24 +20,25 @@ _NOTICEABLE = 0.01
 """But by no less than this part of the dense cost."""
 
 
-def checked_steps(total_steps: object) -> int | None:
-    """Return a number of optimizer steps as an int, or None where it is not known.
+def checked_length(name: str, value: object) -> int | None:
+    """Return the length of a training as an int, or None where it is not known.
+
+    Args:
+        name: The argument's name, for the message.
+        value: A number of optimizer steps or epochs, of any integral type, or None.
 
     Raises:
         ConfigError: If it is no whole number of at least 1.
     """
-    if total_steps is None:
+    if value is None:
         return None
     try:
-        steps = -1 if isinstance(total_steps, bool) else operator.index(total_steps)  # type: ignore[arg-type]
+        length = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        steps = -1
-    if steps < 1:
-        raise ConfigError(
-            f"total_steps = {shown(total_steps)}: it is the number of optimizer steps of the whole training, a whole "
-            "number of at least 1, or None if that is not known"
-        )
-    return steps
+        length = -1
+    if length < 1:
+        raise ConfigError(f"{name} = {shown(value)}: it must be a whole number of at least 1, or None")
+    return length
 
 
 class TrainingCheck:

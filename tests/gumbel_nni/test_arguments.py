@@ -45,7 +45,7 @@ def test_a_length_that_is_none(name: str, value: Any) -> None:
     model = network()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     pruner = GumbelPruner(model, RULES, evaluator_of(model, X))
-    with pytest.raises(ConfigError, match=f"{name} = .*: it must be a positive integer, or None"):
+    with pytest.raises(ConfigError, match=f"{name} = .*: it must be a whole number of at least 1, or None"):
         pruner.compress(**{name: value})
     pruner.unwrap_model()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
