@@ -11,7 +11,6 @@ import json
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -98,12 +97,11 @@ def torch_content(content: bytes, path: str | Path, kind: str, allowed: Sequence
     Raises:
         DataError: If the content is damaged or holds anything else than plain values, tensors and what is allowed.
     """
-    safe_globals = getattr(torch.serialization, "safe_globals", nullcontext)  # torch >= 2.5
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save does not do")  # nor may it unpack to terabytes
-        with safe_globals(list(allowed)):
+        with torch.serialization.safe_globals(list(allowed)):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise whatever its instructions lead to
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -236,7 +236,7 @@ class MaskingSession:
             self._check.step()
         self.steps += 1
         self.plan.noise.forward += 1  # a new sample, also where the loop calls parts of the model instead of the model
-        begin, end = self._boundaries()
+        begin, end = self.mask_learning_span()
         self.controller.step(None if self.total_steps is None else end - begin)
         for mask in self.plan.masks.values():
             mask.advance(self.progress)
@@ -333,7 +333,7 @@ class MaskingSession:
         """How far the mask learning is, in [0, 1]; 1 if the length of the training is not known."""
         if self.total_steps is None:
             return 1.0
-        begin, end = self._boundaries()
+        begin, end = self.mask_learning_span()
         return min(1.0, max(0.0, (self.steps - begin) / max(1, end - begin)))
 
     def status(self) -> Status:
@@ -353,13 +353,14 @@ class MaskingSession:
         if not self._started and self.phase is not Phase.FIXED:  # masks may be given instead of learned
             raise LifecycleError(f"{verb}() of a session that was not started; start(total_steps) comes first")
 
-    def _boundaries(self) -> tuple[int, int]:
+    def mask_learning_span(self) -> tuple[int, int]:
+        """Return the steps at which the mask learning begins and ends; (0, 0) where the length is not known."""
         total = self.total_steps or 0
         phases = self.config.phases
         return int(total * phases.dense), total - int(total * phases.fixed)
 
     def _enter_phase(self) -> None:
-        begin, end = self._boundaries()
+        begin, end = self.mask_learning_span()
         if self.phase is Phase.FIXED:
             return
         if self.total_steps is not None and self.config.phases.fixed > 0 and self.steps >= end:

@@ -19,7 +19,7 @@ def settled(session: MaskingSession, steps: int | None = None) -> bool:
     if steps is None and session.phase is Phase.FIXED:
         return True
     at, phases = session.steps if steps is None else steps, session.config.phases
-    begin, end = session._boundaries()
+    begin, end = session.mask_learning_span()
     if phases.fixed > 0:
         return session.total_steps is not None and at >= end
     if session.total_steps is None:
