@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gumbel_plugin.errors import DataError, OutputError, shown_path
+from gumbel_plugin.errors import DataError, OutputError, shorten, shown_path
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -77,7 +77,7 @@ def check_readable(path: str | Path, kind: str) -> None:
         regular = exists = False
     if not regular:
         problem = "it is no regular file" if exists else "it does not exist"
-        raise DataError(f"{kind} {shown_path(path)} cannot be read: {problem}")
+        raise DataError(f"{kind} {shorten(str(path), 400)} cannot be read: {problem}")
 
 
 def _reason(error: Exception) -> str:
