@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from gumbel_plugin import GumbelGroupPruner
 from gumbel_plugin.config import PhaseConfig, PruningSection
-from gumbel_plugin.insight.profile import count_macs, count_parameters
-from gumbel_plugin.learning.session import GATES
+from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.runs.data import load_data, make_loader
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.train import evaluate
+from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 

@@ -20,9 +20,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.learning.session import MaskingSession
 from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.train import evaluate, load_config_data, loaders
+from gumbel_plugin.training.session import MaskingSession
 
 import lightning.pytorch as pl  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 from nni_baselines import BASELINES, Baseline  # isort: skip

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import gumbel_nni  # noqa: F401  (repairs NNI on today's torch)
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.insight.profile import count_nonzero
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.train import evaluate, load_config_data, loaders, make_loss
 from gumbel_plugin.shrinking.shrink import shrink
+from gumbel_plugin.sparsity.counting import count_nonzero
 
 import nni  # isort: skip
 from nni.compression import TorchEvaluator  # isort: skip

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 import gumbel_nni
-from gumbel_plugin.insight.profile import count_parameters
-from gumbel_plugin.shrinking.inputs import observing
+from gumbel_plugin.layers.example_inputs import observing
 from gumbel_plugin.shrinking.shrink import Backend
+from gumbel_plugin.sparsity.counting import count_parameters
 
 from nni.compression.pruning import L1NormPruner  # isort: skip  (importable once gumbel_nni is)
 from nni.compression.speedup import ModelSpeedup  # isort: skip

@@ -20,7 +20,7 @@ import torch
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import GumbelPluginError
 from gumbel_plugin.runs.run import RunResult, run
-from gumbel_plugin.versions import library_versions
+from gumbel_plugin.storage.versions import library_versions
 
 COLUMNS = {
     "dense": "dense score",

@@ -19,7 +19,7 @@ from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import GumbelPluginError
 from gumbel_plugin.insight.interpret import disjoint_parts, pathways, symmetries
 from gumbel_plugin.runs.run import run
-from gumbel_plugin.versions import library_versions
+from gumbel_plugin.storage.versions import library_versions
 
 CONFIG = Path(__file__).parent.parent / "configs" / "papers" / "joint_toy.yaml"
 MOST_EDGES = 24

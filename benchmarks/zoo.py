@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig
-from gumbel_plugin.insight.profile import count_macs, count_parameters
-from gumbel_plugin.learning.session import MaskingSession
-from gumbel_plugin.masks.targets import ChannelGroup
+from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
+from gumbel_plugin.sparsity.counting import count_macs, count_parameters
+from gumbel_plugin.training.session import MaskingSession
 
 import torchvision  # isort: skip  (after gumbel_plugin, which makes it importable)
 from gumbel_torch_pruning import find_groups  # isort: skip

@@ -5,16 +5,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gumbel_plugin.compat import make_torchvision_importable
+from gumbel_plugin.torchvision_import import make_torchvision_importable
 
 make_torchvision_importable()
 
 from gumbel_plugin.config import PruningConfig  # noqa: E402
 from gumbel_plugin.errors import GumbelPluginError, MissingExtraError  # noqa: E402
-from gumbel_plugin.learning.session import MaskingSession  # noqa: E402
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence  # noqa: E402
 from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned  # noqa: E402
 from gumbel_plugin.shrinking.shrink import shrink  # noqa: E402
+from gumbel_plugin.training.session import MaskingSession  # noqa: E402
 
 if TYPE_CHECKING:
     from gumbel_nni import GumbelPruner

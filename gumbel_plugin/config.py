@@ -15,9 +15,9 @@ from gumbel_plugin.config_values import Section, plain
 from gumbel_plugin.errors import ConfigError, shown
 from gumbel_plugin.masks import method_named
 from gumbel_plugin.masks.base import MaskOptions, WeightMode
-from gumbel_plugin.masks.targets import granularity_of
 from gumbel_plugin.nni_entries import flatten_entry, settings_without_effect
-from gumbel_plugin.yaml_files import read_yaml, write_yaml
+from gumbel_plugin.sparsity.types import granularity_of
+from gumbel_plugin.storage.yaml_files import read_yaml, write_yaml
 
 ConfigLike: TypeAlias = "str | Path | Mapping[str, Any] | PruningConfig | Sequence[Mapping[str, Any]]"
 

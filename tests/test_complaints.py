@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from gumbel_plugin import MaskingSession, PruningConfig, load_pruned, save_pruned, shrink
 from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError
-from gumbel_plugin.insight.profile import count_macs, count_parameters
-from gumbel_plugin.learning.session import plain_copy
+from gumbel_plugin.layers.weights import plain_copy
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 from gumbel_torch_pruning import find_groups
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))

@@ -14,9 +14,9 @@ from torch import nn
 
 from gumbel_plugin.config import LayerRule, OptimizerConfig, PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.schedules import Schedule
-from gumbel_plugin.masks.targets import granularity_of
-from gumbel_plugin.yaml_files import apply_overrides, read_yaml
+from gumbel_plugin.sparsity.schedules import Schedule
+from gumbel_plugin.sparsity.types import granularity_of
+from gumbel_plugin.storage.yaml_files import apply_overrides, read_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ENTRY = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}

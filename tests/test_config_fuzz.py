@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, GumbelPluginError
 from gumbel_plugin.runs.run import prepare
-from gumbel_plugin.yaml_files import parse_yaml
+from gumbel_plugin.storage.yaml_files import parse_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 TEXTS = [path.read_text(encoding="utf-8") for path in CONFIGS]

@@ -13,7 +13,7 @@ import pytest
 from gumbel_plugin.config import LayerRule, PruningConfig, PruningSection
 from gumbel_plugin.config_values import MAX_DEPTH, MAX_VALUES
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.schedules import Schedule
+from gumbel_plugin.sparsity.schedules import Schedule
 
 ENTRY = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
 

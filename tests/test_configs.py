@@ -9,10 +9,10 @@ import torch
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import DataError
-from gumbel_plugin.learning.session import MaskingSession
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.run import Prepared, prepare, run
-from gumbel_plugin.yaml_files import read_yaml
+from gumbel_plugin.storage.yaml_files import read_yaml
+from gumbel_plugin.training.session import MaskingSession
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))

@@ -15,7 +15,7 @@ from torch import nn
 from gumbel_plugin import PruningConfig
 from gumbel_plugin.config import LayerRule
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.learning.plan import build_plan
+from gumbel_plugin.training.plan import build_plan
 
 # A value for each key of NNI's schema for pruning, and what is said where it has no meaning here.
 KEYS: dict[str, tuple[Any, str]] = {
@@ -90,7 +90,7 @@ def test_every_key_is_honored_or_named_in_one_warning(key: str, caplog: pytest.L
         {**entry, "granularity": entry["granularity"] if key == "granularity" else [1]}
     )
     says = KEYS[key][1]
-    if key == "align":  # a list with such entries: tests/gumbel_nni/test_pruner.py
+    if key == "align":  # a list with such entries: tests/gumbel_nni/test_gumbel_pruner.py
         with pytest.raises(ConfigError, match=says):
             PruningConfig.load([entry])
         return

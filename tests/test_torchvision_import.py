@@ -21,7 +21,7 @@ assert torchvision.models.resnet18(num_classes=3).eval()(torch.zeros(1, 3, 32, 3
 print("done")
 """
 LAYOUT = """
-from gumbel_plugin.compat import make_torchvision_importable
+from gumbel_plugin.torchvision_import import make_torchvision_importable
 import torch, torchvision.submodule
 assert torchvision.__file__.startswith({folder!r})
 assert hasattr(torch.ops.torchvision, "nms") == {declared}

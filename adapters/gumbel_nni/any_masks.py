@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from gumbel_nni.unremovable import warn_if_nothing_left
-from gumbel_plugin.shrinking.inputs import ExampleInputs
+from gumbel_plugin.layers.example_inputs import ExampleInputs
+from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.shrink import Backend, shrink
-from gumbel_plugin.wrapped import refuse_wrapped
 
 
 def speedup(

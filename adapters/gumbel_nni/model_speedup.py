@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gumbel_nni import compat
 from gumbel_plugin.errors import ConfigError, GraphError, TargetError, nearest
-from gumbel_plugin.shrinking.inputs import call_model, observing
+from gumbel_plugin.layers.example_inputs import call_model, observing
 
 compat.apply()
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gumbel_plugin.masks.targets import ChannelGroup, output_dimension
-from gumbel_torch_pruning.groups import find_groups
+from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.graph.dependency_groups import find_groups
+from gumbel_plugin.layers.geometry import output_dimension
 
 _logger = logging.getLogger(__name__)
 _NAMED = 8

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from gumbel_nni.compat.compressors import with_slim_factor
 from gumbel_nni.compat.patching import innermost
 from gumbel_nni.compat.stacking import spaces_of
-from gumbel_plugin.learning.session import remove_gates
-from gumbel_plugin.learning.sites import WeightSite
+from gumbel_plugin.layers.model_check import WRAPPER
+from gumbel_plugin.layers.weights import remove_gates
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.wrapped import WRAPPER
+from gumbel_plugin.training.gated_layer import WeightSite
 
 SITE = "gumbel_site"
 """The attribute of a target space under which a `GumbelPruner` keeps the site that acts there."""

@@ -12,12 +12,12 @@ import torch_pruning as tp
 from torch import nn
 
 from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest, shown
-from gumbel_plugin.learning.session import GATES
-from gumbel_plugin.shrinking.inputs import call_model
-from gumbel_plugin.wrapped import refuse_unusable
+from gumbel_plugin.graph.tracing import Forward
+from gumbel_plugin.graph.tracing_repairs import missing_pruners
+from gumbel_plugin.layers.example_inputs import call_model
+from gumbel_plugin.layers.model_check import refuse_unusable
+from gumbel_plugin.layers.weights import GATES
 from gumbel_torch_pruning.named_layers import RATIO_DICTS
-from gumbel_torch_pruning.repairs import missing_pruners
-from gumbel_torch_pruning.tracing import Forward
 
 _logger = logging.getLogger(__name__)
 

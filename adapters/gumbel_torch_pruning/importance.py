@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
-from gumbel_plugin.learning.session import MaskingSession
+from gumbel_plugin.training.session import MaskingSession
 
 
 class GateImportance(tp.importance.Importance):  # type: ignore[misc]

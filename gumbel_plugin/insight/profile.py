@@ -8,29 +8,25 @@ biases, batch norm, ReLU and pooling, so its numbers are larger (resnet18 at 224
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.shrinking.inputs import (
+from gumbel_plugin.layers.example_inputs import (
     ExampleInputs,
-    batch_size_of,
     call_model,
     inputs_on_device_of,
     observing,
     with_batch_size,
 )
+from gumbel_plugin.sparsity.counting import count_macs, count_nonzero, count_parameters
 
 
 @dataclass(frozen=True)
@@ -74,35 +70,6 @@ class Profile:
     def as_dict(self) -> dict[str, Any]:
         """Return plain types, ready for JSON or YAML."""
         return asdict(self)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Count the parameters; one shared by several modules counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_nonzero(model: nn.Module) -> int:
-    """Count the parameters that are not exactly zero, as stored (a mask applied only in the forward does not show)."""
-    return sum(int(torch.count_nonzero(parameter.detach())) for parameter in model.parameters())
-
-
-def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
-    """Count the multiply-accumulates of one forward in eval mode, per sample (see the module's convention).
-
-    Args:
-        model: Left as it is.
-        example_inputs: A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. The first
-            dimension of the first tensor is the batch that the total is divided by.
-
-    Raises:
-        ConfigError: If the inputs have no batch dimension.
-    """
-    batch = batch_size_of(example_inputs)
-    inputs = inputs_on_device_of(model, example_inputs)
-    counter = FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS)
-    with observing(model), _countable_kernels(), counter:
-        call_model(model, inputs)
-    return round(counter.get_total_flops() / 2 / batch)  # torch counts a multiply-accumulate as two operations
 
 
 def measure_latency(
@@ -177,33 +144,3 @@ def _time(call: Callable[[], Any], min_run_time: float, threads: int) -> Latency
     measured = timer.blocked_autorange(min_run_time=min_run_time)
     runs = measured.number_per_run * len(measured.times)
     return Latency(median_ms=measured.median * 1e3, iqr_ms=measured.iqr * 1e3, runs=runs)
-
-
-def _matrix_vector_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * prod(matrix)
-
-
-# Products with a vector, which torch's counter does not know. A dot product's first shape is a vector: same formula.
-_MORE_FLOPS = {torch.ops.aten.mv: _matrix_vector_flops, torch.ops.aten.dot: _matrix_vector_flops}
-
-
-@contextmanager
-def _countable_kernels() -> Iterator[None]:
-    """Switch fused kernels off, which do the work of many products under a name that torch's counter does not know.
-
-    Measured on torch 2.13: the fast path of `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`, scaled
-    dot-product attention on a CPU and oneDNN's LSTM all count as zero. Their plain forms count exactly.
-    """
-    owners: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
-    before = [owner.enabled for owner in owners]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for owner in owners:
-            owner.enabled = False
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for owner, enabled in zip(owners, before, strict=True):
-            owner.enabled = enabled

@@ -27,7 +27,7 @@ class ReportData:
         facts: What else is worth a line, for instance the seed and the git revision.
         versions: Of the libraries.
         config: The resolved configuration, as YAML.
-        agreement: Where each sample had gates of its own, `gumbel_plugin.learning.agreement.Agreement.as_dict`.
+        agreement: Where each sample had gates of its own, `gumbel_plugin.training.agreement.Agreement.as_dict`.
     """
 
     name: str

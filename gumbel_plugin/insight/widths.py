@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gumbel_plugin.learning.cost import is_matrix, layer_channels
+from gumbel_plugin.layers.geometry import is_matrix, layer_channels
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing_extensions import Self, override
 from gumbel_plugin.config_values import Section
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.masks.functional import at_least_float32, uniform_noise
-from gumbel_plugin.masks.targets import Granularity
+from gumbel_plugin.sparsity.types import Granularity
 
 WeightMode = Literal["frozen", "trained"]
 """Whether the weights stay at their initial values (subnetwork extraction) or are trained with the gates."""
@@ -122,7 +122,7 @@ class LearntMask(nn.Module):
         reads_weight: Whether the gates are functions of the weight that they multiply.
         needs_trained_weights: Whether nothing worth learning is left if the weights are frozen.
         per_sample: Whether each sample has gates of its own until they are decided. These multiply activations, not
-            weights, see `gumbel_plugin.learning.samples`.
+            weights, see `gumbel_plugin.training.sample_gates`.
         counts_macs: Whether a unit costs its multiply-accumulates, where they are known, and not its weights.
         published_optimizer: The settings of the gates' optimizer that the method was published with; None leaves them
             to the configuration.

@@ -15,8 +15,8 @@ from typing_extensions import override
 from gumbel_plugin.errors import ConfigError, LifecycleError
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Usage
 from gumbel_plugin.masks.functional import at_least_float32, straight_through
-from gumbel_plugin.masks.schedules import Schedule, constant
-from gumbel_plugin.masks.targets import WHOLE, Granularity
+from gumbel_plugin.sparsity.schedules import Schedule, constant
+from gumbel_plugin.sparsity.types import WHOLE, Granularity
 
 _WINDOW = 100
 """Over about how many batches the running votes are averaged."""

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource
 from gumbel_plugin.masks.functional import straight_through
-from gumbel_plugin.masks.ranking import keep_highest
-from gumbel_plugin.masks.targets import Granularity
+from gumbel_plugin.sparsity.ranking import keep_highest
+from gumbel_plugin.sparsity.types import Granularity
 
 
 class EdgePopupOptions(MaskOptions):

@@ -13,9 +13,9 @@ from typing_extensions import Self, override
 
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource
-from gumbel_plugin.masks.ranking import cut_point, keep_highest, removed_count
-from gumbel_plugin.masks.schedules import Schedule, constant
-from gumbel_plugin.masks.targets import ELEMENT, FULL, KERNEL, OUT_CHANNEL, Granularity
+from gumbel_plugin.sparsity.ranking import cut_point, keep_highest, removed_count
+from gumbel_plugin.sparsity.schedules import Schedule, constant
+from gumbel_plugin.sparsity.types import ELEMENT, FULL, KERNEL, OUT_CHANNEL, Granularity
 
 Hamiltonian = Literal["unstructured", "kernel", "filter"]
 

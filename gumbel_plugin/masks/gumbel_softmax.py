@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from gumbel_plugin.masks.base import LearntMask, LogitOptions, MaskOptions, NoiseSource, Phase
 from gumbel_plugin.masks.functional import at_least_float32, gumbel_gates, straight_through_gumbel
-from gumbel_plugin.masks.schedules import Schedule, constant
-from gumbel_plugin.masks.targets import ELEMENT, Granularity
+from gumbel_plugin.sparsity.schedules import Schedule, constant
+from gumbel_plugin.sparsity.types import ELEMENT, Granularity
 
 
 class GumbelSoftmaxOptions(LogitOptions):

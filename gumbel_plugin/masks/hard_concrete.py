@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from gumbel_plugin.masks.base import LearntMask, LogitOptions, MaskOptions, NoiseSource
 from gumbel_plugin.masks.functional import at_least_float32
-from gumbel_plugin.masks.targets import Granularity
+from gumbel_plugin.sparsity.types import Granularity
 
 
 class HardConcreteOptions(LogitOptions):

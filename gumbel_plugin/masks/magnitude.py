@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
-from gumbel_plugin.masks.targets import Granularity
+from gumbel_plugin.sparsity.types import Granularity
 
 
 class _Floor(LearntMask):

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase, Usage
-from gumbel_plugin.masks.targets import ELEMENT, Granularity
+from gumbel_plugin.sparsity.types import ELEMENT, Granularity
 
 _FAR = 1e3
 """Where t·x ends, so that nothing overflows: there the gate is 1 in float32, and its derivative below 1e-14."""

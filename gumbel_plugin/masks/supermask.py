@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from gumbel_plugin.masks.base import LearntMask, LogitOptions, MaskOptions, NoiseSource
 from gumbel_plugin.masks.functional import at_least_float32, straight_through
-from gumbel_plugin.masks.targets import Granularity
+from gumbel_plugin.sparsity.types import Granularity
 
 
 class Supermask(LearntMask):

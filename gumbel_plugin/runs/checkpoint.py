@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from gumbel_plugin.errors import DataError, MissingExtraError, shown
-from gumbel_plugin.files import check_readable, write_bytes
-from gumbel_plugin.learning.session import GATES
-from gumbel_plugin.tensor_file import require_digest, torch_content
+from gumbel_plugin.layers.weights import GATES
+from gumbel_plugin.storage.files import check_readable, write_bytes
+from gumbel_plugin.storage.tensor_file import require_digest, torch_content
 
 try:
     import lightning.pytorch as pl

@@ -20,7 +20,7 @@ from gumbel_plugin.runs.folder import CONFIG, SUMMARY
 from gumbel_plugin.runs.interruption import Interruption
 from gumbel_plugin.runs.lock import locked
 from gumbel_plugin.runs.reporting import warnings_of
-from gumbel_plugin.yaml_files import apply_overrides, read_yaml
+from gumbel_plugin.storage.yaml_files import apply_overrides, read_yaml
 
 if TYPE_CHECKING:  # the commands import these themselves: help is quick, and a missing extra is an error like others
     from gumbel_plugin.runs.run import RunResult

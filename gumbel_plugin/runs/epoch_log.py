@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gumbel_plugin.errors import MissingExtraError
-from gumbel_plugin.files import append_text, write_bytes
 from gumbel_plugin.runs.result_files import read_log
 from gumbel_plugin.runs.trackers import Tracker
+from gumbel_plugin.storage.files import append_text, write_bytes
 
 try:
     from lightning.pytorch.loggers.logger import Logger

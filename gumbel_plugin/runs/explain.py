@@ -11,12 +11,12 @@ from torch import nn
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.files import write_bytes
 from gumbel_plugin.runs.data import load_data
 from gumbel_plugin.runs.folder import CONFIG, SMALL, SUMMARY, RunFolder
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.result_files import write_json
 from gumbel_plugin.shrinking.pruned_file import load_pruned
+from gumbel_plugin.storage.files import write_bytes
 
 if TYPE_CHECKING:
     from gumbel_plugin.insight.interpret import Importance, Node, Part, Symmetry

@@ -26,11 +26,11 @@ from gumbel_plugin.errors import (
     shorten,
     shown,
 )
-from gumbel_plugin.files import write_bytes
+from gumbel_plugin.layers.example_inputs import observing
 from gumbel_plugin.runs.folder import CONFIG, SMALL, RunFolder, check_output
 from gumbel_plugin.runs.models import build_model
-from gumbel_plugin.shrinking.inputs import observing
 from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
+from gumbel_plugin.storage.files import write_bytes
 
 _BATCHES = (1, 2, 5)
 _MOST_NUMBERS = 2**28

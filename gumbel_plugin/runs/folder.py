@@ -11,10 +11,10 @@ from typing import Any
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError, shown, shown_path
-from gumbel_plugin.files import check_writable, write_bytes
 from gumbel_plugin.runs.result_files import read_gates, read_log, read_summary
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
+from gumbel_plugin.storage.files import check_writable, write_bytes
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gumbel_plugin.errors import MissingExtraError
-from gumbel_plugin.files import append_text
-from gumbel_plugin.learning.budget import Member
-from gumbel_plugin.learning.session import MaskingSession
 from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.sparsity.budget import Member
+from gumbel_plugin.storage.files import append_text
+from gumbel_plugin.training.session import MaskingSession
 
 try:
     import lightning.pytorch as pl

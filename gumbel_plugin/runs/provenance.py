@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gumbel_plugin.versions import library_versions
+from gumbel_plugin.storage.versions import library_versions
 
 __all__ = ["git_revision", "library_versions", "machine", "provenance"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.files import write_bytes
 from gumbel_plugin.insight.report_data import ReportData, comparison_rows, latency_warnings
 from gumbel_plugin.runs.folder import CONFIG, GATES, LOG, REPORT, SUMMARY, RunFolder, check_output
+from gumbel_plugin.storage.files import write_bytes
 
 _SCORES = {"cross_entropy": "test accuracy (%)", "mse": "test score (negative mean squared error)"}
 _VALIDATION = {"cross_entropy": "validation accuracy (%)", "mse": "validation score"}

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, OutputError
-from gumbel_plugin.insight.profile import Profile, count_macs, profile
+from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.insight.profile import Profile, profile
 from gumbel_plugin.insight.widths import LayerWidth, layer_widths
-from gumbel_plugin.learning.agreement import Agreement, adopt_consensus, measure_agreement, votes_per_sample
-from gumbel_plugin.learning.cost import count_cost
-from gumbel_plugin.learning.session import MaskingSession, Masks
+from gumbel_plugin.layers.example_inputs import call_model, observing
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.masks.targets import ChannelGroup
 from gumbel_plugin.runs import folder as files
 from gumbel_plugin.runs import result_files, trackers
 from gumbel_plugin.runs.checkpoint import Checkpoint, read_checkpoint
@@ -36,10 +34,14 @@ from gumbel_plugin.runs.provenance import provenance
 from gumbel_plugin.runs.reporting import write_report
 from gumbel_plugin.runs.train import check_training, evaluate, fit, load_config_data, loaders
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
-from gumbel_plugin.shrinking.inputs import call_model, observing
 from gumbel_plugin.shrinking.mask_file import save_masks
 from gumbel_plugin.shrinking.pruned_file import save_pruned
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
+from gumbel_plugin.sparsity.cost_model import count_cost
+from gumbel_plugin.sparsity.counting import count_macs
+from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.training.agreement import Agreement, adopt_consensus, measure_agreement, votes_per_sample
+from gumbel_plugin.training.session import MaskingSession
 
 _logger = logging.getLogger(__name__)
 _CHECKPOINTS = {"dense": "checkpoint_dense.pt", "gated": "checkpoint.pt"}
@@ -137,7 +139,7 @@ def prepare(config: PruningConfig) -> Prepared:
     model = build_model(config.model.name, config.model.num_classes, config.model.in_channels, **config.model.options)
     example = torch.stack([data.test[index][0] for index in range(2)])
     try:
-        from gumbel_torch_pruning.groups import find_groups
+        from gumbel_plugin.graph.dependency_groups import find_groups
     except ImportError as error:
         raise MissingExtraError("torch-pruning", "torch-pruning") from error
     groups = find_groups(model, example)  # even where no channel goes: what cannot be traced could not be shrunk later

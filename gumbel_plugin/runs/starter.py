@@ -18,10 +18,10 @@ from torch import nn
 
 from gumbel_plugin.config import LayerRule, ModelConfig, PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, nearest
-from gumbel_plugin.files import write_bytes
 from gumbel_plugin.masks import method_named
 from gumbel_plugin.runs.data import data_names, load_data
 from gumbel_plugin.runs.models import build_model, model_options
+from gumbel_plugin.storage.files import write_bytes
 
 SCHEMA_FILE = "gumbel-prune.schema.json"
 _WIDTH = 100

@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 
 from gumbel_plugin.config import PruningConfig, TrainingConfig
 from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, NonFiniteLossError, shown
-from gumbel_plugin.learning.session import GATES, MaskingSession, make_optimizer
-from gumbel_plugin.learning.settling import settled
+from gumbel_plugin.layers.example_inputs import observing
+from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import DataBundle, load_data, make_loader
-from gumbel_plugin.shrinking.inputs import observing
+from gumbel_plugin.training.session import MaskingSession, make_optimizer
+from gumbel_plugin.training.settling import settled
 
 try:
     import lightning.pytorch as pl
@@ -112,7 +113,7 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
 
     @property
     def settled(self) -> bool:
-        """Whether a state of now could be the result: see `gumbel_plugin.learning.settling.settled`."""
+        """Whether a state of now could be the result: see `gumbel_plugin.training.settling.settled`."""
         return self.session is None or settled(self.session)
 
     def _weights(self) -> list[nn.Parameter]:

@@ -3,7 +3,7 @@
 Both run on the same random inputs, in float32 and in float64. A difference that is only rounding shrinks from about
 1e-7 to about 1e-16 of the output scale between the two; a structural mistake (a constant not folded, a statistic over
 other channels) stays as large as it was. One rounding is no mistake: that of a bias which took a constant in, and was
-then stored in float32. In float64 it is judged by what it was before (see `gumbel_plugin.shrinking.precision`).
+then stored in float32. In float64 it is judged by what it was before (see `gumbel_plugin.layers.precision`).
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from numbers import Number
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, EquivalenceError
-from gumbel_plugin.shrinking.inputs import (
+from gumbel_plugin.layers.example_inputs import (
     ExampleInputs,
     call_model,
     checked_inputs,
     inputs_on_device_of,
+    named_tensors,
     observing,
     random_inputs_like,
 )
-from gumbel_plugin.shrinking.precision import computing_in, unround
+from gumbel_plugin.layers.precision import computing_in, unround
 
 # Tolerance of each dtype as a multiple of float32's: 1e-5 and 1e-10 by default, each well above its rounding error.
 _TOLERANCE_FACTORS = {torch.float32: 1.0, torch.float64: 1e-5}
@@ -161,38 +161,6 @@ def _difference_and_scale(
         raise EquivalenceError("the models return no tensor with elements, so there is nothing to compare")
     worst = torch.tensor(pairs, dtype=torch.float64).amax(dim=0)  # NaN wins
     return float(worst[0]), float(worst[1])
-
-
-def named_tensors(
-    output: Any, path: str = "output", above: frozenset[int] = frozenset()
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a nested output with the path to each; numbers and numpy's arrays become tensors.
-
-    Args:
-        output: Tensors in containers, dataclasses and other objects with attributes; strings and functions hold none.
-        path: What to call it.
-        above: The ids of the objects that it is a part of, which it is not entered again.
-    """
-    if isinstance(output, Tensor):
-        yield path, output
-    elif isinstance(output, Number) or (type(output).__module__ == "numpy" and output.dtype.kind in "biufc"):
-        yield path, torch.as_tensor(output)
-    elif id(output) not in above:
-        for place, part in _parts(output):
-            yield from named_tensors(part, path + place, above | {id(output)})
-
-
-def _parts(output: Any) -> list[tuple[str, Any]]:
-    """Return the parts of a container or object, each with how it is written after the whole."""
-    if isinstance(output, Mapping):  # before dataclasses: a Hugging Face ModelOutput is both
-        return [(f"[{key!r}]", value) for key, value in output.items()]
-    if isinstance(output, (tuple, list)):
-        return [(f"[{index}]", value) for index, value in enumerate(output)]
-    if is_dataclass(output) and not isinstance(output, type):
-        return [(f".{field.name}", getattr(output, field.name)) for field in fields(output)]
-    if isinstance(output, (type, nn.Module)) or callable(output):
-        return []
-    return [(f".{name}", value) for name, value in getattr(output, "__dict__", {}).items()]
 
 
 def _compared(reference: Mapping[str, Tensor], candidate: Mapping[str, Tensor]) -> Iterator[tuple[float, float]]:

@@ -12,13 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, MissingExtraError, nearest, shown
-from gumbel_plugin.json_record import Record, read_record
-from gumbel_plugin.learning.blocks import residual_block
-from gumbel_plugin.learning.gates import gated_layers
-from gumbel_plugin.shrinking.blocks import removed_blocks, replace_block
+from gumbel_plugin.graph.residual_blocks import residual_block
+from gumbel_plugin.layers.model_check import refuse_wrapped
+from gumbel_plugin.layers.weights import gated_layers
+from gumbel_plugin.shrinking.closed_blocks import removed_blocks, replace_block
 from gumbel_plugin.shrinking.kept import kept_of, note_kept
-from gumbel_plugin.tensor_file import DIGEST, read_tensors, require_digest, write_tensors
-from gumbel_plugin.wrapped import refuse_wrapped
+from gumbel_plugin.storage.json_record import Record, read_record
+from gumbel_plugin.storage.tensor_file import DIGEST, read_tensors, require_digest, write_tensors
 
 FORMAT = "gumbel-plugin-network-2"
 _OLD_FORMAT = "gumbel-plugin-network-1"
@@ -27,7 +27,7 @@ _KIND = "network file"
 HINT = "this is a shrunk network: rebuild it with gumbel_plugin.load_pruned(path, factory)"
 """The name of an empty tensor in every file. Loaded into a dense network, torch's own error names it as unexpected."""
 
-_COMPACT_MODULES = "gumbel_torch_pruning.attention_modules"
+_COMPACT_MODULES = "gumbel_plugin.layers.compact_attention"
 """Where attention layers live that lost heads, of a class that torch's own layers are replaced by."""
 _MOST = 2**31
 """No size or index is larger."""

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, GraphError, MissingExtraError, TargetError, nearest
-from gumbel_plugin.learning.session import plain_copy
-from gumbel_plugin.mask_format import check_format
-from gumbel_plugin.shrinking.blocks import note_removed, remove_closed_blocks
-from gumbel_plugin.shrinking.carriers import merge_constants
-from gumbel_plugin.shrinking.constants import fold_constants
-from gumbel_plugin.shrinking.dead_units import column_masks, find_dead_units
+from gumbel_plugin.layers.example_inputs import checked_inputs, random_inputs_like
+from gumbel_plugin.layers.model_check import refuse_wrapped
+from gumbel_plugin.layers.precision import dtypes_of, round_to
+from gumbel_plugin.layers.weights import how_to_keep_weights, plain_copy
+from gumbel_plugin.shrinking.closed_blocks import note_removed, remove_closed_blocks
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
-from gumbel_plugin.shrinking.inputs import checked_inputs, random_inputs_like
+from gumbel_plugin.shrinking.folded_constants import fold_constants
 from gumbel_plugin.shrinking.kept import find_kept, kept_after, kept_of, note_kept
-from gumbel_plugin.shrinking.precision import dtypes_of, round_to
-from gumbel_plugin.wrapped import how_to_keep_weights, refuse_wrapped
+from gumbel_plugin.shrinking.merged_constants import merge_constants
+from gumbel_plugin.shrinking.unread_units import column_masks, find_dead_units
+from gumbel_plugin.sparsity.mask_format import check_format
 
 _logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend =
     if backend not in ("torch_pruning", "nni"):
         raise ConfigError(f"backend {backend!r} is unknown{nearest(backend, ['torch_pruning', 'nni'])}")
     try:
-        from gumbel_torch_pruning.groups import DependencyGroups
+        from gumbel_plugin.graph.dependency_groups import DependencyGroups
     except ImportError as error:
         raise MissingExtraError("torch-pruning", "torch-pruning") from error
     small = copy.deepcopy(masked)

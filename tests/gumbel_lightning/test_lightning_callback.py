@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gumbel_lightning import GumbelPruning
 from gumbel_plugin import verify_equivalence
 from gumbel_plugin.errors import ConfigError, LifecycleError, NonFiniteLossError, TargetError
-from gumbel_plugin.learning.session import MaskingSession, PruningSection
+from gumbel_plugin.training.session import MaskingSession, PruningSection
 from gumbel_torch_pruning import find_groups
 
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]

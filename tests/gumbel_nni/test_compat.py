@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 import gumbel_nni
 from gumbel_nni import compat
 from gumbel_nni.compat import speedup as repairs
-from gumbel_nni.compat import tracing
+from gumbel_nni.compat import trace_repairs as tracing
 from gumbel_nni.compat.patching import innermost
 from gumbel_plugin.errors import MissingExtraError
 from gumbel_plugin.shrinking.mask_file import save_masks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gumbel_plugin import GumbelGroupPruner, verify_equivalence
-from gumbel_plugin.learning.session import plain_copy
+from gumbel_plugin.layers.weights import plain_copy
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 

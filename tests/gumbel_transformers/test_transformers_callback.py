@@ -9,7 +9,7 @@ import torch
 
 from gumbel_plugin import verify_equivalence
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError
-from gumbel_plugin.learning.gates import GATES
+from gumbel_plugin.layers.weights import GATES
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

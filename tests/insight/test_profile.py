@@ -14,15 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.insight.profile import (
-    Latency,
-    count_macs,
-    count_nonzero,
-    count_parameters,
-    file_size,
-    measure_latency,
-    profile,
-)
+from gumbel_plugin.insight.profile import Latency, file_size, measure_latency, profile
+from gumbel_plugin.sparsity.counting import count_macs, count_nonzero, count_parameters
 
 
 class Calls(nn.Module):

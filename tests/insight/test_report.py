@@ -24,7 +24,7 @@ from gumbel_plugin.insight.report_data import (
     result_rows,
 )
 from gumbel_plugin.insight.widths import layer_widths, ragged
-from gumbel_plugin.learning.agreement import Agreement
+from gumbel_plugin.training.agreement import Agreement
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks import METHODS, method_named
 from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
-from gumbel_plugin.masks.targets import ELEMENT, OUT_CHANNEL, Granularity
+from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, Granularity
 
 
 class Loud(LearntMask):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import ConfigError, LifecycleError
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.consensus import ConsensusMask, ConsensusOptions
-from gumbel_plugin.masks.targets import ELEMENT, WHOLE
+from gumbel_plugin.sparsity.types import ELEMENT, WHOLE
 
 LAYER = nn.Identity()
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.edge_popup import EdgePopupMask, EdgePopupOptions
-from gumbel_plugin.masks.targets import ELEMENT, Granularity
+from gumbel_plugin.sparsity.types import ELEMENT, Granularity
 
 
 def make(

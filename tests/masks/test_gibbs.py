@@ -11,8 +11,8 @@ from torch import Tensor
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.gibbs import GibbsMask, GibbsOptions
-from gumbel_plugin.masks.schedules import Schedule
-from gumbel_plugin.masks.targets import ELEMENT, KERNEL, OUT_CHANNEL, Granularity, granularity_of
+from gumbel_plugin.sparsity.schedules import Schedule
+from gumbel_plugin.sparsity.types import ELEMENT, KERNEL, OUT_CHANNEL, Granularity, granularity_of
 
 FILTERS = granularity_of([1, -1, -1, -1])
 _UNITS = {"unstructured": ELEMENT, "kernel": KERNEL, "filter": FILTERS}

@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.gumbel_softmax import GumbelSoftmaxMask, GumbelSoftmaxOptions
-from gumbel_plugin.masks.schedules import Schedule
-from gumbel_plugin.masks.targets import ELEMENT, OUT_CHANNEL, Granularity, granularity_of
+from gumbel_plugin.sparsity.schedules import Schedule
+from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, Granularity, granularity_of
 
 
 def make(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.hard_concrete import HardConcreteMask, HardConcreteOptions
-from gumbel_plugin.masks.targets import ELEMENT, Granularity
+from gumbel_plugin.sparsity.types import ELEMENT, Granularity
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 

@@ -6,7 +6,7 @@ import torch
 from gumbel_plugin.errors import TargetError
 from gumbel_plugin.masks.base import MaskOptions, NoiseSource, Phase
 from gumbel_plugin.masks.magnitude import MagnitudeMask, RandomMask
-from gumbel_plugin.masks.targets import ELEMENT, KERNEL, Granularity, granularity_of
+from gumbel_plugin.sparsity.types import ELEMENT, KERNEL, Granularity, granularity_of
 
 
 def magnitude(weight: torch.Tensor, granularity: Granularity) -> MagnitudeMask:

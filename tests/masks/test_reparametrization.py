@@ -9,7 +9,7 @@ from torch import Tensor
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.reparametrization import ReparametrizationMask, ReparametrizationOptions, soft_gate
-from gumbel_plugin.masks.targets import ELEMENT, KERNEL
+from gumbel_plugin.sparsity.types import ELEMENT, KERNEL
 
 
 def make(shape: tuple[int, ...], **options: float) -> ReparametrizationMask:

@@ -5,7 +5,7 @@ import torch
 
 from gumbel_plugin.masks.base import LogitOptions, NoiseSource, Phase
 from gumbel_plugin.masks.supermask import Supermask
-from gumbel_plugin.masks.targets import ELEMENT, OUT_CHANNEL, Granularity
+from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, Granularity
 
 
 def make(shape: tuple[int, ...], granularity: Granularity | None = None, **options: float) -> Supermask:

@@ -14,12 +14,12 @@ from torch import nn
 from gumbel_plugin import save_pruned
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError
-from gumbel_plugin.files import write_bytes
 from gumbel_plugin.runs.export import FORMATS, export_run
 from gumbel_plugin.runs.reporting import write_comparison
 from gumbel_plugin.runs.run import run
 from gumbel_plugin.shrinking.mask_file import save_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
+from gumbel_plugin.storage.files import write_bytes
 
 RUN = {
     "model": {"name": "digits_cnn"},
@@ -121,7 +121,7 @@ from pathlib import Path
 import torch
 from gumbel_plugin import save_pruned
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.files import append_text
+from gumbel_plugin.storage.files import append_text
 from gumbel_plugin.runs.export import export_run
 from gumbel_plugin.runs.checkpoint import write_checkpoint
 from gumbel_plugin.runs.reporting import write_comparison, write_report

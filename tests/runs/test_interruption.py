@@ -63,7 +63,7 @@ import json, os, signal, sys
 sys.path.append(".")
 import torch
 torch.set_num_threads(1)
-import gumbel_torch_pruning.groups, jinja2, matplotlib.figure, sklearn.datasets
+import gumbel_plugin.graph.dependency_groups, jinja2, matplotlib.figure, sklearn.datasets
 import gumbel_plugin.insight.report, gumbel_plugin.runs.progress, pausing_network
 from gumbel_plugin.runs import cli, run
 

@@ -59,7 +59,7 @@ import torch
 torch.set_num_threads(1)
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.runs.run import run
-import gumbel_torch_pruning.groups, sklearn.datasets
+import gumbel_plugin.graph.dependency_groups, sklearn.datasets
 
 def child(folder):
     pid = os.fork()

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from gumbel_plugin import load_pruned
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError, GraphError, NonFiniteLossError, TargetError
-from gumbel_plugin.insight.profile import count_macs, count_nonzero
 from gumbel_plugin.runs import models
 from gumbel_plugin.runs import run as run_module
 from gumbel_plugin.runs.run import RunResult, prepare, run
 from gumbel_plugin.shrinking.mask_file import load_masks
+from gumbel_plugin.sparsity.counting import count_macs, count_nonzero
 
 RESULTS = {
     "config.yaml",

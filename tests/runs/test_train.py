@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gumbel_plugin.config import PruningConfig, PruningSection, TrainingConfig
 from gumbel_plugin.errors import ConfigError, DataError, NonFiniteLossError
-from gumbel_plugin.learning.session import GATES, MaskingSession
+from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import make_loader
 from gumbel_plugin.runs.epoch_log import EpochLog
 from gumbel_plugin.runs.train import evaluate, fit, loaders, make_loss
+from gumbel_plugin.training.session import MaskingSession
 
 ELEMENTS = {"op_types": ["Linear"], "granularity": "element"}
 

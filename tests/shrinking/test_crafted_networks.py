@@ -15,7 +15,7 @@ from gumbel_plugin import load_pruned, save_pruned, shrink
 from gumbel_plugin.errors import DataError
 from gumbel_plugin.shrinking.kept import kept_of
 from gumbel_plugin.shrinking.pruned_file import FORMAT
-from gumbel_plugin.tensor_file import read_tensors, write_tensors
+from gumbel_plugin.storage.tensor_file import read_tensors, write_tensors
 
 INPUTS = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.shrinking.mask_file import FORMAT, load_masks, read_header, save_masks
-from gumbel_plugin.tensor_file import write_tensors
+from gumbel_plugin.storage.tensor_file import write_tensors
 
 
 def masks() -> dict[str, dict[str, torch.Tensor | None]]:

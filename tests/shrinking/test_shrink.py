@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, EquivalenceError, TargetError
-from gumbel_plugin.learning.session import GATES, MaskingSession
+from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units, shrink
+from gumbel_plugin.training.session import MaskingSession
 
 BACKENDS = ("torch_pruning", "nni")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -14,18 +14,18 @@ from importlib.metadata import version
 
 import torch
 
-from gumbel_nni.compat import compressors, evaluators, messages, speedup, tracing, transposed
-from gumbel_plugin.compat import make_torchvision_importable
+from gumbel_nni.compat import compressors, evaluator_repairs, messages, speedup, trace_repairs, transposed
 from gumbel_plugin.errors import IncompatibleLibraryError, MissingExtraError
+from gumbel_plugin.torchvision_import import make_torchvision_importable
 
 _REPAIRS: tuple[Callable[[], bool], ...] = (
-    tracing.tensor_methods_in_tracer,
-    tracing.python_functions_in_tracer,
-    tracing.generic_classes_in_tracer,
-    tracing.type_in_tracer,
-    tracing.classes_after_tracing,
-    tracing.impure_with_two_arguments,
-    tracing.bytecode_caches_in_proxy,
+    trace_repairs.tensor_methods_in_tracer,
+    trace_repairs.python_functions_in_tracer,
+    trace_repairs.generic_classes_in_tracer,
+    trace_repairs.type_in_tracer,
+    trace_repairs.classes_after_tracing,
+    trace_repairs.impure_with_two_arguments,
+    trace_repairs.bytecode_caches_in_proxy,
     speedup.size_is_a_leaf,
     speedup.values_last_used_by_size,
     speedup.pytree_nodes_of_fx,
@@ -42,11 +42,11 @@ _REPAIRS: tuple[Callable[[], bool], ...] = (
     compressors.wrapped_layers_in_fused_kernels,
     compressors.length_of_a_fused_training,
     compressors.gradients_of_quantized_values,
-    evaluators.settable_max_steps,
-    evaluators.loss_with_item_count,
-    evaluators.default_optimizer_of_trainer,
-    evaluators.steps_after_backward,
-    evaluators.steps_of_trainer,
+    evaluator_repairs.settable_max_steps,
+    evaluator_repairs.loss_with_item_count,
+    evaluator_repairs.default_optimizer_of_trainer,
+    evaluator_repairs.steps_after_backward,
+    evaluator_repairs.steps_of_trainer,
     messages.config_errors_with_index,
     messages.untraced_optimizers,
     messages.optimizers_of_another_model,

@@ -1,0 +1,367 @@
+"""Learnt masks as an NNI pruner."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nni.compression.base.apply_method import pruning_apply_methods
+from nni.compression.base.compressor import Compressor, Pruner
+from nni.compression.base.setting import PruningSetting
+from nni.compression.base.target_space import PruningTargetSpace
+from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
+from gumbel_nni.compat.stacking import add_space, hide, masks_of
+from gumbel_nni.planned_steps import Goals, TrainingLength
+from gumbel_nni.pruner_arguments import check_compressor, check_evaluator, inputs_to_trace, load_config
+from gumbel_nni.unremovable import warn_if_nothing_left
+from gumbel_nni.unwrapping import SITE, unwrapped_copy, wrappers_of
+from gumbel_plugin.config import ConfigLike, PruningSection
+from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
+from gumbel_plugin.graph.dependency_groups import find_groups
+from gumbel_plugin.layers.model_check import refuse_wrapped
+from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.shrinking.mask_file import load_masks
+from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_plugin.sparsity.mask_format import Masks, check_format
+from gumbel_plugin.training.gated_layer import WeightSite
+from gumbel_plugin.training.plan import Plan, needs_groups
+from gumbel_plugin.training.session import MaskingSession
+from gumbel_plugin.training.training_check import checked_length
+
+APPLY_METHOD = "gumbel_mul"
+_HIDDEN_SETTING = {"sparse_ratio": None, "granularity": None}
+
+
+def gumbel_mul(target: Tensor, target_space: PruningTargetSpace) -> Tensor:
+    """NNI apply method: the weight as its site gates it now, times the mask that NNI knows of."""
+    site: WeightSite = getattr(target_space, SITE)
+    mask: Tensor = target_space.mask
+    return site.apply(target) * mask
+
+
+pruning_apply_methods[APPLY_METHOD] = gumbel_mul
+# Heads of an attention layer are selected by the layer's name; NNI itself has nothing to mask there but its projection.
+PruningSetting.register("MultiheadAttention", {})
+PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
+
+
+# NNI's schedulers know five pruners by name, and warn of others; this one is tested.
+logging.getLogger("nni.compression.pruning.scheduled_pruner").addFilter(
+    lambda record: "pruner type GumbelPruner" not in record.getMessage()
+)
+
+
+class GumbelPruner(Pruner):  # type: ignore[misc]
+    """Learns which weights or channels to keep while the network trains, as any NNI pruner would be used.
+
+    Example::
+
+        pruner = GumbelPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], evaluator, example_inputs=x)
+        model, masks = pruner.compress(max_steps=1000)
+        small = pruner.speedup(x)
+
+    Channel gates act at the inputs of the layers that read the channels, which is what makes their removal exact; the
+    masks that `get_masks` reports are on the layers that compute the channels, as NNI's are.
+
+    Attributes:
+        config: The resolved configuration.
+        session: The masking session that learns the masks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: ConfigLike,
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        example_inputs: Any = None,
+    ) -> None:
+        """Wrap the model's layers; nothing is trained yet.
+
+        Args:
+            model: The plain model.
+            config_list: An NNI config list, a YAML file's path, a dict or a `PruningConfig`.
+            evaluator: An NNI evaluator that trains; without one the config's ``data`` and ``training`` do.
+            existed_wrappers: Wrappers to inherit; `from_compressor` passes them.
+            example_inputs: What to trace the model with, where whole channels are to go.
+
+        Raises:
+            ConfigError: If the configuration breaks a rule, the evaluator is none of NNI's, or channels are to go and
+                there is nothing to trace with.
+            TargetError: If an entry matches no layer, or nothing can be gated.
+            GraphError: If the model's forward fails on the example inputs.
+        """
+        refuse_wrapped(model, "GumbelPruner")
+        check_evaluator(evaluator)
+        learnt, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
+        check_followers(model, aligned)
+        self.config = load_config(learnt)
+        self._example_inputs = inputs_to_trace(self.config, evaluator, example_inputs)
+        pruning = self.config.pruning
+        groups = find_groups(model, self._example_inputs) if needs_groups(pruning) else []
+        inputs = self._example_inputs
+        self.session = MaskingSession(model, pruning, groups, self.config.seed, example_inputs=inputs)
+        # What a scheduler of NNI's sets: every so many steps, and how often, it changes the sparse ratios.
+        self.interval_steps = -1
+        self.total_times = 1
+        super().__init__(model, _nni_entries(pruning, self.session.plan) + aligned, evaluator, existed_wrappers)
+        try:
+            self._followers = followers_in(self._target_spaces)
+            for site in self.session.plan.sites.values():
+                self._place(site)
+            self._goals = Goals(self.session.plan, self._target_spaces)
+        except Exception:
+            self.unwrap_model()  # nobody else could
+            raise
+
+    @classmethod
+    def from_compressor(
+        cls, compressor: Compressor, new_config_list: ConfigLike, *args: Any, **kwargs: Any
+    ) -> GumbelPruner:
+        """Wrap a model that another compressor holds, to be trained together; the arguments are NNI's.
+
+        Args:
+            compressor: Any compressor of NNI's; its model, wrappers and evaluator are inherited.
+            new_config_list: See `GumbelPruner`.
+            *args: Go to `GumbelPruner`.
+            **kwargs: Go to `GumbelPruner`.
+
+        Raises:
+            ConfigError: If there is no compressor to inherit from.
+            LifecycleError: If a `GumbelPruner` that it was fused with has not decided its masks.
+        """
+        check_compressor(compressor)
+        if any(isinstance(each, GumbelPruner) and each.session.phase is not Phase.FIXED for each in _chain(compressor)):
+            raise LifecycleError(
+                "a GumbelPruner before this one has not decided its masks, and two cannot learn at once: name all "
+                "layers in one config list, or call the first one's compress() before"
+            )
+        pruner: GumbelPruner = super().from_compressor(compressor, new_config_list, *args, **kwargs)
+        return pruner
+
+    def _place(self, site: WeightSite) -> None:
+        """Let a site act in a target space: the configured one, or a hidden one where NNI was not asked for any."""
+        space = self._target_spaces.get(site.name, {}).get("weight")
+        wrapper = self._module_wrappers.get(site.name)
+        if space is None:
+            if wrapper is not None and "weight" in wrapper.pruning_target_spaces:
+                space = add_space(wrapper, "weight", _HIDDEN_SETTING)
+            else:
+                space = self._wrap_weight(site, wrapper)
+            hide(space)
+        space.apply_method = APPLY_METHOD
+        setattr(space, SITE, site)
+        space.before_unwrap = partial(self._let_go, site)
+        site.owner = space._wrapper
+
+    def _wrap_weight(self, site: WeightSite, wrapper: ModuleWrapper | None) -> PruningTargetSpace:
+        if wrapper is not None:
+            wrapper.unwrap()
+        weight_only = {"target_names": ["weight"]}
+        wrapper, spaces = create_module_wrapper(
+            self.bound_model, site.module, site.name, "pruning", weight_only, wrapper
+        )
+        self._module_wrappers[site.name] = wrapper
+        wrapper.wrap()
+        return spaces["weight"]
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
+        """Train with learnt masks and decide them.
+
+        Args:
+            max_steps: Optimiser steps to train for.
+            max_epochs: Or epochs; with neither, the configuration's ``training.max_epochs``.
+
+        Returns:
+            The model, still wrapped and now masked, and the masks in NNI's format.
+
+        Raises:
+            ConfigError: If there is nothing to train with, or a length is no positive integer.
+            LifecycleError: If the masks were decided before.
+            NonFiniteLossError: If the loss becomes NaN or infinite.
+        """
+        if self.session.phase is Phase.FIXED:
+            raise LifecycleError("the masks were decided already; a new GumbelPruner learns new ones")
+        max_steps, max_epochs = checked_length("max_steps", max_steps), checked_length("max_epochs", max_epochs)
+        if max_steps is None and max_epochs is None:
+            max_epochs = self.config.training.max_epochs
+        if self.evaluator is not None:
+            super().compress(max_steps, max_epochs)
+        elif self.config.data is not None:
+            self._compress_from_config(max_steps, max_epochs)
+        else:
+            raise ConfigError(
+                "masks are learnt, so something must train: pass evaluator= (an NNI evaluator), or a configuration "
+                "with a data section"
+            )
+        return self.bound_model, self.get_masks()
+
+    def _compress_from_config(self, max_steps: int | None, max_epochs: int | None) -> None:
+        from gumbel_plugin.runs.train import fit, loaders
+
+        training = self.config.training
+        if max_epochs is not None:
+            training = training.model_copy(update={"max_epochs": max_epochs})
+        train, validation, _ = loaders(self.config)
+        fit(self.bound_model, self.session, training, train, validation, max_steps=max_steps, hooks=False)
+        self._take_over_masks()
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        self._fusion_compress(max_steps, max_epochs)
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        session = self.session
+        if session.phase is Phase.FIXED:  # decided in an earlier training; unwrapping has detached it
+            session.attach(hooks=False)
+            return
+        length = TrainingLength(evaluator)
+        if self.interval_steps > 0:
+            self._follow_schedule(length)
+        session.start(length.planned, hooks=False)
+        optimizers = session.optimizers()
+
+        def add_loss(loss: Tensor, batch: Any) -> Tensor:
+            self._check_train_mode()
+            self._goals.read()
+            session.total_steps = length.known(session.total_steps)
+            return session.guard(loss) + session.loss()
+
+        def step_gates() -> None:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def after_step() -> None:
+            session.step()
+            if session.steps == session.total_steps and session.phase is not Phase.FIXED:
+                self._goals.read()  # decided before what calibrates itself at the end, such as a PTQ quantizer
+                session.decide()
+
+        evaluator.patch_loss(add_loss)
+        evaluator.patch_optimizer_step(before_step_tasks=[step_gates], after_step_tasks=[after_step])
+
+    def _check_train_mode(self) -> None:
+        if not any(mask.training for mask in self.session.plan.masks.values()):
+            raise LifecycleError(
+                "the model is trained in eval mode, in which gates are decided and learn nothing from the data: call "
+                "its train() first (Lightning 2.2 and later leaves the mode as it is)"
+            )
+
+    def _follow_schedule(self, length: TrainingLength) -> None:
+        """Leave the way to the target to NNI's scheduler, which bound this pruner."""
+        controller = self.session.controller
+        controller.config = controller.config.model_copy(update={"ramp": 0.0})
+        reached = self.interval_steps * self.total_times
+        fixed = self.session.config.phases.fixed
+        if length.planned is not None and fixed and reached > length.planned * (1 - fixed):
+            raise ConfigError(
+                f"phases.fixed = {fixed}: the masks would be decided before the schedule reaches its goal at step "
+                f"{reached} of {length.planned}; lower it, or total_times * interval_steps"
+            )
+
+    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        self._goals.read()
+        self._take_over_masks()
+
+    def _take_over_masks(self) -> None:
+        """Decide the masks, write them into the weights, and show them to NNI."""
+        self._show(self.session.extract())
+
+    def _show(self, masks: Masks) -> None:
+        learnt = {name: targets for name, targets in masks.items() if name not in self._followers}
+        for name, targets in learnt.items():
+            for target, mask in targets.items():
+                space = self._target_spaces.get(name, {}).get(target)
+                if space is not None and isinstance(space.target, Tensor):
+                    space.mask = mask
+        align_masks(learnt, {name: self._target_spaces[name] for name in self._followers})
+
+    # NNI's verbs --------------------------------------------------------------------------------------------------
+
+    def get_masks(self) -> Masks:
+        """Return the masks of all layers that a configuration names: ``{module: {target: 0/1 tensor}}``."""
+        masks: Masks = super().get_masks()
+        return {name: masks[name] for name, _ in self.bound_model.named_modules() if name in masks}  # in its order
+
+    def update_masks(self, masks: Mapping[str, Mapping[str, Tensor | None]] | str | Path) -> None:
+        """Take over masks: from now on they are fixed, and what they close is zero in the weights.
+
+        Args:
+            masks: In the format of `get_masks`, or the path of a file of them (`gumbel_plugin.shrinking.mask_file`).
+
+        Raises:
+            TargetError: If a module or target is not masked by this pruner, or a mask has the wrong shape.
+            DataError: If the file cannot be read.
+        """
+        if isinstance(masks, str | Path):
+            masks = load_masks(masks)
+        check_format(masks)
+        for name, targets in masks.items():
+            spaces = self._module_wrappers[name].pruning_target_spaces if name in self._module_wrappers else None
+            if spaces is None:
+                raise TargetError(f"mask for module {name!r}, not wrapped here{nearest(name, self._module_wrappers)}")
+            for target, mask in targets.items():
+                if target not in spaces:
+                    raise TargetError(f"mask for {name}.{target}, no pruning target{nearest(target, spaces)}")
+                shape = spaces[target].shape
+                if mask is not None and shape is not None and list(mask.shape) != list(shape):
+                    raise TargetError(f"{name}.{target}: mask {tuple(mask.shape)}, tensor {tuple(shape)}")
+        given = {name: {key: m for key, m in t.items() if m is not None} for name, t in masks.items()}
+        super().update_masks(given)
+        self.session.fix_masks(given)
+        if self.session.phase is Phase.FIXED:
+            self._show(self.session.extract())
+
+    def _let_go(self, site: WeightSite) -> None:
+        """Leave a layer that is about to be unwrapped, closed weights at zero if the masks were decided."""
+        if self.session.phase is Phase.FIXED:
+            site.fold()
+        self.session.detach()
+
+    def speedup(self, example_inputs: Any = None, backend: Backend = "torch_pruning") -> nn.Module:
+        """Return a new dense model without the closed channels, equal to the masked one; this model is left alone.
+
+        Args:
+            example_inputs: What to trace with and to verify on; by default what the pruner was built with.
+            backend: ``"torch_pruning"`` or ``"nni"``; both give the same network.
+
+        Returns:
+            The small model; where nothing can leave it is as large as this one, and a warning says why.
+
+        Raises:
+            LifecycleError: If the masks were not decided yet.
+            ConfigError: If there are no example inputs, or the backend is unknown.
+            EquivalenceError: If the small model's outputs differ from the masked model's.
+        """
+        if self.session.phase is not Phase.FIXED:
+            raise LifecycleError("there are no masks yet: call compress() or update_masks() first")
+        inputs = self._example_inputs if example_inputs is None else example_inputs
+        if inputs is None:
+            raise ConfigError("speedup needs example_inputs: a tensor, a tuple of them, or a dict")
+        wrappers = wrappers_of(self.bound_model)  # also those of what was fused with this pruner
+        masks = masks_of(wrappers) if wrappers else self.get_masks()
+        plain = unwrapped_copy(self.bound_model)
+        small = shrink(plain, masks, inputs, backend)
+        warn_if_nothing_left(plain, small, masks, inputs)
+        return small
+
+
+def _chain(compressor: Compressor) -> list[Compressor]:
+    return [compressor, *compressor.fused_compressors]
+
+
+def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
+    """Return the config list for NNI, which masks a residual block at its branch's last layer."""
+    if pruning.method_options().gates_blocks:
+        return [{"op_names": list(plan.sites)}]
+    return [rule.as_nni() for rule in pruning.config_list]

@@ -1,0 +1,268 @@
+"""Torch-Pruning's arguments as budgets: which groups share one, and how much of each may go."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from gumbel_plugin.config import PruningSection
+from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.graph.attention_heads import kind_of, remove_heads
+from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.layers.example_inputs import ExampleInputs
+from gumbel_plugin.sparsity.budget import Member, Scope
+from gumbel_plugin.sparsity.cost_model import CostModel, CostScope, count_cost, unit_cost
+from gumbel_plugin.sparsity.counting import count_macs, count_parameters
+from gumbel_plugin.sparsity.latency import LatencyTable, latency_cost
+from gumbel_plugin.training.plan import Plan
+
+_logger = logging.getLogger(__name__)
+
+Target = Literal["channels", "macs", "parameters", "latency"]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Which groups are ranked together, and how much of each goes; by group name.
+
+    Attributes:
+        scopes: What a group calls the scope that it shares; a group that is not in it is ranked alone.
+        ratios: The fraction of each group, or of its scope, to remove.
+    """
+
+    scopes: Mapping[str, str]
+    ratios: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `GumbelGroupPruner` was asked for, at the present iterative step.
+
+    Attributes:
+        target: What the ratio is a fraction of.
+        ratio: The fraction to remove from the original network.
+        limit: No group loses more than this fraction of its original units (``max_pruning_ratio``).
+        round_to: What the number of kept channels is a multiple of.
+        ranking: How the groups are ranked, for the target channels.
+        original: By group name, how many units it had at first.
+        spent: By group name, how many units are left of those that can lose no more, but share a ratio with others.
+        dense_cost: The original network's cost, for a target other than channels; 0 if this is the original.
+        table: Measured latencies, for the target latency.
+    """
+
+    target: Target
+    ratio: float
+    limit: float
+    round_to: int
+    ranking: Ranking
+    original: Mapping[str, int]
+    spent: Mapping[str, int] = field(default_factory=dict)
+    dense_cost: float = 0.0
+    table: LatencyTable | None = None
+
+
+def rank(pruner: tp.pruner.BasePruner, groups: Sequence[ChannelGroup], heads: Container[str], step: int) -> Ranking:
+    """Read from a pruner's arguments which groups it ranks together, and at which ratio.
+
+    Args:
+        pruner: The pruner, of Torch-Pruning.
+        groups: The groups.
+        heads: Names of those whose units are attention heads.
+        step: The iterative step; -1 is the last one.
+    """
+    scopes: dict[str, str] = {}
+    ratios: dict[str, float] = {}
+    modules = dict(pruner.model.named_modules())
+    patterns = _patterns(pruner) if pruner.isomorphic else {}
+    for group in groups:
+        layers = [modules[part.module] for part in group.producers]
+        own = next((layer for layer in layers if layer in pruner._layer_to_scope), None)
+        name, ratio = None, pruner.per_step_pruning_ratio[step]
+        if group.name in heads:
+            given = pruner.head_pruning_ratio_dict
+            ratio = next((given[layer] for layer in layers if layer in given), pruner.per_step_head_pruning_ratio)[step]
+            name = "attention heads" if pruner.global_pruning else None
+        elif own is not None:
+            name, ratio = pruner._layer_to_scope[own][0], pruner.pruning_ratio_dict[own][step]
+        elif pruner.isomorphic:
+            name = patterns[group.name]
+        elif pruner.global_pruning:
+            name = "all groups"
+        ratios[group.name] = float(ratio)
+        if name is not None:
+            scopes[group.name] = name
+    return Ranking(scopes, ratios)
+
+
+def _patterns(pruner: tp.pruner.BasePruner) -> dict[str, str]:
+    """Return what each group connects: groups of one pattern are comparable (Fang et al., arXiv 2407.04616)."""
+    patterns = {}
+    for group in pruner.DG.get_all_groups(pruner.ignored_layers, pruner.root_module_types):
+        kinds = [
+            f"{type(dep.source.module).__name__}-{type(dep.target.module).__name__}"
+            f"-{'out' if pruner.DG.is_out_channel_pruning_fn(dep.handler) else 'in'}"
+            for dep, _ in group
+        ]
+        patterns[pruner.DG._module2name[group[0].dep.target.module]] = "isomorphic " + " ".join(kinds)
+    return patterns
+
+
+def budget_of(pruner: Any, groups: Sequence[ChannelGroup], step: int) -> Budget:
+    """Read from a `GumbelGroupPruner` what it was asked for.
+
+    Args:
+        pruner: The pruner.
+        groups: The groups that it gates now.
+        step: The iterative step; -1 is the last one.
+    """
+    gated = {group.name for group in groups}
+    spent = [group for group in pruner._groups if group.name in pruner._gated - gated]
+    return Budget(
+        target=pruner._target,
+        ratio=pruner.per_step_pruning_ratio[step],
+        limit=pruner.max_pruning_ratio,
+        round_to=pruner.round_to or 1,
+        ranking=rank(pruner, [*groups, *spent], pruner._heads, step),
+        original=pruner._original,
+        spent={group.name: group.size for group in spent},
+        dense_cost=pruner._dense_cost,
+        table=pruner._table,
+    )
+
+
+def why_not(groups: Sequence[ChannelGroup]) -> str:
+    """Return why none of these groups is gated: the first few, with their layers' names."""
+    if not groups:
+        return "there is none beside the ignored layers"
+    first = "; ".join(f"{each.name}: {each.reason or 'its ratio is 0, or its heads stay'}" for each in groups[:3])
+    return first + (f"; and {len(groups) - 3} more" if len(groups) > 3 else "")
+
+
+def plan_groups(
+    model: nn.Module,
+    pruning: PruningSection,
+    groups: Sequence[ChannelGroup],
+    budget: Budget,
+    example_inputs: Any,
+) -> Plan:
+    """Plan a session that gates these groups under this budget.
+
+    Raises:
+        ConfigError: If the budget is below what must stay; it names what that is.
+        TargetError: If the latency table is of another network.
+    """
+    plan = Plan(model, pruning, seed=0)
+    members = []
+    for group in groups:
+        member = plan.gate_group(group)
+        members.append(member)
+        original = budget.original.get(group.name, group.size)
+        # Torch-Pruning's limit and ratios speak of the original widths, also in later iterative steps.
+        member.max_ratio = max(0.0, 1 - (1 - budget.limit) * original / group.size)
+        member.multiple = budget.round_to // math.gcd(budget.round_to, _channels_of_a_unit(group))
+    plan.join_consumers()
+    if budget.target == "channels":
+        plan.scopes = _channel_scopes(members, budget)
+    else:
+        plan.scopes = [_cost_scope(model, plan, members, budget, example_inputs)]
+    return plan
+
+
+def _channel_scopes(members: Sequence[Member], budget: Budget) -> list[Scope]:
+    """Return the scopes that Torch-Pruning would rank in; there every unit counts the same."""
+    scopes: dict[str, Scope] = {}
+    for member in members:
+        member.cost = 1.0
+        ratio = min(budget.ranking.ratios[member.name], budget.limit)  # as Torch-Pruning caps it
+        scope = scopes.setdefault(budget.ranking.scopes.get(member.name, member.name), Scope(member.name, [], ratio))
+        scope.add(member)
+    for name, scope in scopes.items():
+        scope.name = name
+        left = {member.name: member.units for member in scope.members}
+        left |= {each: units for each, units in budget.spent.items() if budget.ranking.scopes.get(each) == name}
+        original = sum(budget.original.get(each, units) for each, units in left.items())
+        wanted = max(0.0, sum(left.values()) - original * (1 - (scope.ratio or 0.0)))
+        present = sum(member.units for member in scope.members)
+        scope.ratio = _within_limits(scope, wanted, original) / present
+    return list(scopes.values())
+
+
+def _within_limits(scope: Scope, wanted: float, original: int) -> float:
+    """Return how many units of a scope go: as many as wanted, or as its groups' limits let go, with a warning.
+
+    Raises:
+        ConfigError: If nothing was removed yet and there are more groups than units that would stay.
+    """
+    possible = sum(member.removable()[1] for member in scope.members)
+    present = sum(member.units for member in scope.members)
+    if len(scope.members) == 1 or math.floor(wanted + 1e-6) <= possible:
+        return wanted
+    most = sum(member.units - 1 for member in scope.members)
+    if present == original and math.floor(wanted + 1e-6) > most:
+        raise ConfigError(
+            f"pruning_ratio {scope.ratio:g} of the {original} channels of {scope.name!r} cannot be met: "
+            f"{present - most} stay, because each of its {len(scope.members)} groups keeps one channel; the largest "
+            f"possible ratio is {math.floor(1000 * most / original) / 1000:.3f}"
+        )
+    _logger.warning(
+        "the ratio %.3g of %r is not met: of its %d channels %d stay, which max_pruning_ratio and round_to demand",
+        scope.ratio,
+        scope.name,
+        original,
+        present - possible,
+    )
+    return float(possible)
+
+
+def _cost_scope(model: nn.Module, plan: Plan, members: list[Member], budget: Budget, example_inputs: Any) -> CostScope:
+    if budget.table is not None:
+        cost_model = latency_cost(model, plan.groups, budget.table)
+    else:
+        count = count_macs(model, example_inputs) if budget.target == "macs" else count_parameters(model)
+        cost_model = count_cost(model, plan.groups, example_inputs, budget.target, count)
+        if budget.target == "macs":
+            _count_heads(cost_model, model, plan.groups, example_inputs)
+    present = float(cost_model({member.name: torch.ones(member.units, dtype=torch.float64) for member in members}))
+    dense = budget.dense_cost or present  # an earlier step removed something already
+    ratio = max(0.0, 1 - dense * (1 - budget.ratio) / present)
+    return CostScope(f"the network's {budget.target}", members, ratio, model=cost_model)
+
+
+def _count_heads(
+    cost: CostModel, model: nn.Module, groups: Mapping[str, ChannelGroup], example_inputs: ExampleInputs
+) -> None:
+    """Add, in place, what an attention layer spends on each head beside its listed layers: scores, packed projections.
+
+    That is what the layer's MACs fall by when a head leaves, less what the cost model has already.
+    """
+    heads = {name: group for name, group in groups.items() if kind_of(model.get_submodule(name)) is not None}
+    if not heads:
+        return
+    smaller = copy.deepcopy(model)
+    before = count_macs(smaller, example_inputs)
+    gates = {name: torch.ones(group.size, dtype=torch.float64) for name, group in groups.items()}
+    for name, group in heads.items():
+        remove_heads(smaller, name, torch.tensor([group.size - 1]))
+        after = count_macs(smaller, example_inputs)
+        fewer = {**gates, name: gates[name].index_fill(0, torch.tensor([group.size - 1]), 0.0)}
+        rest = before - after - float(cost(gates) - cost(fewer))
+        cost.layers.append(unit_cost(name, group.size, rest))
+        cost.constant -= rest * group.size
+        before = after
+
+
+def _channels_of_a_unit(group: ChannelGroup) -> int:
+    """Return how many output channels of the layer that defines a group leave with one unit."""
+    own = [part for part in group.producers if part.module == group.name]
+    return max(1, len(own[0].positions) // group.size) if own else 1
+
+
+__all__ = ["Budget", "Ranking", "Target", "budget_of", "plan_groups", "rank"]

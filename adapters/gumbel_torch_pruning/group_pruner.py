@@ -1,0 +1,401 @@
+"""Learnt gates as a Torch-Pruning pruner: swap one class, and what leaves the network changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from gumbel_plugin.config import PruningSection
+from gumbel_plugin.errors import LifecycleError, TargetError
+from gumbel_plugin.graph.attention_heads import kind_of
+from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.graph.dependency_groups import DependencyGroups, check_forward, mark_outputs
+from gumbel_plugin.graph.history import replay
+from gumbel_plugin.graph.optimizer_state import ParameterChanges, tracked
+from gumbel_plugin.graph.prunable_heads import find_heads_to_prune
+from gumbel_plugin.graph.record import Record
+from gumbel_plugin.graph.removal import closed_units
+from gumbel_plugin.graph.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
+from gumbel_plugin.layers.example_inputs import call_model, dtype_of, inputs_following
+from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.shrinking.kept import kept_after, kept_of, note_kept
+from gumbel_plugin.sparsity.latency import LatencyTable, measure_table
+from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.training.gate_gradients import EvenGradients
+from gumbel_plugin.training.plan import Plan
+from gumbel_plugin.training.session import MaskingSession
+from gumbel_torch_pruning.arguments import check_arguments, check_graph, check_model, forward_of, own_copies
+from gumbel_torch_pruning.group_budgets import Target, budget_of, plan_groups, rank, why_not
+from gumbel_torch_pruning.importance import GateImportance
+from gumbel_torch_pruning.named_layers import with_layers
+
+_logger = logging.getLogger(__name__)
+
+
+class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
+    """Learns which channels of each dependency group to keep, and removes the others exactly.
+
+    Example::
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        pruner = GumbelGroupPruner(model, example_inputs, pruning_ratio=0.5, ignored_layers=[model.fc])
+        optimizer.add_param_group({"params": pruner.gate_parameters(), "lr": 0.05, "weight_decay": 0.0})
+        for batch in loader:
+            ...; loss.backward(); pruner.regularize(model, loss); optimizer.step(); optimizer.zero_grad()
+        pruner.step()
+        pruner.update_optimizer(optimizer)    # momentum follows the shrunk parameters, should training go on
+
+    One gate per unit of a group acts at every layer that reads the group's channels, so that closing and removing are
+    the same thing. All arguments of `BasePruner` mean what they mean there, with three exceptions: ``importance`` is
+    not needed; ``prune_head_dims`` narrows no head, which would change its softmax; and counts are met as they are
+    written: ⌊n·ratio⌋ of n channels go, where Torch-Pruning removes n − int(n·(1 − ratio)), one more wherever n·ratio
+    is not whole. With another target than channels the groups share the one budget.
+
+    Attributes:
+        session: The masking session; its verbs are called by the methods here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        importance: Any = None,
+        *,
+        target: Target = "channels",
+        pruning: PruningSection | None = None,
+        total_steps: int | None = None,
+        inexact: bool = False,
+        latency_table: LatencyTable | None = None,
+        **arguments: Any,
+    ) -> None:
+        """Build the graph and attach the gates; the model can be trained at once.
+
+        Args:
+            model: The model; its train/eval flags are kept, and if this raises it is as it was.
+            example_inputs: A tensor, a tuple of positional inputs, or a dict.
+            importance: Ignored by this pruner; by default `GateImportance`.
+            target: What ``pruning_ratio`` is a fraction of: ``channels`` (per group, or of all with
+                ``global_pruning``), or the network's ``macs``, ``parameters`` or ``latency``.
+            pruning: Method, rescale and budget settings; the config list is not used here.
+            total_steps: How many optimiser steps will be made before each `step`, so that the budget can tighten
+                gradually; None holds the gates to the final target at once.
+            inexact: Also gate groups whose removal changes what a normalisation computes.
+            latency_table: A measured table for the target ``latency``; measured here without it.
+            **arguments: All other arguments of `BasePruner`: ``pruning_ratio``, ``ignored_layers``, ...
+
+        Raises:
+            ConfigError: If an argument breaks a rule or the target cannot be met.
+            GraphError: If the model rejects the example inputs or has nothing to differentiate.
+            TargetError: If a layer that an argument names is not in the graph, or nothing can be gated.
+            LifecycleError: If the model has gates already.
+        """
+        check_arguments(target, {"importance": importance, **arguments})
+        check_model(model)
+        arguments = with_layers(arguments, model)
+        self.example_inputs = example_inputs
+        self._dtype = dtype_of(model)
+        self._settings = pruning or PruningSection()
+        self._target, self._inexact, self._table = target, inexact, latency_table
+        self._total_steps = total_steps
+        self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
+        self._record, self._changes = Record(), ParameterChanges()
+        self._unfinished = False
+        self._dense_cost = 0.0
+        self._own_importance = importance is None
+        with untouched_on_error(model):
+            with calling(model, self._forward, example_inputs):
+                check_forward(model, example_inputs)
+                with traceable(model, own_attention=bool(arguments.get("num_heads"))):
+                    super().__init__(
+                        model,
+                        example_inputs,
+                        importance or tp.importance.RandomImportance(),
+                        forward_fn=call_model,
+                        output_transform=mark_outputs,
+                        **own_copies(arguments, model),
+                    )
+            check_graph(self, arguments)
+            self._read_graph()
+            self._original = {group.name: group.size for group in self._groups}
+            self._require_gated_groups()
+            self._gated = {group.name for group in self._gated_groups()}
+            if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
+                self._plan(-1, self._settings)
+            self._attach()
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Return the gates' parameters (and scales), for a parameter group of the user's optimizer."""
+        return [*self.session.gate_parameters(), *self.session.scale_parameters()]
+
+    def update_regularizer(self) -> None:
+        """Say where the gates stand; to be called once an epoch, as with Torch-Pruning's other pruners."""
+        status = self.session.status()
+        _logger.info("gates: %s, %.1f %% closed", status.phase, 100 * status.sparsity)
+
+    def regularize(self, model: nn.Module, loss: Tensor | None = None, **_: Any) -> Tensor:
+        """Add the gradient of what the gates add to the loss; to be called before every step of the optimizer.
+
+        It comes after ``loss.backward()``, ``unscale_`` and gradient clipping. The gates' gradients are brought to one
+        size, see `EvenGradients`. After the last `step` there are no gates left and this does nothing.
+
+        Args:
+            model: The pruner's model, or what wraps it.
+            loss: The task's loss, checked to be finite.
+
+        Returns:
+            The gates' part of the loss.
+
+        Raises:
+            NonFiniteLossError: If the loss is NaN or infinite; the model gets its last remembered state back.
+        """
+        if all(module is not self.model for module in model.modules()):
+            raise LifecycleError("regularize got another model than the pruner was built for")
+        if not self._attached:
+            return torch.zeros(())
+        if loss is not None:
+            self.session.guard(loss.detach())
+        penalty = self.session.loss()
+        if penalty.requires_grad:
+            penalty.backward()  # type: ignore[no-untyped-call]
+        self._gradients.apply()
+        self.session.step()
+        return penalty.detach()
+
+    # Removing -----------------------------------------------------------------------------------------------------
+
+    def step(self, interactive: bool = False) -> Iterator[Any] | None:
+        """Decide the gates and remove what they close; afterwards the model is smaller and computes the same.
+
+        Until the last of the ``iterative_steps`` new gates are attached to what is left; they go on where the old ones
+        were, so call `update_optimizer`.
+
+        Args:
+            interactive: Yield Torch-Pruning's groups instead of pruning them; call ``group.prune()`` on each.
+
+        Raises:
+            LifecycleError: If all ``iterative_steps`` are done, the last step was not finished, or the model's layers
+                were changed meanwhile.
+        """
+        self._require_finished()
+        if self.current_step >= self.iterative_steps:
+            raise LifecycleError(
+                f"no gates are left to decide: {self.current_step} of {self.iterative_steps} iterative_steps are done"
+            )
+        if self._attached:
+            self._structure.check(self.model)
+        else:
+            _logger.warning("step %d removes nothing: no group is left that can be gated", self.current_step + 1)
+        masks = self.session.extract() if self._attached else {}
+        self.current_step += 1
+        groups = self._prune(masks) if self._attached else iter(())
+        if interactive:
+            return groups
+        for group in groups:
+            group.prune()
+        return None
+
+    def _prune(self, masks: Masks) -> Iterator[Any]:
+        plan = self.session.plan
+        self._unfinished = True  # until the end of this: an error, or a loop that stops early, leaves units half gone
+        self._detach()
+        closed = closed_units(self.model, plan)
+        if not self._record.masks:
+            self._record.start(self.model, plan.groups, masks)
+        self._record.remove(closed)
+        with tracked(self.model) as self._changes:
+            for name, units in closed.items():
+                heads = self._heads.get(name)
+                yield heads.removal(self.DG, units) if heads else self._dependency.pruning_group(name, units)
+        note_kept(self.model, kept_after(kept_of(self.model), self._changes.kept()))
+        self._update_graph()
+        if self.current_step < self.iterative_steps and self._gated_groups():
+            self._attach()
+        next_masks = self.session.plan.masks if self._attached else {}
+        for name, mask in plan.masks.items():
+            self._changes.add_gates(mask, next_masks.get(name), closed.get(name))
+        self._changes.drop(parameter for site in plan.sites.values() if (parameter := site.scale) is not None)
+        self._unfinished = False
+
+    def _require_finished(self) -> None:
+        if self._unfinished:
+            raise LifecycleError(
+                f"step {self.current_step} was not finished, so that some of its units have left the model and others "
+                "have not; go on from a copy of the model or a checkpoint from before it, with a new pruner"
+            )
+
+    def update_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer go on after `step`: smaller parameters take the old ones' places, their state is cut alike.
+
+        Args:
+            optimizer: The optimizer of the model's weights (and, if they are in it, of the gates).
+
+        Raises:
+            LifecycleError: If the optimizer knows nothing of the model as it was before the step.
+        """
+        self._changes.apply_to(optimizer)
+
+    def reset(self) -> None:
+        """Start over: ``iterative_steps`` count from zero again, and new gates are attached to what is left."""
+        self._require_finished()
+        self._require_gated_groups()
+        super().reset()
+        self._detach()
+        self._attach()
+
+    # Results ------------------------------------------------------------------------------------------------------
+
+    def groups(self) -> list[ChannelGroup]:
+        """Return every dependency group with its safety: exact, inexact or unsupported, and why."""
+        return list(self._groups)
+
+    def masks(self) -> Masks:
+        """Return the masks in NNI's format, on the original network's shapes.
+
+        They say what was removed so far; before the first `step`, what the gates would close now.
+        """
+        if self._record.masks or not self._attached:
+            return copy.deepcopy(self._record.masks)
+        if self.session.phase is Phase.FIXED:
+            return self.session.masks()
+        hard = {m.name: m.mask.decide(m.weight) for scope in self.session.plan.scopes for m in scope.members}
+        return self.session.masks(hard)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on later: gates, schedules and what was pruned so far."""
+        return {
+            "step": self.current_step,
+            "history": [list(entry) for entry in self.pruning_history()],
+            "record": self._record.state_dict(),
+            "session": self.session.state_dict() if self._attached else None,
+            "gradients": self._gradients.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`, with a pruner that was built alike on the original, unpruned network.
+
+        What was removed is removed again; load the model's own state dict afterwards, and give `gate_parameters` to
+        the optimizer afterwards, because they are new ones.
+
+        Raises:
+            LifecycleError: If this pruner pruned something already.
+            TargetError: If the state is of another network.
+        """
+        missing = {"step", "history", "record", "session", "gradients"} - set(state)
+        if missing:
+            raise TargetError(f"this is no state of a GumbelGroupPruner: it lacks {sorted(missing)}")
+        if state["history"] or not state["session"]:
+            self.load_pruning_history(state["history"])
+        self.current_step = state["step"]
+        self._record.load_state_dict(state["record"])
+        if state["session"]:
+            if not self._attached:
+                self._attach()
+            self.session.load_state_dict(state["session"])
+            self._gradients.load_state_dict(state["gradients"])
+
+    def load_pruning_history(self, pruning_history: Sequence[Any]) -> None:
+        """Remove what another pruner removed, from a pruner on the original network; the model is a plain one then.
+
+        Raises:
+            LifecycleError: If this pruner pruned something already.
+            TargetError: If the history is of another network; nothing was removed.
+        """
+        if self.pruning_history():
+            raise LifecycleError("this pruner pruned something already; replay a history on the unpruned network")
+        trial = copy.deepcopy(self)
+        trial._detach()
+        replay(trial.model, trial.DG, trial._heads, pruning_history)
+        self._detach()
+        with tracked(self.model) as self._changes:
+            replay(self.model, self.DG, self._heads, pruning_history)
+        self.DG._pruning_history = copy.deepcopy(list(pruning_history))
+        self._update_graph()
+        self.current_step = self.iterative_steps
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GumbelGroupPruner:
+        memo.update(shared_parts(self.DG))
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return duplicate
+
+    # Planning -----------------------------------------------------------------------------------------------------
+
+    def _read_graph(self) -> None:
+        """Find the groups of the network as it is now."""
+        self.example_inputs = inputs_following(self.model, self.example_inputs, self._dtype)
+        self._dtype = dtype_of(self.model)
+        with calling(self.model, self._forward, self.example_inputs):
+            self._dependency = DependencyGroups(
+                self.model,
+                self.example_inputs,
+                graph=self.DG,
+                ignored_layers=self.ignored_layers,
+                root_module_types=self.root_module_types,
+                parts=self._get_channel_groups,
+                own_attention=bool(self.num_heads),
+            )
+            self._heads = find_heads_to_prune(self, self._dependency.groups, self.example_inputs)
+        groups = {group.name: group for group in self._dependency.groups}
+        groups.update({name: each.group for name, each in self._heads.items()})
+        self._groups = list(groups.values())
+
+    def _update_graph(self) -> None:
+        """Catch up with what was removed: heads, parameters outside of layers, groups."""
+        for heads in self._heads.values():
+            heads.note_removal(self)
+        catch_up(self.DG, {id(change.old): change.new for change in self._changes.changes})
+        self._read_graph()
+
+    def _attach(self) -> None:
+        """Attach the gates of the next step."""
+        step = self.current_step + 1
+        settings = self._settings
+        if step > 1:  # weights that were learnt are not initialised again
+            settings = settings.model_copy(update={"weight_init": "keep"})
+        plan = self._plan(step, settings)
+        self._dense_cost = self._dense_cost or plan.scopes[0].total
+        self.session = MaskingSession(self.model, settings, plan=plan)
+        self.session.start(self._total_steps)
+        self._gradients = EvenGradients(self.session.gate_parameters())
+        self._structure = Structure(self.model)
+        self._attached = True
+        if self._own_importance:
+            self.importance = GateImportance(self.session)
+
+    def _plan(self, step: int, settings: PruningSection) -> Plan:
+        """Plan the gates of a step; -1 is the last one."""
+        groups = self._gated_groups()
+        with calling(self.model, self._forward, self.example_inputs):
+            if self._target == "latency" and self._table is None:
+                self._table = measure_table(self.model, self.example_inputs)
+            return plan_groups(self.model, settings, groups, budget_of(self, groups, step), self.example_inputs)
+
+    def _detach(self) -> None:
+        self.session.detach()
+        self._attached = False
+
+    def _gated_groups(self) -> list[ChannelGroup]:
+        """Return the groups of which something may go: exact ones, unless their ratio is 0."""
+        allowed = ("exact", "inexact") if self._inexact else ("exact",)
+        groups = [group for group in self._groups if group.safety in allowed and self._may_go(group)]
+        if self._target == "channels":
+            ratios = rank(self, groups, self._heads, -1).ratios
+            groups = [group for group in groups if ratios[group.name] > 0]
+        return groups
+
+    def _require_gated_groups(self) -> None:
+        if not self._gated_groups():
+            raise TargetError(f"no dependency group of this model can be gated: {why_not(self._groups)}")
+
+    def _may_go(self, group: ChannelGroup) -> bool:
+        """Whether the arguments let units of a group go: heads stay unless ``prune_num_heads`` says otherwise."""
+        return group.name in self._heads or kind_of(self.model.get_submodule(group.name)) is None

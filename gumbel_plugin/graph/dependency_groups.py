@@ -1,0 +1,300 @@
+"""Torch-Pruning's dependency graph, read as channel groups: who computes the channels, and who reads them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from gumbel_plugin.errors import GraphError
+from gumbel_plugin.graph.attention_heads import find_heads, kind_of
+from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
+from gumbel_plugin.graph.exactness import Cut, Judge, Safety, Treatment, tried
+from gumbel_plugin.graph.removal import Item, Remover, unchanging_graph
+from gumbel_plugin.graph.tracing import cannot_build, reason_of, traceable
+from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, missing_pruners, repaired_tracing
+from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, named_tensors, observing
+from gumbel_plugin.layers.geometry import input_channels, output_dimension
+from gumbel_plugin.layers.model_check import refuse_unusable
+from gumbel_plugin.layers.weights import how_to_keep_weights
+
+_ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
+
+
+class DependencyGroups:
+    """The channel groups of one model, and the physical removal of their units.
+
+    A group is called exact if a `Judge` finds it so, and after a trial: units were removed from a copy of the model,
+    and its outputs compared. What the code takes for granted (a fixed size in a reshape, say) comes out there.
+
+    Example::
+
+        dependency = DependencyGroups(copy.deepcopy(model), example_inputs)
+        for group in dependency.groups:
+            ...
+        dependency.remove("layer1.0.conv1", torch.tensor([0, 3]))
+
+    Attributes:
+        model: The model that the graph was built on, and that `remove` changes.
+        groups: The model's channel groups.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        graph: Any = None,
+        ignored_layers: Sequence[nn.Module] = (),
+        root_module_types: Sequence[type[nn.Module]] = _ROOTS,
+        parts: Callable[[Any], int] | None = None,
+        own_attention: bool = False,
+    ) -> None:
+        """Trace the model.
+
+        Args:
+            model: The plain model, without gates. Its train/eval flags and requires_grad are kept.
+            example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+            graph: A `torch_pruning.DependencyGraph` of the model that exists already; built here without it.
+            ignored_layers: Layers that keep all their channels; their groups are left out.
+            root_module_types: Layers whose output channels define a group.
+            parts: Says of one of Torch-Pruning's groups into how many equal parts its channels fall that lose the same
+                members, in addition to what grouped layers demand.
+            own_attention: The graph shows what attention layers of a known class do inside; otherwise such a layer is
+                one operation, and its heads are a group.
+
+        Raises:
+            GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
+        """
+        self.model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self.graph = graph or _build_graph(model, example_inputs)
+        self._items: dict[str, list[Item]] = {}
+        self._tied = _tied_layers(self._names)
+        judge = Judge(model, example_inputs, self._parameters(), self._treatments(not own_attention))
+        with unchanging_graph():
+            found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
+            self.groups = [self._describe(group, judge, parts) for group in found]
+        if not own_attention:
+            ignored = {self._names.get(part) for layer in ignored_layers for part in layer.modules()}
+            self.groups += [g for g in find_heads(model) if not ignored & {g.name, *(p.module for p in g.producers)}]
+        self._remover = Remover(model, self._items)
+        faults = tried(self._copy, example_inputs, [group for group in self.groups if group.safety == "exact"])
+        self.groups = [faults.get(group.name, group) for group in self.groups]
+
+    def remove(self, name: str, units: Tensor) -> None:
+        """Remove units of a group from the model, everywhere they appear.
+
+        Args:
+            name: The group's name.
+            units: Unit numbers as they are now, int64.
+        """
+        self.remove_all({name: units})
+
+    def remove_all(self, units: Mapping[str, Tensor]) -> None:
+        """Remove units of several groups at once, which is faster than one by one.
+
+        Args:
+            units: Unit numbers as they are now, int64, by the group's name.
+        """
+        self._remover.remove(units)
+
+    def pruning_group(self, name: str, units: Tensor) -> Any:
+        """Return Torch-Pruning's group that removes units of a group; prune it before the next is asked for."""
+        return self._remover.group(self.graph, name, units)
+
+    def remover_of(self, model: nn.Module) -> Remover:
+        """Return what removes units of these groups from a copy of the model that nothing was removed from yet."""
+        return Remover(model, self._items)
+
+    def _copy(self) -> Remover:
+        return self.remover_of(copy.deepcopy(self.model))
+
+    def _describe(self, group: Any, judge: Judge, parts: Callable[[Any], int] | None) -> ChannelGroup:
+        """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
+        root = group[0].dep.target.module
+        name, channels = self._names[root], self._width(root)
+        if channels is None:
+            return ChannelGroup(name, 1, (), (), "unsupported", f"the {type(root).__name__} {name!r} has no channels")
+        size = channels // self._coupled(group, parts)
+        items = self._items[name] = [self._read(item, size) for item in group.items]
+        producers: list[ChannelSlice] = []
+        consumers: list[ChannelSlice] = []
+        cuts: list[Cut] = []
+        for item in items:
+            if item.owner is None:
+                continue
+            reads = self._reads(item.dep)
+            if reads or item.is_parameter or self._has_channels(item.dep.target.module):
+                cuts.append(((item.owner, reads), item.positions, item.units))
+                if not item.is_parameter:
+                    (consumers if reads else producers).append(ChannelSlice(item.owner, item.positions, item.units))
+        safety, reason = judge.verdict(cuts)
+        if safety == "exact":
+            safety, reason = self._check_parts(size, producers, consumers)
+        outside = sum(self._elements(item) for item in items if item.is_parameter)
+        return ChannelGroup(name, size, tuple(producers), tuple(consumers), safety, reason, outside // size)
+
+    def _read(self, item: Any, size: int) -> Item:
+        """Translate one item of Torch-Pruning's groups."""
+        target, roots = item.dep.target, torch.tensor(item.root_idxs)
+        names = self.graph._param_to_name if target.type == tp.ops.OPTYPE.PARAMETER else self._names
+        return Item(item.dep, names.get(target.module), torch.tensor(item.idxs), roots, roots % size)
+
+    def _elements(self, item: Item) -> int:
+        """Return how many numbers go with all channels of a parameter that belongs to no layer."""
+        parameter, dim = item.dep.target.module, item.dep.target.pruning_dim
+        return len(item.positions) * int(parameter.numel()) // int(parameter.shape[dim])
+
+    def _parameters(self) -> dict[nn.Parameter, tuple[str, int]]:
+        """Return the parameters that belong to no layer which Torch-Pruning knows, and where it would cut them."""
+        graph = self.graph
+        used = ((each, dim) for each, dim in graph.unwrapped_parameters if each in graph.module2node)
+        return {parameter: (graph._param_to_name[parameter], dim) for parameter, dim in used}
+
+    def _treatments(self, opaque_attention: bool) -> dict[nn.Module, Treatment]:
+        """Return what is known of layers that are none of torch's own."""
+        treatments: dict[nn.Module, Treatment] = {}
+        for module in self._names:
+            if isinstance(self.graph.get_pruner_of_module(module), FrozenNormPruner):
+                treatments[module] = "each"
+            elif module in self.graph.CUSTOMIZED_PRUNERS or type(module) in self.graph.CUSTOMIZED_PRUNERS:
+                treatments[module] = "foreign"
+            elif opaque_attention and kind_of(module) is not None:
+                treatments[module] = "opaque"
+        return treatments
+
+    def _reads(self, dep: Any) -> bool:
+        """Whether a dependency prunes the input channels of a layer that sums over them."""
+        module = dep.target.module
+        if not isinstance(module, _ROOTS) or dep.target.type == tp.ops.OPTYPE.DEPTHWISE_CONV:
+            return False
+        pruner = self.graph.get_pruner_of_module(module)
+        return bool(dep.handler == pruner.prune_in_channels)
+
+    def _has_channels(self, module: nn.Module) -> bool:
+        return isinstance(getattr(module, "weight", None), Tensor) and self._width(module) is not None
+
+    def _width(self, module: nn.Module) -> int | None:
+        """Return how many output channels a module has; None for a PReLU with one slope for all."""
+        width: int | None = self.graph.get_pruner_of_module(module).get_out_channels(module)
+        return width
+
+    def _coupled(self, group: Any, demanded: Callable[[Any], int] | None) -> int:
+        """Return into how many equal parts the channels fall that must lose the same members (grouped layers)."""
+        parts = 1 if demanded is None else demanded(group)
+        for item in group.items:
+            module = item.dep.target.module
+            if isinstance(module, tp.ops.TORCH_CONV) and module.groups > 1:
+                if item.dep.target.type != tp.ops.OPTYPE.DEPTHWISE_CONV:
+                    parts = max(parts, module.groups)
+            elif isinstance(module, nn.GroupNorm):
+                parts = max(parts, module.num_groups)
+        return parts
+
+    def _check_parts(
+        self, size: int, producers: Sequence[ChannelSlice], consumers: Sequence[ChannelSlice]
+    ) -> tuple[Safety, str]:
+        if not consumers:
+            return "unsupported", "no convolution or linear layer reads it"
+        if size < 2:
+            return "unsupported", "it has one unit, which must stay"
+        for part in (*producers, *consumers):
+            module = self.model.get_submodule(part.module)
+            if part.module in self._tied:
+                return "unsupported", f"{part.module} shares a parameter with {self._tied[part.module]}"
+            width = input_channels(module) if part in consumers else self._width(module)
+            if width is None or int(part.positions.max()) >= width:
+                return "unsupported", f"Torch-Pruning does not find its channels in {part.module}"
+            if output_dimension(module) is None:
+                return "unsupported", f"{part.module} is a grouped transposed convolution, which cannot be cut"
+        return "exact", ""
+
+
+def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
+    """Return the channel groups of a model, which is left as it is.
+
+    Args:
+        model: The plain model.
+        example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Raises:
+        ConfigError: If it is no model that can be pruned, or nothing can be traced with the inputs.
+        GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
+    """
+    refuse_unusable(model, "finding channel groups")
+    try:
+        duplicate = copy.deepcopy(model)
+    except Exception as error:
+        raise GraphError(f"the model cannot be copied: {_copy_hint(model) or reason_of(error)}") from error
+    return DependencyGroups(duplicate, example_inputs).groups
+
+
+def _copy_hint(model: nn.Module) -> str:
+    """Return what to do about weights and attributes that are computed from others, which torch does not copy."""
+    for name, module in model.named_modules():
+        way = how_to_keep_weights(module)
+        if way:
+            return f"{name!r} has a computed weight, call {way} first"
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                place = ".".join(filter(None, (name, attribute)))
+                return f"{place!r} is a tensor computed from others, which torch does not copy; delete or detach it"
+    return ""
+
+
+def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:
+    """Return the layers that share a parameter with another one, each with that one."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for module, name in names.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(name)
+    pairs = itertools.chain.from_iterable(itertools.permutations(each, 2) for each in owners.values())
+    return dict(pairs)
+
+
+def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
+    with traceable(model), repaired_tracing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_forward(model, example_inputs)
+        try:
+            return tp.DependencyGraph().build_dependency(
+                model,
+                example_inputs,
+                forward_fn=_forward,
+                output_transform=mark_outputs,
+                customized_pruners=missing_pruners(model),
+                verbose=False,
+            )
+        except Exception as error:
+            raise cannot_build(error) from error
+
+
+def check_forward(model: nn.Module, example_inputs: Any) -> None:
+    """Run the model once, in eval mode.
+
+    Raises:
+        ConfigError: If nothing can be traced with the inputs, see `checked_inputs`.
+        GraphError: If its forward fails on the example inputs.
+    """
+    checked_inputs(example_inputs)
+    try:
+        with observing(model):
+            call_model(model, example_inputs)
+    except Exception as error:
+        raise GraphError(f"the model's forward fails on the example inputs: {reason_of(error)}") from error
+
+
+def _forward(model: nn.Module, example_inputs: Any) -> Any:
+    return call_model(model, example_inputs)
+
+
+def mark_outputs(outputs: Any) -> list[Tensor]:
+    """Give every output a node of its own: a final layer alone is not recognised as an output."""
+    return [tensor.clone() for _, tensor in named_tensors(outputs) if tensor.grad_fn is not None]

@@ -1,0 +1,118 @@
+"""Which channel groups are exact: every layer's channels are dyed, and the dyes are followed through one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.graph.exactness.channel_labels import Safety
+from gumbel_plugin.graph.exactness.layer_rules import Layers, Side, Treatment
+from gumbel_plugin.layers.example_inputs import call_model, named_tensors, observing
+
+Cut = tuple[Side, Tensor, Tensor]
+"""What a group would remove on one side of a layer: channel numbers, and the group's unit that each belongs to."""
+
+
+class Judge:
+    """Knows where every channel of a model goes.
+
+    Torch-Pruning's graph says which channels a group removes. This says, independently, which channels meet, who reads
+    them, and what else happens to them. A group is exact if both agree and nothing else happens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        parameters: Mapping[nn.Parameter, tuple[str, int]],
+        treatments: Mapping[nn.Module, Treatment],
+    ) -> None:
+        """Run the model once in eval mode; it is left as it was.
+
+        Args:
+            model: The plain model.
+            example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
+            parameters: Parameters that belong to no known layer: their names, and the dimension in which they are cut.
+            treatments: What is known of layers that are none of torch's own.
+        """
+        layers = Layers(treatments)
+        for parameter, (name, dim) in parameters.items():
+            layers.dye_parameter(parameter, name, dim)
+        with _plain_attention(), layers.watched(model), observing(model), layers.flow:
+            output = call_model(model, example_inputs)
+        layers.remark([tensor for _, tensor in named_tensors(output)], "unsupported", "it reaches the network's output")
+        layers.refuse_strays(model)
+        self._blocks = layers.blocks
+        dyes = layers.flow.dyes
+        self._sides = {side: dyes.colours(channels) for side, channels in layers.sides.items()}
+        self._places, self._verdicts = dyes.verdicts()
+        everything = torch.cat([torch.zeros(0, dtype=torch.int64), *self._sides.values()])
+        self._uses = torch.bincount(everything, minlength=len(self._places))
+
+    def verdict(self, cuts: Sequence[Cut]) -> tuple[Safety, str]:
+        """Judge a group by all that it would remove.
+
+        Args:
+            cuts: Every side of every layer and parameter that loses channels.
+
+        Returns:
+            The group's safety, and why it is not exact.
+        """
+        unit_of = torch.full_like(self._places, -1)
+        mistaken = [side[0] for side, positions, units in cuts if not self._follow(side, positions, units, unit_of)]
+        removed = unit_of >= 0
+        places = torch.unique(self._places[removed]).tolist()
+        safety, reason = max((self._verdicts[place] for place in places), key=_severity, default=self._verdicts[0])
+        mistaken = mistaken or self._forgotten(cuts, removed)
+        if safety != "unsupported" and mistaken:
+            return "unsupported", f"Torch-Pruning would not cut {mistaken[0]} as the forward needs it"
+        return safety, reason
+
+    def _follow(self, side: Side, positions: Tensor, units: Tensor, unit_of: Tensor) -> bool:
+        """Give the colours of some channels their units; return whether that is possible."""
+        channels = self._sides.get(side)
+        if channels is None or not bool((positions < len(channels)).all()):
+            return False
+        colours = channels[positions]
+        known = unit_of[colours]
+        unit_of[colours] = units
+        contradicted = ((known >= 0) & (known != units)) | (unit_of[colours] != units) | (colours == 0)
+        if bool(contradicted.any()):
+            return False
+        blocks = self._blocks.get(side, 1)
+        if blocks == 1:
+            return True
+        members = torch.full_like(channels, -1)
+        members[positions] = units
+        members = members.reshape(blocks, -1)
+        return bool(((members == members[0]) & (members >= 0)).all())
+
+    def _forgotten(self, cuts: Sequence[Cut], removed: Tensor) -> list[str]:
+        """Return what has channels of these colours but does not lose them."""
+        if int(self._uses[removed].sum()) == sum(len(positions) for _, positions, _ in cuts):
+            return []
+        listed = {side: len(positions) for side, positions, _ in cuts}
+        sides = self._sides.items()
+        return [side[0] for side, colours in sides if int(removed[colours].sum()) != listed.get(side, 0)]
+
+
+def _severity(verdict: tuple[Safety, str]) -> int:
+    return ("exact", "inexact", "unsupported").index(verdict[0])
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Switch the fused attention layers off, which would hide their parts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+__all__ = ["Cut", "Judge", "Treatment"]

@@ -1,0 +1,189 @@
+"""What the layers that Torch-Pruning knows do to channels: compute new ones, read them, or treat each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from gumbel_plugin.graph.exactness.channel_labels import Safety, core, varying
+from gumbel_plugin.graph.exactness.propagation import Flow
+
+_CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
+_OVER_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+
+Side = tuple[str, bool]
+"""A layer's or parameter's name, and whether the side is meant on which a layer reads channels and sums over them."""
+
+Treatment = Literal["each", "opaque", "foreign"]
+"""What is known of a layer that is none of torch's own: it treats every channel (dimension 1) by itself; its inside is
+not to be looked at; or it is cut by a function of which nothing is known here."""
+
+_Effect = Callable[[str, Any, Sequence[Tensor], Any], None]
+
+
+class Layers:
+    """Dyes what the layers of a model compute, and notes what they read.
+
+    Attributes:
+        flow: Follows the dyes between the layers.
+        sides: The dyes of the channels of every layer and parameter, on each side that a group may cut.
+        blocks: Into how many equal parts the channels of a side fall that must lose the same members.
+    """
+
+    def __init__(self, treatments: Mapping[nn.Module, Treatment]) -> None:
+        """Start with nothing seen."""
+        self.flow = Flow()
+        self.sides: dict[Side, Tensor] = {}
+        self.blocks: dict[Side, int] = {}
+        self._treatments = treatments
+        self._effects: tuple[tuple[tuple[type[nn.Module], ...], _Effect], ...] = (
+            ((nn.Linear,), self._linear),
+            ((nn.modules.conv._ConvNd,), self._convolution),
+            (_CHANNELWISE, self._treat_each),
+            (_OVER_CHANNELS, self._normalise_over),
+            ((nn.Embedding,), self._embed),
+            ((nn.MultiheadAttention, nn.RNNBase), self._refuse),
+        )
+
+    def dye_parameter(self, parameter: nn.Parameter, name: str, dim: int) -> None:
+        """Dye a parameter that belongs to no layer along the dimension in which it can be cut."""
+        self._dye((name, False), parameter, dim)
+
+    def remark(self, tensors: Any, safety: Safety, reason: str) -> None:
+        """Note why the channels that some tensors carry are not exact."""
+        for leaf in tree_leaves(tensors):
+            dyes = self.flow.of(leaf) if isinstance(leaf, Tensor) else None
+            if dyes is not None:
+                self.flow.dyes.remark(core(dyes), safety, reason)
+
+    def refuse_strays(self, model: nn.Module) -> None:
+        """Note which layers' parameters were used outside of the layers: to cut them would change that, too."""
+        for name, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                for side in ((name, True), (name, False)):
+                    if parameter in self.flow.met and side in self.sides:
+                        reason = f"{self.flow.met[parameter]} uses a parameter of {name} outside of it"
+                        self.flow.dyes.remark(self.sides[side], "unsupported", reason)
+
+    @contextmanager
+    def watched(self, model: nn.Module) -> Iterator[None]:
+        """Watch every known layer of a model at work."""
+        handles = []
+        for name, module in model.named_modules():
+            effect = self._effect_of(module)
+            if effect is not None:
+                handles.append(module.register_forward_pre_hook(self._begin))
+                handles.append(module.register_forward_hook(self._end(name, effect), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _effect_of(self, module: nn.Module) -> _Effect | None:
+        own: dict[Treatment, _Effect] = {"each": self._treat_each, "opaque": self._refuse, "foreign": self._leave}
+        if module in self._treatments:
+            return own[self._treatments[module]]
+        return next((effect for types, effect in self._effects if isinstance(module, types)), None)
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self.flow.muted += 1
+
+    def _end(self, name: str, effect: _Effect) -> Callable[..., None]:
+        def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.flow.muted == 1:  # not a part of another layer
+                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                with _disable_current_modes():  # what is done to dyes is not to be followed
+                    effect(name, module, tensors, output)
+            self.flow.muted -= 1
+
+        return end
+
+    # What each kind of layer does -----------------------------------------------------------------------------------
+
+    def _linear(self, name: str, module: nn.Linear, inputs: Sequence[Tensor], output: Tensor) -> None:
+        self._read((name, True), inputs[0], -1)
+        self._dye((name, False), output, -1)
+        self._check_weight(name, module, inputs[0], output)
+
+    def _convolution(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
+        dim = -1 - len(module.kernel_size)
+        if 1 < module.groups == module.in_channels == module.out_channels:  # depthwise
+            self._read((name, False), inputs[0], dim)
+            self._pass_on(inputs[0], output)
+        else:
+            self._read((name, True), inputs[0], dim)
+            self._dye((name, False), output, dim)
+            self.blocks[name, True] = self.blocks[name, False] = module.groups
+        if module.groups > 1 and (module.transposed or module.groups == module.out_channels != module.in_channels):
+            self.remark((inputs, output), "unsupported", f"{name} has groups that Torch-Pruning cannot cut")
+        self._check_weight(name, module, inputs[0], output)
+
+    def _treat_each(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor, dim: int = 1) -> None:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.shape == (inputs[0].shape[dim],):
+            self._read((name, False), inputs[0], dim)
+        self._pass_on(inputs[0], output)
+
+    def _normalise_over(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
+        self.remark(inputs, "inexact", f"{type(module).__name__} {name} computes statistics over these channels")
+        dyes = self.flow.of(inputs[0])
+        along = () if dyes is None else varying(dyes)
+        usual = -1 if isinstance(module, nn.LayerNorm) else 1
+        self._treat_each(name, module, inputs, output, along[0] if len(along) == 1 else usual)
+
+    def _embed(self, name: str, module: nn.Embedding, inputs: Sequence[Tensor], output: Tensor) -> None:
+        self._dye((name, False), output, -1)
+
+    def _refuse(self, name: str, module: nn.Module, inputs: Sequence[Tensor], output: Any) -> None:
+        kind = "a recurrent layer" if isinstance(module, nn.RNNBase) else "an attention layer"
+        self.remark(inputs, "unsupported", f"{name} is {kind} over these channels")
+
+    def _leave(self, name: str, module: nn.Module, inputs: Sequence[Tensor], output: Any) -> None:
+        # Its user says how to cut it; whether it keeps channels apart is for the trial to find out.
+        self._treat_each(name, module, inputs, output)
+
+    def _check_weight(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """A layer that computes its weight from other numbers may compute another one when some of them are gone."""
+        forwards = (type(module).forward, getattr(type(module), "_conv_forward", nn.Linear.forward))
+        if not all(forward.__module__.startswith("torch.nn.") for forward in forwards):
+            self.remark((x, output), "inexact", f"{name} has a forward of its own")
+        if module._parameters.get("weight") is None:
+            self.remark((x, output), "unsupported", f"the weight of {name} is computed from other parameters")
+
+    # Dyes ------------------------------------------------------------------------------------------------------------
+
+    def _dye(self, side: Side, tensor: Tensor, dim: int) -> None:
+        """Let a tensor carry this side's dyes along a dimension: new ones when it is met for the first time."""
+        if side not in self.sides:
+            self.sides[side] = self.flow.dyes.fresh(tensor.shape[dim])
+        shape = [1] * tensor.dim()
+        shape[dim] = -1
+        self.flow.put(tensor, self.sides[side].reshape(shape).expand(tensor.shape))
+
+    def _read(self, side: Side, tensor: Tensor, dim: int) -> None:
+        """Note a tensor's dyes along a dimension; whatever else is read in the same place leaves with them."""
+        dyes = self.flow.of(tensor)
+        if dyes is None:
+            dyes = torch.zeros((), dtype=torch.int64).expand(tensor.shape)
+        rows = core(dyes).movedim(dim, 0).flatten(1)
+        first = rows.amax(1)
+        self.flow.dyes.unite(first[:, None].expand_as(rows), rows)
+        first = first.expand(tensor.shape[dim])
+        known = self.sides.get(side, first)
+        self.flow.dyes.unite(known, first)
+        self.sides[side] = torch.where(known > 0, known, first)
+
+    def _pass_on(self, x: Tensor, output: Any) -> None:
+        """Let an output carry the input's dyes, if it has the same channels."""
+        dyes = self.flow.of(x)
+        if dyes is None or not isinstance(output, Tensor) or output.dim() != x.dim():
+            return
+        if all(output.shape[dim] == x.shape[dim] for dim in varying(dyes)):
+            self.flow.put(output, core(dyes).expand(output.shape))

@@ -1,0 +1,286 @@
+"""Where channels go: dyes are followed through one forward, operation by operation.
+
+An operation lets dyes through only if it is known here what it does to channels. Whatever else touches a dyed channel
+makes it unsupported, so that a group which is called exact is one whose every use was understood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gumbel_plugin.graph.exactness.channel_labels import Dyes, Safety, core, tight, varying
+
+
+class Flow(TorchDispatchMode):
+    """Follows dyes through tensor operations.
+
+    Attributes:
+        dyes: The dyes, and what was remarked on them.
+        muted: While it is positive nothing is followed: a layer is at work whose effect is known as a whole.
+        met: Parameters that operations outside of such layers used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dyes = Dyes()
+        self.muted = 0
+        self.met: dict[nn.Parameter, str] = {}
+        self._carried = WeakTensorKeyDictionary()
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """Return the colours that a tensor carries, of its shape and tight, on the CPU; None if it carries none."""
+        dyes: Tensor | None = self._carried.get(tensor)  # type: ignore[no-untyped-call]
+        return None if dyes is None else tight(self.dyes.colours(core(dyes)).expand(dyes.shape))
+
+    def put(self, tensor: Tensor, dyes: Tensor) -> None:
+        """Let a tensor carry dyes of its shape."""
+        if tensor.numel():
+            self._carried[tensor] = tight(dyes)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [] if self.muted else [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.met.update((tensor, func._schema.name) for tensor in inputs if isinstance(tensor, nn.Parameter))
+        dyed = {id(tensor): dyes for tensor in inputs if (dyes := self.of(tensor)) is not None}
+        result = func(*args, **kwargs)
+        if dyed:
+            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            step = _Step(self, func, args, kwargs, inputs, dyed, outputs)
+            _rule_for(func)(step)
+        return result
+
+
+@dataclass(eq=False)
+class _Step:
+    """One operation of which an input is dyed."""
+
+    flow: Flow
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: Sequence[Tensor]
+    dyed: Mapping[int, Tensor]
+    outputs: Sequence[Tensor]
+
+    @property
+    def source(self) -> Tensor:
+        """The dyes of the first dyed input."""
+        return next(iter(self.dyed.values()))
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """Return an argument by its name in the operation's schema."""
+        names = [argument.name for argument in self.func._schema.arguments]
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}.get(name, default)
+
+    def put_all(self, dyes: Tensor) -> None:
+        """Let every output carry these dyes, stretched where they do not vary."""
+        for output in self.outputs:
+            self.flow.put(output, core(dyes).expand(output.shape))
+
+    def remark(self, safety: Safety, what: str, dyes: Tensor | None = None) -> None:
+        """Note that this operation does something to its inputs' channels (or to these ones)."""
+        for affected in self.dyed.values() if dyes is None else (dyes,):
+            self.flow.dyes.remark(core(affected), safety, f"{self.func._schema.name} {what}")
+
+
+def _unknown(step: _Step) -> None:
+    step.remark("unsupported", "is not known to keep these channels apart")
+
+
+def _nothing(step: _Step) -> None:
+    """The outputs hold none of the input's values."""
+
+
+def _same(step: _Step) -> None:
+    if all(output.shape == step.source.shape for output in step.outputs):
+        step.put_all(step.source)
+    else:
+        _unknown(step)
+
+
+def _pointwise(step: _Step) -> None:
+    """Elements meet: the channels on both sides leave together."""
+    shape = step.outputs[0].shape
+    result = torch.zeros((1,) * len(shape), dtype=torch.int64)
+    for dyes in step.dyed.values():
+        ours, theirs = core(result), core(dyes)
+        common = torch.broadcast_shapes(ours.shape, theirs.shape)  # type: ignore[no-untyped-call]
+        ours, theirs = ours.expand(common), theirs.expand(common)
+        step.flow.dyes.unite(ours, theirs)
+        if core(result).any():
+            step.remark("unsupported", "joins them with what no layer computes", theirs * (ours == 0))
+            step.remark("unsupported", "joins them with what no layer computes", ours * (theirs == 0))
+        result = torch.where(ours != 0, ours, theirs)
+    result = tight(result.expand(shape))
+    undyed = [tensor for tensor in step.inputs if id(tensor) not in step.dyed]
+    if step.func._schema.is_mutable and any(tensor is step.args[0] and tensor._is_view() for tensor in undyed):
+        step.remark("unsupported", "writes them into a part of another tensor", result)
+    elif any(_differs_along(tensor, dim - len(shape)) for tensor in undyed for dim in varying(result)):
+        step.remark("unsupported", "joins them with a tensor per channel that is no parameter", result)
+    step.put_all(result)
+
+
+def _differs_along(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor may have different elements along a dimension (counted from the end)."""
+    return tensor.dim() >= -dim and tensor.shape[dim] > 1 and tensor.stride(dim) != 0
+
+
+def _move(step: _Step) -> None:
+    """Elements change places: run the same operation on the dyes, and see whether channels stayed whole."""
+    if step.dyed.get(id(step.args[0])) is not step.source or len(step.dyed) > 1:
+        return _unknown(step)
+    args, kwargs = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (step.args, step.kwargs))
+    if _name(step.func) in ("view", "_unsafe_view"):
+        if step.outputs[0].dtype != step.args[0].dtype:
+            return _unknown(step)
+        moved: Any = step.source.reshape(step.outputs[0].shape)
+    else:
+        moved = step.func(step.source, *args[1:], **kwargs)
+    for output, dyes in zip(step.outputs, tree_leaves(moved), strict=True):
+        dyes = tight(dyes)
+        fault = _fault(step.source, dyes)
+        if fault:
+            step.remark("unsupported", fault)
+        step.flow.put(output, dyes)
+    return None
+
+
+def _fault(before: Tensor, after: Tensor) -> str:
+    """Say what a move did to the channels, if removing some of them would change what the move does to the rest."""
+    if len(varying(after)) > len(varying(before)):
+        return "spreads these channels over several dimensions"
+    old, new = core(before), core(after)
+    if not torch.equal(torch.unique(old), torch.unique(new)):
+        return "takes these channels apart"
+    if len(varying(before)) == len(varying(after)) == 1:
+        # A flattened map repeats each channel (1 1 2 2) or, channels last, all of them (1 2 1 2); both stay right.
+        first, second = (torch.unique_consecutive(dyes.flatten()) for dyes in (old, new))
+        if len(second) % len(first) or not bool((second.reshape(-1, len(first)) == first).all()):
+            return "changes the order of these channels"
+    return ""
+
+
+def _join(step: _Step) -> None:
+    """Concatenate or stack."""
+    pieces = [step.dyed.get(id(t), torch.zeros((), dtype=torch.int64).expand(t.shape)) for t in step.inputs]
+    # A concatenation of maps need not be spelt out pixel by pixel.
+    dim = step.argument("dim", 0) % step.outputs[0].dim()
+    stacked = _name(step.func) == "stack"
+    if not stacked:
+        pieces = [piece for piece in pieces if piece.dim() == step.outputs[0].dim()]  # cat skips empty 1-d tensors
+        kept = [
+            d for d in range(step.outputs[0].dim()) if d == dim or any(d in varying(tight(piece)) for piece in pieces)
+        ]
+        pieces = [
+            piece[tuple(slice(None) if d in kept else slice(0, 1) for d in range(piece.dim()))] for piece in pieces
+        ]
+    joined = torch.stack(pieces, dim) if stacked else torch.cat(pieces, dim)
+    step.flow.put(step.outputs[0], joined.expand(step.outputs[0].shape))
+
+
+def _pad(step: _Step) -> None:
+    pads = step.argument("pad")
+    rank = step.source.dim()
+    padded = {rank - 1 - place // 2 for place, size in enumerate(pads) if size}
+    if padded & set(varying(step.source)):
+        step.flow.put(step.outputs[0], torch.constant_pad_nd(step.source, pads))
+    else:
+        step.put_all(step.source)
+
+
+def _window(step: _Step) -> None:
+    """Pool or resize the trailing dimensions."""
+    name = _name(step.func)
+    trailing = next((count for count in (1, 2, 3) if f"{count}d" in name), 0)
+    if any(dim >= step.source.dim() - trailing for dim in varying(step.source)):
+        step.remark("inexact", "mixes these channels")
+        if step.outputs[0].shape == step.source.shape:
+            step.put_all(step.source)
+    elif trailing:
+        step.put_all(step.source)
+    else:
+        _unknown(step)
+
+
+def _reduce(step: _Step) -> None:
+    dims = _dimensions(step)
+    if dims & set(varying(step.source)):
+        step.remark("inexact", "mixes these channels")
+    elif len(step.dyed) > 1:
+        _unknown(step)
+    elif step.outputs[0].dim() == step.source.dim():
+        step.put_all(step.source)
+    else:
+        smallest = core(step.source)
+        for dim in sorted(dims, reverse=True):
+            smallest = smallest.squeeze(dim)
+        step.put_all(smallest)
+
+
+def _mix(step: _Step) -> None:
+    """Normalise or accumulate along some dimensions, and keep the shape."""
+    if _dimensions(step) & set(varying(step.source)):
+        step.remark("inexact", "mixes these channels")
+    step.flow.put(step.outputs[0], step.source)
+
+
+def _dimensions(step: _Step) -> set[int]:
+    """Return the dimensions that a reduction or normalisation runs over, counted from the front."""
+    rank = step.source.dim()
+    if _name(step.func) == "native_layer_norm":
+        return set(range(rank - len(step.argument("normalized_shape")), rank))
+    if _name(step.func) == "native_group_norm":
+        return set(range(1, rank))
+    dims = step.argument("dim")
+    if dims is None or dims == []:
+        return set(range(rank))
+    return {dim % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
+
+
+_Rule = Callable[[_Step], None]
+
+# By aten name; in-place variants (a trailing underscore) follow the same rule.
+_RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
+    (_same, ("clone", "alias", "detach", "_to_copy", "lift_fresh", "contiguous", "as_strided", "zero", "fill")),
+    (_pointwise, ("hardswish", "copy", "where", "masked_fill", "rsub", "add", "sub", "threshold")),
+    (_move, ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze")),
+    (_move, ("select", "slice", "split", "split_with_sizes", "unbind", "unfold", "diagonal", "repeat")),
+    (_move, ("roll", "flip", "index", "index_select", "gather", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")),
+    (_join, ("cat", "stack")),
+    (_pad, ("constant_pad_nd",)),
+    (_window, ("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "max_pool2d_with_indices")),
+    (_window, ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")),
+    (_window, ("max_pool3d_with_indices", "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "_adaptive_avg_pool3d")),
+    (_window, ("adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")),
+    (_window, ("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")),
+    (_window, ("_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d")),
+    (_reduce, ("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "logsumexp", "prod", "norm")),
+    (_reduce, ("linalg_vector_norm", "any", "all", "argmax", "argmin")),
+    (_mix, ("_softmax", "_log_softmax", "cumsum", "native_layer_norm", "native_group_norm")),
+    (_nothing, ("new_zeros", "new_ones", "new_empty", "new_full", "empty_like", "zeros_like", "ones_like")),
+    (_nothing, ("full_like", "rand_like", "randn_like")),
+)
+_RULE_OF = {name: rule for rule, names in _RULES for name in names}
+
+
+def _name(func: Any) -> str:
+    name = str(func._schema.name).removeprefix("aten::")
+    return name.removesuffix("_") if func._schema.is_mutable else name
+
+
+def _rule_for(func: Any) -> _Rule:
+    pointwise = torch.Tag.pointwise in func.tags
+    return _RULE_OF.get(_name(func), _pointwise if pointwise else _unknown)
+
+
+__all__ = ["Flow"]

@@ -1,0 +1,185 @@
+"""What surrounds Torch-Pruning's tracing of a user's model: how it is called, and that it is left as it was."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.dependency import index_mapping
+
+from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, shorten
+from gumbel_plugin.graph.attention_heads import opaque_attention
+from gumbel_plugin.graph.tracing_repairs import repaired_tracing
+from gumbel_plugin.layers.example_inputs import observing
+from gumbel_plugin.layers.weights import GATES
+
+Forward = Callable[[nn.Module, Any], Any]
+"""What Torch-Pruning takes as ``forward_fn``: gets the model and the example inputs, returns the outputs."""
+
+
+class _Through:
+    """A model's forward while example inputs go through a function of the user's.
+
+    It is set on the model itself, so that copies of the model, and all that calls them, go the same way.
+    """
+
+    def __init__(self, model: nn.Module, function: Forward, example_inputs: Any) -> None:
+        self._model = model
+        self._function = function
+        self._kind = type(example_inputs)
+        self._inside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:  # the function's own call of the model
+            return type(self._model).forward(self._model, *args, **kwargs)
+        inputs = args[0] if issubclass(self._kind, Tensor) else kwargs or self._kind(args)
+        self._inside = True
+        try:
+            return self._function(self._model, inputs)
+        finally:
+            self._inside = False
+
+
+@contextmanager
+def calling(model: nn.Module, function: Forward | None, example_inputs: Any) -> Iterator[None]:
+    """Let whoever calls the model, or a copy of it, on example inputs call this function instead.
+
+    Args:
+        model: The model.
+        function: What calls it; None leaves everything as it is.
+        example_inputs: Their type tells how to put the arguments of a call together again.
+    """
+    if function is None:
+        yield
+        return
+    before = model.__dict__.get("forward")
+    model.forward = _Through(model, function, example_inputs)
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+@contextmanager
+def traceable(model: nn.Module, own_attention: bool = False) -> Iterator[None]:
+    """Let autograd see every parameter, in eval mode; frozen layers would be missing in the graph otherwise.
+
+    Args:
+        model: The model.
+        own_attention: Show what known attention layers do inside, because the user named their layers.
+
+    Raises:
+        GraphError: If the graph cannot be built.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    inside = nullcontext() if own_attention else opaque_attention(model)
+    with observing(model), torch.enable_grad(), inside, repaired_tracing():
+        try:
+            for parameter in flags:
+                parameter.requires_grad_(parameter.is_floating_point())
+            yield
+        except GumbelPluginError:
+            raise
+        except Exception as error:
+            raise cannot_build(error) from error
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+
+def cannot_build(error: Exception) -> GraphError:
+    """Return the error of a graph that Torch-Pruning cannot build, with the reason and where it came up."""
+    return GraphError(f"Torch-Pruning cannot build the dependency graph: {reason_of(error)}")
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's kind, text and place: the innermost line of code that is not torch's own."""
+    inside_torch = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((inside_torch, "<"))]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {shorten(text, 600)}{place}"
+
+
+@contextmanager
+def untouched_on_error(model: nn.Module) -> Iterator[None]:
+    """Take back hooks, submodules and flags that an error leaves on a model, such as those of a tracing that failed."""
+    modules = list(model.modules())
+    tables = [
+        table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks, module._modules)
+    ]
+    contents: list[dict[Any, Any]] = [dict(table) for table in tables]
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except BaseException:
+        for table, content in zip(tables, contents, strict=True):
+            table.clear()
+            table.update(content)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        raise
+
+
+def catch_up(graph: Any, replaced: Mapping[int, nn.Parameter]) -> None:
+    """Bring a dependency graph up to date after something was removed, where Torch-Pruning forgets to.
+
+    Args:
+        graph: The graph.
+        replaced: The new parameters by the ids of the old ones.
+    """
+    pairs = [(replaced.get(id(parameter), parameter), dim) for parameter, dim in graph.unwrapped_parameters]
+    graph.unwrapped_parameters = pairs
+    for node in graph.module2node.values():
+        if node.type == tp.ops.OPTYPE.SPLIT and node.module.split_sizes is not None:
+            node.module.offsets = [0, *itertools.accumulate(node.module.split_sizes)]
+    index_mapping.update_index_mapping(graph)  # where the pieces of a concatenation begin
+
+
+def shared_parts(graph: Any) -> dict[int, Any]:
+    """Return what copies of a dependency graph share with it, as the memo of a deep copy.
+
+    Autograd's nodes and modules cannot be copied, and the graph's pruning functions are compared by identity.
+    """
+    parts = [graph.ops, *graph.REGISTERED_PRUNERS.values(), *graph.CUSTOMIZED_PRUNERS.values()]
+    parts += [node.grad_fn for node in graph.module2node.values()]
+    return {id(part): part for part in parts}
+
+
+class Structure:
+    """Which layers a model had, of which shapes, when gates were attached."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = _layers(model)
+
+    def check(self, model: nn.Module) -> None:
+        """Compare with the model's layers as they are now.
+
+        Raises:
+            LifecycleError: If one was added, removed, replaced or reshaped.
+        """
+        now = _layers(model)
+        for name in {**self._layers, **now}:
+            (layer, shapes), (known, known_shapes) = now.get(name, (None, ())), self._layers.get(name, (None, ()))
+            if layer is not known or shapes != known_shapes:
+                raise LifecycleError(
+                    f"the model's layer {name!r} was added, removed, replaced or reshaped after the gates were "
+                    "attached; build a new pruner on the changed model"
+                )
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[torch.Size, ...]]]:
+    return {
+        name: (module, tuple(parameter.shape for parameter in module.parameters(recurse=False)))
+        for name, module in model.named_modules()
+        if GATES not in name
+    }

@@ -1,0 +1,77 @@
+"""Residual blocks whose branch is zero: what is left of them is the skip, and what follows the addition."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from gumbel_plugin.graph.residual_blocks import ResidualBlock, residual_block
+
+_logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_gumbel_removed_blocks"
+
+
+def removed_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Return which blocks of the dense network a small one has lost; none where that was not noted."""
+    blocks: tuple[str, ...] = model.__dict__.get(_ATTRIBUTE, ())
+    return blocks
+
+
+def note_removed(small: nn.Module, blocks: Sequence[str]) -> None:
+    """Note on a small network which blocks are gone; copies of it know it too."""
+    small.__dict__[_ATTRIBUTE] = tuple(blocks)
+
+
+def remove_closed_blocks(model: nn.Module) -> list[str]:
+    """Replace every residual block whose branch is exactly zero by what is left of it; in place.
+
+    Args:
+        model: A plain model.
+
+    Returns:
+        The names of the blocks that went.
+    """
+    removed: list[str] = []
+    found = find_closed_blocks(model)
+    while found:  # a block around it may be found only once the inner one is gone
+        for name, block in found.items():
+            replace_block(model, name, block)
+        removed += found
+        found = find_closed_blocks(model)
+    if removed:
+        _logger.info("removed %d residual blocks: %s", len(removed), ", ".join(removed))
+    return removed
+
+
+def replace_block(model: nn.Module, name: str, block: ResidualBlock) -> None:
+    """Put what is left of a block without its branch in the block's place."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, block.remainder())
+
+
+def find_closed_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
+    """Return the innermost residual blocks of a model whose branch is exactly zero, by name."""
+    modules = dict(model.named_modules())
+    zero = [name for name, module in modules.items() if _is_zero(module)]
+    return dict(found for name in zero if (found := _block_around(name, modules)) is not None)
+
+
+def _block_around(layer: str, modules: Mapping[str, nn.Module]) -> tuple[str, ResidualBlock] | None:
+    """Return the residual block that a layer closes, with its name."""
+    name = layer
+    while "." in name:
+        name = name.rpartition(".")[0]
+        block = residual_block(modules[name])
+        if isinstance(block, ResidualBlock) and f"{name}.{block.last}" == layer:
+            return name, block
+    return None
+
+
+def _is_zero(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, Tensor):
+        return False
+    return not any(bool(parameter.detach().any()) for parameter in module.parameters(recurse=False))

@@ -1,0 +1,200 @@
+"""Units that nothing comes into: they compute a constant, which moves into the biases of what reads them.
+
+A unit whose incoming weights are all zero computes act(bias) whatever the input is, through a batch norm in eval mode
+too. Adding what its readers make of that to their biases, and zeroing their weights for it, changes no output, and
+leaves a unit that nobody reads (`find_dead_units` removes it). It may leave readers with nothing coming in, and so on.
+
+A constant channel under zero padding is no constant: at the border the reader sees zeros. So it is moved into a
+convolution's bias only if the constant is 0, or nothing is padded, or the padding repeats what is there (``replicate``,
+``reflect``, ``circular``), and into a transposed convolution's only if its kernel, stride and groups are 1. Otherwise
+the unit stays.
+
+In exact arithmetic nothing changes; stored in float32, a bias with a constant in it is rounded. `precision.round_to`
+remembers what it was, so that `verify_equivalence` can tell that rounding from a mistake.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
+from gumbel_plugin.layers.example_inputs import (
+    ExampleInputs,
+    call_model,
+    inputs_on_device_of,
+    observing,
+    random_inputs_like,
+)
+from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension, read_channels
+from gumbel_plugin.layers.precision import computing_in, dtypes_of, round_to
+
+_ROUNDING = 1e-12  # what a constant may differ by between places, relative to it: kernels round differently at edges
+_DRAWS = 2
+
+
+@torch.no_grad()
+def fold_constants(
+    model: nn.Module, groups: Sequence[ChannelGroup], example_inputs: ExampleInputs
+) -> dict[str, Tensor]:
+    """Move the constants of units that nothing comes into to the biases of their readers, to the end of the chain.
+
+    Structure and numbers must agree: all rows that compute the unit are zero, and its channel was the same throughout
+    in float64 on two random batches.
+
+    Args:
+        model: The masked model, changed in place; its outputs stay. Where there is something to fold, all of it becomes
+            float64 (`round_to` takes it back).
+        groups: Its channel groups; only exact ones are considered.
+        example_inputs: What to run it on.
+
+    Returns:
+        The units that were folded, by the group's name.
+    """
+    modules = dict(model.named_modules())
+    shared = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
+    usable = [group for group in groups if _usable(group, modules, shared)]
+    if not any(len(_uncaused(modules, group)) for group in usable):
+        return {}
+    dtypes = dtypes_of(model)
+    model.double()
+    constants = observe(model, {part.module for group in usable for part in group.consumers}, example_inputs)
+    folded: dict[str, Tensor] = {}
+    changed = True
+    while changed:
+        changed = False
+        for group in usable:
+            units = _uncaused(modules, group)
+            for part in group.consumers:
+                units = units[~torch.isin(units, _bound_units(part, modules[part.module], constants[part.module]))]
+            if not len(units):
+                continue
+            for part in group.consumers:
+                _fold(modules[part.module], part.positions[torch.isin(part.units, units)], constants[part.module])
+            folded[group.name] = torch.cat([folded.get(group.name, units[:0]), units]).sort().values
+            changed = True
+    if not folded:
+        round_to(model, dtypes)
+    return folded
+
+
+def _usable(group: ChannelGroup, modules: Mapping[str, nn.Module], shared: Mapping[int, int]) -> bool:
+    """Whether all that computes and reads a group's channels is in plain sight: own weights of known layers."""
+    layers = [modules[part.module] for part in (*group.producers, *group.consumers)]
+    weights = [layer._parameters.get("weight") for layer in layers]
+    biases = [modules[part.module]._parameters.get("bias") for part in group.consumers]
+    own = all(weight is not None for weight in weights)
+    once = all(tensor is None or shared[id(tensor)] == 1 for tensor in (*weights, *biases))
+    return group.safety == "exact" and not group.unlisted_weights and own and once
+
+
+def _uncaused(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tensor:
+    """Return the units that something reads, and whose rows are all zero, int64.
+
+    Norms and depthwise convolutions do not count: they make a constant of a constant.
+    """
+    computed = torch.zeros(group.size, dtype=torch.bool)
+    caused, read = computed.clone(), computed.clone()
+    for part in group.producers:
+        module = modules[part.module]
+        rows = _incoming(module)
+        if rows is not None:
+            computed[part.units] = True
+            caused[part.units[rows[part.positions]]] = True
+    for part in group.consumers:
+        read[part.units[read_channels(modules[part.module]).cpu()[part.positions]]] = True
+    return torch.nonzero(computed & ~caused & read).flatten()
+
+
+def _incoming(module: nn.Module) -> Tensor | None:
+    """Return which output channels have a non-zero weight; None for a layer that treats every channel by itself."""
+    weight, dimension = module.weight, output_dimension(module)
+    assert isinstance(weight, Tensor)
+    groups = getattr(module, "groups", 1)
+    if weight.dim() < 2 or dimension is None or 1 < groups == module.in_channels == module.out_channels:
+        return None
+    return (weight.detach() != 0).movedim(dimension, 0).flatten(1).any(1).cpu()
+
+
+class ReadValues:
+    """What a layer reads, channel by channel: the values, and whether they are the same throughout."""
+
+    def __init__(self, module: nn.Module) -> None:
+        kernel = () if isinstance(module, nn.Linear) else module.kernel_size
+        self._channel_dim = -1 - len(kernel)  # type: ignore[arg-type]
+        self.low = torch.full((input_channels(module),), torch.inf, dtype=torch.float64)
+        self.high = -self.low
+
+    def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take in one input, as a forward pre-hook."""
+        values = args[0].detach().movedim(self._channel_dim, 0).flatten(1).double().cpu()
+        self.low, self.high = torch.minimum(self.low, values.amin(1)), torch.maximum(self.high, values.amax(1))
+
+    @property
+    def values(self) -> Tensor:
+        """The constants, float64, where `same`."""
+        return (self.low + self.high) / 2
+
+    @property
+    def same(self) -> Tensor:
+        """Which channels are constants, bool; none if the layer was not called."""
+        largest = torch.maximum(self.low.abs(), self.high.abs())
+        return (self.high - self.low <= _ROUNDING * largest) & largest.isfinite()
+
+
+def observe(model: nn.Module, readers: set[str], example_inputs: ExampleInputs) -> dict[str, ReadValues]:
+    """Run a float64 model on random batches and watch what some layers read."""
+    found = {name: ReadValues(model.get_submodule(name)) for name in readers}
+    generator = torch.Generator().manual_seed(0)
+    handles = [model.get_submodule(name).register_forward_pre_hook(seen.see) for name, seen in found.items()]
+    try:
+        with observing(model), computing_in(torch.float64):
+            for _ in range(_DRAWS):
+                inputs = random_inputs_like(example_inputs, generator, torch.float64)
+                call_model(model, inputs_on_device_of(model, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _bound_units(part: ChannelSlice, module: nn.Module, seen: ReadValues) -> Tensor:
+    """Return the units that cannot be folded into this reader."""
+    free = seen.same if _repeats_constants(module) else seen.same & (seen.values == 0)
+    return part.units[~free[part.positions]]
+
+
+def _repeats_constants(module: nn.Module) -> bool:
+    """Whether a constant channel adds the same everywhere in a layer's output."""
+    if isinstance(module, nn.Linear):
+        return True
+    kernel, stride, dilation, padding = (
+        getattr(module, name) for name in ("kernel_size", "stride", "dilation", "padding")
+    )
+    if getattr(module, "transposed", False):
+        pointwise = all(size == step == 1 for size, step in zip(kernel, stride, strict=True))
+        return pointwise and not any(padding) and bool(module.groups == 1)
+    if padding == "same":
+        padding = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+    return padding == "valid" or not any(padding) or bool(module.padding_mode != "zeros")
+
+
+def _fold(module: nn.Module, channels: Tensor, seen: ReadValues) -> None:
+    """Move some channels' constants into a float64 layer's bias."""
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    assert weight is not None
+    chosen = torch.zeros_like(seen.low).index_fill_(0, channels, 1.0)
+    constants = torch.where(chosen > 0, seen.values, 0.0)
+    products = weight * columns_view(module, constants.to(weight.device))
+    weight.mul_(columns_view(module, (1 - chosen).to(weight.device)))
+    if not bool(constants.any()):
+        return
+    added = (products.transpose(0, 1) if getattr(module, "transposed", False) else products).flatten(1).sum(1)
+    if bias is not None:
+        bias.add_(added)
+    else:
+        module.bias = nn.Parameter(added, requires_grad=weight.requires_grad)

@@ -1,0 +1,1 @@
+"""Sparsity types, budgets and what they count."""

@@ -1,0 +1,248 @@
+"""Budgets: how many units may stay, the loss that steers the gates there, and the cut that meets it exactly."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.masks import LearntMask, name_of
+from gumbel_plugin.sparsity.ranking import portion
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Member:
+    """One mask's part in a budget.
+
+    Attributes:
+        name: The mask's name.
+        mask: The mask.
+        site_weight: Returns the weight that a weight-dependent method reads, or None for channel groups.
+        cost: How many weights one unit stands for.
+        max_ratio: At most this fraction of the units goes.
+        min_ratio: At least this fraction of the units goes.
+        multiple: How many units stay is a multiple of this (as far as the mask has that many).
+        least: How many units stay at least: 1, or 0 where the network works without any, as around a residual block.
+    """
+
+    name: str
+    mask: LearntMask
+    site_weight: object
+    cost: float = 1.0
+    max_ratio: float = 1.0
+    min_ratio: float = 0.0
+    multiple: int = 1
+    least: int = 1
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weight a weight-dependent method reads."""
+        return getattr(self.site_weight, "weight", None)
+
+    @property
+    def units(self) -> int:
+        """How many units the mask has."""
+        return math.prod(self.mask.shape)
+
+    def removable(self) -> tuple[int, int]:
+        """Return the least and the most units that may go."""
+        most = self.units - self._fewest()
+        return min(portion(self.units, self.min_ratio), most), most
+
+    def round_down(self, kept: Tensor, scores: Tensor) -> None:
+        """Close the lowest-scored of the kept units, in place, until their number is a multiple."""
+        count = int(kept.sum())
+        target = max(count - count % self.multiple, self._fewest())
+        if target < count:
+            open_units = torch.nonzero(kept).flatten()
+            kept[open_units[torch.argsort(scores[open_units], stable=True)[: count - target]]] = False
+
+    def _fewest(self) -> int:
+        """Return how many units stay at least: a multiple, as far as the mask has that many."""
+        least = max(self.least, self.units - portion(self.units, self.max_ratio))
+        return min(self.units, math.ceil(least / self.multiple) * self.multiple)
+
+
+@dataclass(eq=False)
+class Scope:
+    """Masks that share one budget: a layer, a dependency group, or the whole network.
+
+    Attributes:
+        name: What the scope is called in messages.
+        members: Its masks.
+        ratio: The fraction of its weights to remove, None where the gates decide by themselves.
+        threshold: Without a ratio: a unit stays if its P(keep) is at least this.
+    """
+
+    name: str
+    members: list[Member] = field(default_factory=list)
+    ratio: float | None = None
+    threshold: float | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "ratio":  # the masks of some methods follow it at every forward
+            for member in self.members:
+                self._tell(member)
+
+    def add(self, member: Member) -> None:
+        """Let one more mask share the budget."""
+        self.members.append(member)
+        self._tell(member)
+
+    def _tell(self, member: Member) -> None:
+        bounds = member.min_ratio, member.max_ratio
+        member.mask.sparsity = None if self.ratio is None else min(max(self.ratio, bounds[0]), bounds[1])
+
+    @property
+    def method(self) -> type[LearntMask]:
+        """The method of its masks."""
+        return type(self.members[0].mask)
+
+    def check(self) -> None:
+        """Refuse a budget that the method cannot have.
+
+        Raises:
+            ConfigError: If the method needs a ratio and there is none, or its masks cannot share one.
+        """
+        method, what = name_of(self.method), self.members[0].name
+        if self.method.steers_itself and self.ratio is None:
+            raise ConfigError(f"sparse_ratio of {what!r} is missing: method {method!r} cannot find one by itself")
+        if len(self.members) > 1 and not self.method.shares_budget:
+            raise ConfigError(
+                f"{self.name}: method {method!r} ranks {what!r} and the others each by itself, so that they cannot "
+                "share a budget; leave out global_group_id (in Torch-Pruning, global_pruning)"
+            )
+
+    def check_units(self) -> None:
+        """Refuse a ratio of one layer that leaves less than the one unit which it cannot do without.
+
+        Raises:
+            ConfigError: With the highest ratio that leaves it.
+        """
+        if self.ratio is None or len(self.members) > 1:
+            return
+        (member,) = self.members
+        most = 1 - member.least / member.units
+        if min(self.ratio, member.max_ratio) > most + 1e-9:
+            raise ConfigError(
+                f"sparse_ratio {self.ratio:g} leaves {member.name!r} less than one of its {member.units} units: lower "
+                f"it to at most {most:.4g}, exclude the layer, or set max_sparse_ratio"
+            )
+
+    @property
+    def attainable(self) -> float:
+        """The fraction to remove as far as the members' limits let it; 0 without a ratio."""
+        limits = [member.removable() for member in self.members]
+        lowest, highest = (
+            sum(m.cost * limit[end] for m, limit in zip(self.members, limits, strict=True)) for end in (0, 1)
+        )
+        return min(max(self.ratio or 0.0, lowest / self.total), highest / self.total)
+
+    @property
+    def total(self) -> float:
+        """The cost of all units."""
+        return sum(member.units * member.cost for member in self.members)
+
+    def density(self) -> Tensor:
+        """Return the kept fraction: its value counts open gates, its gradient is that of the mean probability.
+
+        The value is what the final cut will see, so that a met budget leaves the cut nothing to do. The mean
+        probability would not do: at 0.5 % density the tails of thousands of closed gates use up the budget.
+        """
+        soft = self.usage([m.mask.probability(m.weight) for m in self.members])
+        with torch.no_grad():
+            hard = self.usage([m.mask.decide(m.weight).float() for m in self.members])
+        return hard + (soft - soft.detach())
+
+    def usage(self, gates: Sequence[Tensor]) -> Tensor:
+        """Return the fraction of the dense cost that stays under gates (soft or hard), one tensor a member."""
+        shares = [g.sum() * (member.cost / self.total) for g, member in zip(gates, self.members, strict=True)]
+        return sum(shares[1:], start=shares[0])
+
+    @torch.no_grad()
+    def cut(self) -> dict[str, Tensor]:
+        """Return the hard gates of every member, bool, that meet the ratio exactly (or the threshold, without one).
+
+        Units go in the order of their scores, the lowest first, until what is gone reaches the ratio: ⌊ratio · units⌋
+        of them where all units cost the same; otherwise the cost may pass the ratio by less than one unit.
+        """
+        if self.ratio is None:
+            return {member.name: self._threshold(member) for member in self.members}
+        scores = [member.mask.scores(member.weight).float().flatten() for member in self.members]
+        keep = [torch.ones_like(score, dtype=torch.bool) for score in scores]
+        gone = 0.0
+        candidates: list[tuple[Tensor, Tensor, int]] = []
+        for number, (member, score) in enumerate(zip(self.members, scores, strict=True)):
+            least, most = member.removable()
+            order = torch.argsort(score, stable=True)
+            keep[number][order[:least]] = False
+            gone += least * member.cost
+            candidates.append((score[order[least:most]], order[least:most], number))
+        highest = self._remove(candidates, keep, self._to_remove(self.ratio) - gone)
+        for member, kept, score in zip(self.members, keep, scores, strict=True):
+            member.round_down(kept, score)
+            if int(kept.sum()) != 1 or member.units == 1:
+                continue
+            if self.ratio * member.units > member.units - 1 or float(score[kept].max()) < highest:
+                _logger.warning("%s would lose its last unit; it keeps one", member.name)
+        return {m.name: kept.reshape(m.mask.shape) for m, kept in zip(self.members, keep, strict=True)}
+
+    def _to_remove(self, ratio: float) -> float:
+        """Return the cost to remove: whole units where they all cost the same, else whole weights."""
+        costs = {member.cost for member in self.members}
+        if len(costs) == 1:
+            return portion(sum(member.units for member in self.members), ratio) * costs.pop()
+        return portion_of(self.total, ratio)
+
+    def _remove(self, candidates: Sequence[tuple[Tensor, Tensor, int]], keep: list[Tensor], needed: float) -> float:
+        """Close the lowest-scored candidates until their cost reaches what is needed; return the last one's score.
+
+        That is -inf if none had to go, and inf if all of them were not enough.
+        """
+        if needed <= 0:
+            return -math.inf
+        costs = torch.cat(
+            [torch.full(units.shape, self.members[n].cost, dtype=torch.float64) for _, units, n in candidates]
+        )
+        scores = torch.cat([score for score, _, _ in candidates]).cpu()
+        order = torch.argsort(scores, stable=True)
+        reached = torch.cumsum(costs[order], 0)
+        enough = int(torch.searchsorted(reached, needed * (1 - 1e-12))) + 1  # sums of fractional costs are rounded
+        count = min(enough, len(order))
+        chosen = torch.zeros(len(order), dtype=torch.bool)
+        chosen[order[:count]] = True
+        start = 0
+        for _, units, number in candidates:
+            part = chosen[start : start + len(units)].to(units.device)
+            keep[number][units[part]] = False
+            start += len(units)
+        return math.inf if enough > len(order) else float(scores[order[count - 1]])
+
+    def _threshold(self, member: Member) -> Tensor:
+        if self.threshold is None:
+            kept = member.mask.decide(member.weight)
+        else:
+            kept = member.mask.probability(member.weight) >= self.threshold
+        least, most = member.removable()
+        gone = int((~kept).sum())
+        if least <= gone <= most:
+            return kept
+        if gone == member.units:
+            _logger.warning("%s would lose its last unit; it keeps one", member.name)
+        order = torch.argsort(member.mask.scores(member.weight).flatten(), stable=True)
+        within = torch.ones_like(kept).flatten()
+        within[order[: min(max(gone, least), most)]] = False
+        return within.reshape(kept.shape)
+
+
+def portion_of(total: float, ratio: float) -> float:
+    """Return the cost to remove from a total: whole numbers where the costs are whole."""
+    return float(portion(round(total), ratio)) if float(total).is_integer() else total * ratio

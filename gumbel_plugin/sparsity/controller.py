@@ -1,0 +1,89 @@
+"""The controller that steers gates to their budgets while they are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.config import BudgetConfig
+from gumbel_plugin.sparsity.budget import Scope
+from gumbel_plugin.sparsity.schedules import Schedule
+
+_FAR = 0.5
+"""The distance of log densities (density at 1.65 times the target) from which on the budget's pull is constant."""
+_REACH = 16.0
+"""How far a violation of 1 throughout the mask learning takes a multiplier: 0.01 a step over 1600 of them."""
+_RATE = 0.01  # where nobody knows how many there will be
+_FASTEST = 0.05  # beyond it the gates of small groups overshoot
+
+
+class BudgetController:
+    """Steers every scope to its ratio with a Lagrange multiplier, along a falling target.
+
+    loss = Σ μ·v + ρ·v², v = log density − log target; μ ← μ + η·v after every step; beyond |v| = ½ the square goes on
+    as a straight line, and μ follows v no faster. Both signs of v count, so gates that were closed too far open again.
+    """
+
+    def __init__(self, scopes: Sequence[Scope], config: BudgetConfig) -> None:
+        for scope in scopes:
+            scope.check()
+        self.scopes = [scope for scope in scopes if scope.ratio is not None and not scope.method.steers_itself]
+        self._others = [scope for scope in scopes if scope.method.steers_itself]
+        self.config = config
+        self.multipliers = torch.zeros(len(self.scopes))
+        self._violations: Tensor | None = None
+
+    def targets(self, progress: float) -> list[float]:
+        """Return each scope's target density at this progress of the mask learning.
+
+        It falls by constant factors rather than by constant amounts, faster at first (Zhu and Gupta's cubic, in log
+        density): from 2 % to 0.2 % is as far as from 20 % to 2 %, and must not happen within a few steps at the end.
+        """
+        ramp = self.config.ramp
+        position = 1.0 if ramp == 0 else Schedule(0.0, 1.0, "cubic")(progress / ramp)
+        return [Schedule(1.0, 1.0 - scope.attainable, "exponential")(position) for scope in self.scopes]
+
+    def loss(self, progress: float) -> Tensor | None:
+        """Return the budget loss (the methods' own, where they steer themselves), or None where there is none."""
+        losses = [loss for scope in self._others if (loss := _own_loss(scope)) is not None]
+        if self.scopes:
+            losses.append(self._steering_loss(progress))
+        return torch.stack(losses).sum() if losses else None
+
+    def _steering_loss(self, progress: float) -> Tensor:
+        densities = torch.stack([scope.density() for scope in self.scopes])
+        densities = _at_least(densities, densities.new_tensor([0.5 / scope.total for scope in self.scopes]))
+        targets = densities.new_tensor(self.targets(progress))
+        violations = torch.log(densities) - torch.log(targets)
+        self._violations = violations.detach().clamp(-_FAR, _FAR)
+        multipliers = self.multipliers.to(densities.device)
+        # Huber's loss: v² near the target, straight beyond. Far from it the gates would else follow nothing but the
+        # budget, cross 0 together and leave what the network needs to chance.
+        squares = 2 * nn.functional.huber_loss(violations, torch.zeros_like(violations), reduction="none", delta=_FAR)
+        return (multipliers * violations + self.config.strength * squares).sum()
+
+    def step(self, length: int | None = None) -> None:
+        """Move the multipliers along the violations that the last loss saw.
+
+        Args:
+            length: How many steps the mask learning has, if that is known.
+        """
+        if self._violations is None:
+            return
+        rate = self.config.multiplier_rate
+        if rate is None:
+            rate = _RATE if length is None else min(_FASTEST, _REACH / max(1, length))
+        self.multipliers = self.multipliers + rate * self._violations.cpu()
+        self._violations = None
+
+
+def _own_loss(scope: Scope) -> Tensor | None:
+    masks, weights = [m.mask for m in scope.members], [m.weight for m in scope.members]
+    return None if scope.ratio is None else masks[0].budget_loss(masks, weights, scope.attainable, scope.usage)
+
+
+def _at_least(values: Tensor, floors: Tensor) -> Tensor:
+    """Raise values to their floors but keep their gradients, so that a mask that closed everything can open again."""
+    return values + (floors - values.detach()).clamp_min(0.0)

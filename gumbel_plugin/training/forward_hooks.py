@@ -1,0 +1,65 @@
+"""All hooks of a session on its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from gumbel_plugin.layers.weights import Attached
+from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.training.gated_layer import SiteHooks
+from gumbel_plugin.training.plan import Plan
+from gumbel_plugin.training.sample_gates import SampleHooks
+from gumbel_plugin.training.training_check import TrainingCheck
+
+
+class SessionHooks(Attached):
+    """The hooks by which a plan acts in a model: one on the model, which draws the samples, and those of all sites."""
+
+    def __init__(self, model: nn.Module, plan: Plan, check: TrainingCheck, *, on_layers: bool) -> None:
+        """Start acting.
+
+        Args:
+            model: The model.
+            plan: What acts where.
+            check: What counts the training's forwards.
+            on_layers: Whether the layers get hooks; False where wrappers call each site's `apply`.
+        """
+        self._plan = plan
+        self._check = check
+        self._root: RemovableHandle = model.register_forward_pre_hook(self._begin_forward)
+        # A layer whose parent reads its weight without calling it is out of a wrapper's reach: it needs hooks anyway.
+        sites = plan.sites.values()
+        self._of_sites: list[SiteHooks | SampleHooks] = [
+            SiteHooks(site) for site in sites if on_layers or site.read_by_parent
+        ]
+        # Nor can a wrapper that masks weights act on activations.
+        self._of_sites += [SampleHooks(site) for site in sites if any(mask.per_sample for mask in site.masks)]
+        for hook in self._of_sites:
+            hook.attach()
+
+    def remove(self) -> None:
+        """Stop acting, and leave the layers as they were."""
+        self._root.remove()
+        for hook in self._of_sites:
+            hook.detach()
+
+    def _begin_forward(self, module: nn.Module, args: Any) -> None:
+        for site in self._plan.sites.values():
+            site.unhide()
+        masks = self._plan.masks.values()
+        if not (module.training or any(mask.polled for mask in masks)):
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self._plan.noise.forward += 1
+            if module.training and any(mask.phase is Phase.LEARNING for mask in masks):
+                self._check.forward()
+        # Otherwise a backward is running: activation checkpointing recomputes the model, and needs the same sample.
+        for mask in masks:
+            # Drawn here, not where they are first used: a checkpointed layer must not own what others use too.
+            mask.forget_sample()
+            if mask.granularity is None and not mask.per_sample:
+                mask.gates()

@@ -1,0 +1,255 @@
+"""Where gates act: on one layer's weight, or equivalently on its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gumbel_plugin.graph.channel_groups import ChannelSlice
+from gumbel_plugin.graph.residual_blocks import ResidualBlock
+from gumbel_plugin.layers.geometry import columns_view, input_channels
+from gumbel_plugin.layers.weights import Attached, unhide_weight
+from gumbel_plugin.masks.base import LearntMask, Phase
+from gumbel_plugin.training.rescale import Rescale, dynamic_scale
+
+# Layers whose weights the parent's forward reads instead of calling them, by the parent's class; torch's fused kernels
+# and their fallbacks both get the weight from the layer's attribute.
+_READ_BY_PARENT = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),  # in eval mode
+    "ShiftedWindowAttention": ("qkv", "proj"),  # torchvision's
+    "CompactWindowAttention": ("qkv",),
+}
+
+
+def reader_of(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """Return the module whose forward reads a layer's weight: the layer itself, or a parent that never calls it.
+
+    Args:
+        modules: All modules of the model by name, the model itself as ``""``.
+        name: The layer's name.
+    """
+    parent, _, child = name.rpartition(".")
+    kinds = {kind.__name__ for kind in type(modules[parent]).__mro__}
+    read = any(kind in kinds and child in children for kind, children in _READ_BY_PARENT.items())
+    return modules[parent] if read else modules[name]
+
+
+@dataclass(eq=False)
+class ColumnGates:
+    """The gates of one layer's input channels, fed by one or several channel groups (a concatenation has several)."""
+
+    masks: Sequence[LearntMask]
+    index: Tensor
+    """For every input channel, its place in the concatenated gates of `masks`; the last place is an open gate."""
+
+    @classmethod
+    def join(cls, module: nn.Module, feeds: Sequence[tuple[LearntMask, ChannelSlice]]) -> ColumnGates:
+        """Join the groups that feed a layer.
+
+        Args:
+            module: The layer.
+            feeds: Each group's mask, and which of the layer's input channels it feeds.
+        """
+        masks = [mask for mask, _ in feeds]
+        offsets = [0]
+        for mask in masks:
+            offsets.append(offsets[-1] + mask.shape[0])
+        index = torch.full((input_channels(module),), offsets[-1])
+        for (_, part), offset in zip(feeds, offsets, strict=False):
+            index[part.positions] = part.units + offset
+        return cls(masks, index)
+
+    def vector(self) -> Tensor:
+        """Return one gate per input channel, shape (in_channels,)."""
+        gates = [mask.gates() for mask in self.masks]
+        if self._in_order:
+            return gates[0]
+        one = torch.ones(1, device=gates[0].device, dtype=gates[0].dtype)
+        return torch.cat([*gates, one])[self.index.to(gates[0].device)]
+
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether the channels are one mask's gates as they come, so that nothing needs to be gathered."""
+        return len(self.masks) == 1 and torch.equal(self.index.cpu(), torch.arange(self.masks[0].shape[0]))
+
+
+@dataclass(eq=False)
+class WeightSite:
+    """One layer's weight and everything that multiplies it.
+
+    Attributes:
+        name: The layer's name.
+        module: The layer.
+        owner: What holds the weight parameter: the layer, or a wrapper around it.
+        mask: The mask over this weight's own units, if any.
+        columns: The gates of the layer's input channels, if any.
+        scale: The learnt scalar of smart rescale, if any.
+        rescale: Which rescale applies.
+        folded: Whether mask and scale are in the parameter already, so that the scale must not act again.
+        reader: Whose forward reads the weight (see `reader_of`), by default the layer's own.
+        block: The residual block that the mask opens and closes, if the layer is the last one of its branch.
+    """
+
+    name: str
+    module: nn.Module
+    owner: nn.Module
+    mask: LearntMask | None = None
+    columns: ColumnGates | None = None
+    scale: nn.Parameter | None = None
+    rescale: Rescale = "none"
+    folded: bool = False
+    reader: nn.Module | None = None
+    block: ResidualBlock | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight parameter, also while the gated weight of a forward hides it (see `SiteHooks`)."""
+        weight = self.owner._parameters.get("weight")
+        weight = self.owner.weight if weight is None else weight  # type: ignore[assignment]
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias parameter, if it has one."""
+        owned = self.owner._parameters.get("bias")
+        return self.module._parameters.get("bias") if owned is None else owned
+
+    @property
+    def read_by_parent(self) -> bool:
+        """Whether another module's forward reads the weight, so that the layer itself is never called."""
+        return self.reader is not None and self.reader is not self.module
+
+    @property
+    def masks(self) -> list[LearntMask]:
+        """All masks that act here."""
+        return [*([self.mask] if self.mask else ()), *(self.columns.masks if self.columns else ())]
+
+    @property
+    def phases(self) -> set[Phase]:
+        """The phases of all masks that act here."""
+        return {mask.phase for mask in self.masks}
+
+    @property
+    def follows_samples(self) -> bool:
+        """Whether each sample has gates of its own now, which act on activations (see `SampleHooks`)."""
+        return any(mask.follows_samples for mask in self.masks)
+
+    def unhide(self) -> None:
+        """Let the layer have its own weight again, if the gated one of a forward hides it (see `SiteHooks`).
+
+        torch calls the hook that does so whatever exception ends a forward, but for those that are no `Exception`, such
+        as Ctrl-C: what such a forward leaves goes before the next one, and before anything is written.
+        """
+        unhide_weight(self.module)
+
+    def multiplier(self, weight: Tensor) -> Tensor:
+        """Return the product of all gates here, in a shape that broadcasts against the weight."""
+        product = torch.ones((1,) * weight.dim(), device=weight.device)
+        if self.mask is not None:
+            product = product * self.mask.spread(self.mask.gates(weight), weight)
+        if self.columns is not None:
+            product = product * columns_view(self.module, self.columns.vector())
+        return product.to(weight.dtype)
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the weight as the layer sees it now: gated, and rescaled."""
+        if self.phases == {Phase.OPEN} or self.follows_samples:
+            return weight
+        if self.rescale == "dynamic" and not self.folded:
+            gates = self.multiplier(weight)
+            return weight * gates * dynamic_scale(gates, weight)
+        if self.mask is not None:
+            weight = self.mask.mask_weight(weight)
+        if self.columns is not None:
+            columns = columns_view(self.module, self.columns.vector()).to(weight.dtype)
+            one_row = columns.shape[0] == 1  # not so in a grouped or transposed convolution
+            weight = scale_channels(weight, columns.flatten(), weight.dim() - 2) if one_row else weight * columns
+        if self.scale is not None and not self.folded:
+            weight = weight * self.scale
+        return weight
+
+    def apply_to_input(self, inputs: Tensor) -> Tensor:
+        """Return the layer's input with closed channels zeroed: the same as masking the weight's columns."""
+        assert self.columns is not None
+        gates = self.columns.vector().to(inputs.dtype)
+        spatial = 0 if isinstance(self.module, nn.Linear) else len(self.module.kernel_size)  # type: ignore[arg-type]
+        return scale_channels(inputs, gates, spatial)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write gates and scale into the parameter; what was closed is exactly zero afterwards.
+
+        With 0/1 gates s·(w·m) and (s·w)·m are the same floating-point numbers, so nothing changes but the storage.
+        """
+        self.unhide()
+        self.weight.copy_(self.apply(self.weight))
+        if self.block is not None and self.mask is not None and self.bias is not None:
+            self.bias.mul_(self.mask.hard.all())
+        self.folded = True
+
+
+class SiteHooks(Attached):
+    """Hooks that let a site act in a plain model, without touching its parameters, names or state dict."""
+
+    def __init__(self, site: WeightSite) -> None:
+        self.site = site
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Start acting in the forward that reads the weight."""
+        reader = self.site.module if self.site.reader is None else self.site.reader
+        self._handles = [
+            reader.register_forward_pre_hook(self._before),
+            reader.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Stop acting."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.site.unhide()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        site = self.site
+        site.unhide()
+        if site.follows_samples:
+            return None
+        weight = site.weight
+        only_columns = site.mask is None and site.rescale == "none" and site.columns is not None
+        # Masking the input is the same function; it is cheaper where the input is the smaller tensor of the two.
+        if only_columns and module is site.module and args and _smaller(args[0], weight):
+            return None if site.phases == {Phase.OPEN} else (site.apply_to_input(args[0]), *args[1:])
+        # An instance attribute hides the parameter of the same name for the length of this forward.
+        site.module.__dict__["weight"] = site.apply(weight)
+        return None
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.site.unhide()
+
+
+def scale_channels(tensor: Tensor, factors: Tensor, spatial: int) -> Tensor:
+    """Multiply every channel by its factor.
+
+    Args:
+        tensor: Shape (..., channels, *spatial dimensions).
+        factors: Shape (channels,).
+        spatial: How many dimensions follow the channels.
+    """
+    if spatial and tensor.is_contiguous():
+        # One long row a sample: torch's kernels are several times slower where the innermost dimension is short.
+        row = factors.unsqueeze(-1).expand(-1, tensor.shape[-spatial:].numel()).flatten()
+        return (tensor.flatten(-1 - spatial) * row).view(tensor.shape)
+    return tensor * factors.reshape(-1, *(1,) * spatial)
+
+
+def _smaller(inputs: Any, weight: Tensor) -> bool:
+    return isinstance(inputs, Tensor) and not inputs.is_nested and inputs.numel() < weight.numel()

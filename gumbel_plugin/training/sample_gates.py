@@ -1,0 +1,120 @@
+"""Gates that each sample has of its own: they multiply activations, where a decided gate would act on weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gumbel_plugin.errors import LifecycleError
+from gumbel_plugin.layers.weights import Attached
+from gumbel_plugin.masks.base import LearntMask, Phase
+from gumbel_plugin.training.gated_layer import ColumnGates, WeightSite
+
+
+class SampleHooks(Attached):
+    """Hooks that let a site's masks gate each sample by itself: a layer's input channels, or a block's whole branch.
+
+    A block's gate acts at the output of its branch's last layer in every phase, decided or not, so that the layer's
+    bias is gated with its weight.
+    """
+
+    def __init__(self, site: WeightSite) -> None:
+        self.site = site
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Start acting."""
+        site = self.site
+        if site.columns is not None:
+            self._handles.append(site.module.register_forward_pre_hook(self._gate_input))
+        if site.block is not None:
+            block = site.block.module
+            self._handles.append(block.register_forward_pre_hook(self._read_block, with_kwargs=True))
+            self._handles.append(site.module.register_forward_hook(self._gate_output))
+
+    def detach(self) -> None:
+        """Stop acting."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _gate_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self.site.follows_samples:
+            return None
+        if not args or not isinstance(args[0], Tensor):
+            raise LifecycleError(f"{self.site.name!r} must get its input as its first positional argument to be gated")
+        assert self.site.columns is not None
+        return (gate_columns(self.site.columns, args[0], module), *args[1:])
+
+    def _read_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask, block = self.site.mask, self.site.block
+        assert mask is not None
+        assert block is not None
+        if mask.follows_samples:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            mask.gates_of_samples(lambda: channel_means(inputs, block.channels_last), module)
+
+    def _gate_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        mask = self.site.mask
+        assert mask is not None
+        if mask.phase is Phase.OPEN and not mask.polled:
+            return output
+        if not mask.follows_samples:
+            return output * mask.gates().flatten().to(output.dtype)
+        gates = mask.gates_of_samples(_unread, module)  # (samples, 1)
+        return output * gates.to(output.dtype).reshape(-1, *(1,) * (output.dim() - 1))
+
+
+def gate_columns(columns: ColumnGates, inputs: Tensor, layer: nn.Module) -> Tensor:
+    """Return a layer's input, each sample's channels multiplied by its own gates.
+
+    Args:
+        columns: The gates of the layer's input channels.
+        inputs: Of a convolution (samples, channels, ...), or of a linear layer (samples, ..., channels); without the
+            samples' dimension it is one sample.
+        layer: The layer.
+    """
+    last = isinstance(layer, nn.Linear)
+    whole_dims = 2 if last else 2 + len(layer.kernel_size)  # type: ignore[arg-type]
+    batch = inputs if inputs.dim() >= whole_dims else inputs.unsqueeze(0)
+    means = cache(lambda: channel_means(batch, last))
+    gates, start = [], 0
+    for mask in columns.masks:
+        places = (columns.index >= start) & (columns.index < start + mask.shape[0])
+        gates.append(mask.gates_of_samples(_unit_means(means, places, columns.index[places] - start, mask), layer))
+        start += mask.shape[0]
+    one = gates[0].new_ones(len(batch), 1)
+    factors = torch.cat([*gates, one], 1)[:, columns.index.to(inputs.device)].to(inputs.dtype)
+    middle = (1,) * (batch.dim() - 2)
+    factors = factors.reshape(len(batch), *middle, -1) if last else factors.reshape(len(batch), -1, *middle)
+    return (batch * factors).reshape(inputs.shape)
+
+
+def channel_means(inputs: Tensor, channels_last: bool) -> Tensor:
+    """Return each sample's channels averaged over all positions, (samples, channels): the global average pool."""
+    positions = inputs.transpose(1, -1) if channels_last else inputs
+    return positions.flatten(2).mean(2) if positions.dim() > 2 else positions
+
+
+def _unit_means(means: Callable[[], Tensor], places: Tensor, units: Tensor, mask: LearntMask) -> Callable[[], Tensor]:
+    """Return what computes each unit's mean over the channels at `places` that belong to it, (samples, units)."""
+
+    def compute() -> Tensor:
+        channels = means()
+        index = units.to(channels.device)
+        sums = channels.new_zeros(len(channels), mask.shape[0]).index_add(
+            1, index, channels[:, places.to(index.device)]
+        )
+        counts = torch.bincount(index, minlength=mask.shape[0]).clamp_min(1)
+        return sums / counts.to(sums.dtype)
+
+    return compute
+
+
+def _unread() -> Tensor:
+    raise LifecycleError("a residual block's layers were called without the block: its gates read the block's input")

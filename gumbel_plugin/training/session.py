@@ -1,0 +1,396 @@
+"""The one code path along which masks are learnt: a few verbs that every training loop calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.config import OptimizerConfig, PruningSection
+from gumbel_plugin.errors import LifecycleError
+from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.layers.model_check import refuse_unusable
+from gumbel_plugin.layers.weights import GATES, gated_layers, plain_copy, remove_gates
+from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.sparsity.controller import BudgetController
+from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.training.forward_hooks import SessionHooks
+from gumbel_plugin.training.gate_modules import Gates
+from gumbel_plugin.training.hard_masks import decisions_of, masks_of
+from gumbel_plugin.training.optimizers import make_optimizer
+from gumbel_plugin.training.plan import Plan, build_plan
+from gumbel_plugin.training.rescale import initialise_weight
+from gumbel_plugin.training.snapshot import Snapshot, load_state, save_state
+from gumbel_plugin.training.status import Status, status_of
+from gumbel_plugin.training.training_check import TrainingCheck, checked_length, kept_fractions, warn_if_unprepared
+
+_logger = logging.getLogger(__name__)
+
+
+class MaskingSession:
+    """Learns masks on a model, whoever trains it.
+
+    The verbs, in the order in which a training loop calls them::
+
+        session = MaskingSession(model, config, groups)
+        session.start(total_steps)               # attach; say how long the training will be
+        gates = session.optimizers()             # or session.parameter_groups() for an optimizer of your own
+        for x, y in loader:
+            loss = session.guard(criterion(model(x), y)) + session.loss()
+            ...                                  # backward, step of all optimizers
+            session.step()                       # advance the schedules
+        masks = session.extract()                # hard masks; closed weights are now exactly zero
+        session.detach()
+
+    A sample is drawn by itself at the start of every forward of the model in train mode.
+
+    Attributes:
+        model: The model.
+        config: What is pruned.
+        plan: The masks, sites and budgets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruningSection,
+        groups: Sequence[ChannelGroup] = (),
+        seed: int = 0,
+        plan: Plan | None = None,
+        example_inputs: Any = None,
+    ) -> None:
+        """Plan the session; the model is not touched before `start`.
+
+        Args:
+            model: The plain model.
+            config: What is pruned, by which method and how far.
+            groups: The model's channel groups, needed where a rule removes whole channels.
+            seed: Seeds initial weights and the masks' noise.
+            plan: What is gated, where something else than the config list decides it.
+            example_inputs: One batch, for methods that count multiply-accumulates (`LearntMask.counts_macs`): a budget
+                shared by several masks is in multiply-accumulates then. Without it, it is in weights.
+
+        Raises:
+            TargetError: If a rule matches nothing or nothing would be gated.
+            LifecycleError: If the model has a session already, or inference mode is on.
+            ConfigError: If the model cannot be gated as it is (see `refuse_unusable`).
+        """
+        self.model = refuse_unusable(model, "a masking session")
+        self._require_free_model()
+        if torch.is_inference_mode_enabled():
+            raise LifecycleError(
+                "gates that are made in inference mode can have no gradient: make the session outside of "
+                "torch.inference_mode()"
+            )
+        self.config = config
+        self.seed = seed
+        self.plan = plan or build_plan(model, config, groups, seed, example_inputs)
+        self.controller = BudgetController(self.plan.scopes, config.budget)
+        self.total_steps: int | None = None
+        self.steps = 0
+        self._started = False
+        self._frozen: list[nn.Parameter] = []
+        self._hooks: SessionHooks | None = None
+        self._snapshot = Snapshot(model)
+        self._check = TrainingCheck(self.gate_parameters(), bool(self.controller.scopes))
+
+    # Attaching ----------------------------------------------------------------------------------------------------
+
+    def start(self, total_steps: int | None = None, *, hooks: bool = True) -> None:
+        """Attach to the model and say how long the training will be.
+
+        Args:
+            total_steps: Optimiser steps of the whole training, all phases together; None if it is not known, which
+                starts mask learning at once, at the final target.
+            hooks: Whether the session acts by forward hooks; an adapter that wraps the layers itself passes False and
+                calls each site's `apply`.
+
+        Raises:
+            LifecycleError: If the session was started before.
+            ConfigError: If `total_steps` is no whole number of at least 1.
+        """
+        total_steps = checked_length("total_steps", total_steps)
+        if self._started:
+            raise LifecycleError("the session was started before; a new MaskingSession learns new masks")
+        self._require_free_model()
+        self._started = True
+        self._initialise_weights()
+        self.total_steps = total_steps
+        self.attach(hooks=hooks)
+        self._enter_phase()
+        self._snapshot.take(self.steps)
+
+    def expect(self, total_steps: int) -> None:
+        """Say how long the training will be, if `start` could not know; before the first step.
+
+        Raises:
+            ConfigError: If `total_steps` is no whole number of at least 1.
+            LifecycleError: If the session was not started, a step was made, or the masks are fixed.
+        """
+        self._require_start("expect")
+        if self.steps or self.phase is Phase.FIXED:
+            raise LifecycleError(
+                f"expect() comes before the first step; the session is at step {self.steps}, its masks are "
+                f"{self.phase.value}"
+            )
+        self.total_steps = checked_length("total_steps", total_steps)
+        for mask in self.plan.masks.values():
+            mask.phase = Phase.OPEN
+        self._enter_phase()
+
+    def attach(self, *, hooks: bool = True) -> None:
+        """Attach a started session again to its model, from which it was detached; `start` does it the first time.
+
+        Args:
+            hooks: See `start`.
+
+        Raises:
+            LifecycleError: If the session was not started, or it or another one is attached to the model.
+        """
+        self._require_start("attach")
+        if self._hooks is not None:
+            raise LifecycleError("the session is attached to its model already; detach() comes before attach()")
+        taken = set(gated_layers(self.model)) & {site.module for site in self.plan.sites.values()}
+        if taken:  # sessions of several pruners of NNI's may hold different layers of one model
+            raise LifecycleError("another masking session holds layers of this one; detach that one first")
+        if self.config.weights == "frozen":
+            self._frozen = [p for p in self.model.parameters() if p.requires_grad]
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
+        self._register_gates()
+        self._hooks = SessionHooks(self.model, self.plan, self._check, on_layers=hooks)
+
+    def detach(self) -> None:
+        """Remove hooks and gates from the model, if they are there; what `extract` wrote into the weights stays."""
+        if self._hooks is None:
+            return  # the gates on the model, if any, are another session's
+        self._hooks.remove()
+        self._hooks = None
+        remove_gates(self.model)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+    # Learning -----------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the gates' and the scales' parameters, each with its learning settings, for an optimizer."""
+        return [
+            {"params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay}
+            for parameters, settings in self._learned_parameters()
+        ]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """Return what is trained of the network itself, for its own optimizer; nothing if the weights are frozen."""
+        return [p for name, p in self.model.named_parameters() if p.requires_grad and GATES not in name]
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Return the learnt parameters of all masks, each once."""
+        return list(dict.fromkeys(p for mask in self.plan.masks.values() for p in mask.parameters()))
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """Return the scalars of smart rescale."""
+        return self.plan.scales()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return optimizers of gates and scales with the configured (by default the published) settings."""
+        return [make_optimizer(parameters, settings) for parameters, settings in self._learned_parameters()]
+
+    def guard(self, loss: Tensor) -> Tensor:
+        """Return a finite loss as it is; remember the model's state now and then.
+
+        Raises:
+            NonFiniteLossError: If the loss is NaN or infinite. The model gets its last remembered state back.
+        """
+        return self._snapshot.guard(loss, self.steps)
+
+    def loss(self) -> Tensor:
+        """Return what the masks add to the training loss: budget and the method's own penalties; 0 outside learning.
+
+        Raises:
+            LifecycleError: If the session was not started.
+        """
+        self._require_start("loss")
+        self._check.loss()
+        total = torch.zeros((), device=next(self.model.parameters()).device)
+        if self.phase is not Phase.LEARNING:
+            return total
+        budget = self.controller.loss(self.progress)
+        if budget is not None:
+            total = total + budget
+        for name, mask in self.plan.masks.items():
+            penalty = mask.penalty(self._weight_of(name))
+            if penalty is not None:
+                total = total + penalty
+        return total
+
+    def step(self) -> None:
+        """Advance schedules, multipliers and phases; to be called after every optimiser step.
+
+        Raises:
+            LifecycleError: If the session was not started.
+        """
+        self._require_start("step")
+        if self.phase is Phase.LEARNING:
+            self._check.step()
+        self.steps += 1
+        self.plan.noise.forward += 1  # a new sample, also where the loop calls parts of the model instead of the model
+        begin, end = self.mask_learning_span()
+        self.controller.step(None if self.total_steps is None else end - begin)
+        for mask in self.plan.masks.values():
+            mask.advance(self.progress)
+        self._enter_phase()
+
+    # The result ---------------------------------------------------------------------------------------------------
+
+    def decide(self) -> None:
+        """Fix the hard masks: each scope's budget is met exactly. Says how much the final cut changed.
+
+        Raises:
+            LifecycleError: If the session was not started.
+        """
+        self._require_start("decide")
+        changed = total = 0
+        kept = []
+        for scope in self.plan.scopes:
+            own = {member.name: member.mask.decide(member.weight) for member in scope.members}
+            cut = scope.cut()
+            kept.append((scope, *kept_fractions(scope, list(own.values()), list(cut.values()))))
+            for name, hard in cut.items():
+                changed += int((hard != own[name]).sum())
+                total += hard.numel()
+                self.plan.masks[name].fix(hard, self._weight_of(name))
+        self._check.decided(self.steps)
+        warn_if_unprepared(kept, self.steps, self.total_steps)
+        _logger.info("masks decided: the cut changed %d of %d gates (%.3g %%)", changed, total, 100 * changed / total)
+
+    def extract(self) -> Masks:
+        """Decide the masks if that is still to be done, write them into the weights, and return them.
+
+        Afterwards every closed weight, and every closed input column of a consumer, is exactly zero in the parameters,
+        and scales are folded in.
+
+        Raises:
+            LifecycleError: If the session was not started.
+        """
+        self._require_start("extract")
+        if self.phase is not Phase.FIXED:
+            self.decide()
+        for site in self.plan.sites.values():
+            site.fold()
+        return self.masks()
+
+    def masks(self, decided: Mapping[str, Tensor] | None = None) -> Masks:
+        """Return the masks as NNI reports them: element masks on weights; a channel group's on its producers' rows.
+
+        Args:
+            decided: Hard gates by mask name; by default those that were fixed.
+        """
+        hard = decided or {name: mask.hard for name, mask in self.plan.masks.items()}
+        return masks_of(self.plan, dict(self.model.named_modules()), hard)
+
+    def fix_masks(self, masks: Masks) -> None:
+        """Take over hard masks in NNI's format: element masks of gated layers, rows of the groups' producers.
+
+        All masks are fixed then: gates of which the given masks say nothing stay as they were fixed before, or open.
+
+        Raises:
+            TargetError: If masks do not fit the model, hold anything but 0 and 1, or disagree within a group.
+        """
+        decided = decisions_of(self.plan, dict(self.model.named_modules()), masks)
+        for name, mask in self.plan.masks.items() if decided else ():
+            if id(mask) in decided:
+                mask.fix(decided[id(mask)], self._weight_of(name))
+            elif mask.phase is not Phase.FIXED:
+                mask.fix(torch.ones(mask.shape), self._weight_of(name))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
+        return save_state(self.plan, self.controller, self.steps, self.total_steps)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; the session must be planned alike, on a model of the same shape.
+
+        Raises:
+            TargetError: If the state is of another plan or damaged; the session is as it was.
+        """
+        load_state(self.plan, self.controller, state)
+        self.steps, self.total_steps = state["steps"], state["total_steps"]
+        self._snapshot = Snapshot(self.model)  # the old one is of another moment
+        for mask in self.plan.masks.values():
+            mask.advance(self.progress)
+
+    # State --------------------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        """What the gates do at present."""
+        return next(iter(self.plan.masks.values())).phase
+
+    @property
+    def progress(self) -> float:
+        """How far the mask learning is, in [0, 1]; 1 if the length of the training is not known."""
+        if self.total_steps is None:
+            return 1.0
+        begin, end = self.mask_learning_span()
+        return min(1.0, max(0.0, (self.steps - begin) / max(1, end - begin)))
+
+    def status(self) -> Status:
+        """Return where the learning stands."""
+        return status_of(self.plan, self.phase, self.steps)
+
+    def _learned_parameters(self) -> list[tuple[list[nn.Parameter], OptimizerConfig]]:
+        gates = self.gate_parameters(), self.config.gate_optimizer_config()
+        scales = self.scale_parameters(), self.config.scale_optimizer
+        return [pair for pair in (gates, scales) if pair[0]]
+
+    def _require_free_model(self) -> None:
+        if gated_layers(self.model):
+            raise LifecycleError("the model has a masking session already; detach that one first")
+
+    def _require_start(self, verb: str) -> None:
+        if not self._started and self.phase is not Phase.FIXED:  # masks may be given instead of learned
+            raise LifecycleError(f"{verb}() of a session that was not started; start(total_steps) comes first")
+
+    def mask_learning_span(self) -> tuple[int, int]:
+        """Return the steps at which the mask learning begins and ends; (0, 0) where the length is not known."""
+        total = self.total_steps or 0
+        phases = self.config.phases
+        return int(total * phases.dense), total - int(total * phases.fixed)
+
+    def _enter_phase(self) -> None:
+        begin, end = self.mask_learning_span()
+        if self.phase is Phase.FIXED:
+            return
+        if self.total_steps is not None and self.config.phases.fixed > 0 and self.steps >= end:
+            self.decide()
+        elif self.phase is Phase.OPEN and (self.total_steps is None or self.steps >= begin):
+            for mask in self.plan.masks.values():
+                mask.phase = Phase.LEARNING
+                mask.advance(self.progress)
+
+    def _register_gates(self) -> None:
+        """Register every mask with the first layer that it acts on."""
+        registered: set[int] = set()
+        names = {id(mask): name for name, mask in self.plan.masks.items()}
+        for site in self.plan.sites.values():
+            new = {names[id(mask)]: mask for mask in site.masks if id(mask) not in registered}
+            registered.update(id(mask) for mask in new.values())
+            gates = Gates(new, site.scale).to(site.weight.device).train(self.model.training)
+            site.module.add_module(GATES, gates)
+
+    def _initialise_weights(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for site in self.plan.sites.values():
+            factor = 1.0 if site.mask is None else site.mask.fan_factor
+            initialise_weight(site.weight, self.config.weight_init, generator, factor)
+
+    def _weight_of(self, name: str) -> Tensor | None:
+        site = self.plan.sites.get(name)
+        return site.weight if site is not None and site.mask is self.plan.masks[name] else None
+
+
+__all__ = ["GATES", "MaskingSession", "Masks", "Status", "make_optimizer", "plain_copy", "remove_gates"]

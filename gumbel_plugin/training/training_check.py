@@ -1,0 +1,142 @@
+"""Training loops from which gates learn nothing, or not enough: noticed, and said once, with what usually helps."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gumbel_plugin.errors import ConfigError, shown
+from gumbel_plugin.sparsity.budget import Scope
+
+_logger = logging.getLogger(__name__)
+
+_FAR = 0.1
+"""Gates are far from their budget if the cut changes what they keep by more than this part of the budget."""
+_NOTICEABLE = 0.01
+"""But by no less than this part of the dense cost."""
+
+
+def checked_length(name: str, value: object) -> int | None:
+    """Return the length of a training as an int, or None where it is not known.
+
+    Args:
+        name: The argument's name, for the message.
+        value: A number of optimizer steps or epochs, of any integral type, or None.
+
+    Raises:
+        ConfigError: If it is no whole number of at least 1.
+    """
+    if value is None:
+        return None
+    try:
+        length = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        length = -1
+    if length < 1:
+        raise ConfigError(f"{name} = {shown(value)}: it must be a whole number of at least 1, or None")
+    return length
+
+
+class TrainingCheck:
+    """Watches one session's training, from the first step of its mask learning to the decision."""
+
+    def __init__(self, gates: Iterable[nn.Parameter], has_budget: bool) -> None:
+        """Start watching.
+
+        Args:
+            gates: The learned parameters of all masks.
+            has_budget: Whether the session's loss steers the gates to a budget.
+        """
+        self._gates = list(gates)
+        self._before: list[float] = []
+        self._has_budget = has_budget
+        self._forwards = self._without_gradients = self._losses = 0
+        self._said_loss = False
+
+    def forward(self) -> None:
+        """Count a forward in train mode while the gates are being learned."""
+        if not self._forwards:
+            self._before = self._sums()
+        self._forwards += 1
+        self._without_gradients += not torch.is_grad_enabled()
+
+    def loss(self) -> None:
+        """Count a call of the session's loss."""
+        self._losses += 1
+
+    def step(self) -> None:
+        """Warn where a step was made whose loss left the budget out."""
+        if self._has_budget and not self._losses and not self._said_loss:
+            self._said_loss = True
+            _logger.warning(
+                "a training step was made without session.loss(): nothing steers the gates to their sparse_ratio; add "
+                "it to the loss of every step while the masks are learned"
+            )
+
+    def decided(self, steps: int) -> None:
+        """Warn where the gates cannot have learned anything.
+
+        Args:
+            steps: Optimizer steps so far, all phases together.
+        """
+        if not self._forwards:
+            return
+        if not steps:
+            _logger.warning(
+                "the masks are decided after %d training forwards, but session.step() was never called: the schedules "
+                "stood still; call it after every optimizer step",
+                self._forwards,
+            )
+        if self._without_gradients == self._forwards:
+            _logger.warning(
+                "all training forwards ran without gradients (torch.no_grad or inference_mode): the gates learned "
+                "nothing; train them with gradients enabled"
+            )
+        elif self._gates and self._sums() == self._before:
+            _logger.warning(
+                "the gates did not move since the training began: no optimizer holds them; give "
+                "session.parameter_groups() to yours, or step those of session.optimizers()"
+            )
+
+    def _sums(self) -> list[float]:
+        """Return what shows without a copy whether the gates moved; torch counts no changes by fused optimizers."""
+        return [float(parameter.detach().sum(dtype=torch.float64)) for parameter in self._gates]
+
+
+def kept_fractions(scope: Scope, own: Sequence[Tensor], cut: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the fraction of a scope's dense cost that its gates keep by themselves, and after the cut.
+
+    Args:
+        scope: The budget.
+        own: Each member's gates as the method decides them without a budget, bool.
+        cut: Each member's gates as the budget decides them, bool.
+    """
+    return float(scope.usage([gates.float() for gates in own])), float(scope.usage([gates.float() for gates in cut]))
+
+
+def warn_if_unprepared(scopes: Sequence[tuple[Scope, float, float]], steps: int, total_steps: int | None) -> None:
+    """Warn where the cut changed much of what the gates had kept: the network was not trained for what it became.
+
+    Args:
+        scopes: Budgets, each with the fraction that its gates kept by themselves, and after the cut.
+        steps: Optimizer steps so far.
+        total_steps: Optimizer steps of the whole training, if known.
+    """
+    steered = [entry for entry in scopes if entry[0].ratio is not None and not entry[0].method.steers_itself]
+    far = [entry for entry in steered if abs(entry[1] - entry[2]) > max(_FAR * entry[2], _NOTICEABLE)]
+    if not far:
+        return
+    scope, kept, budget = max(far, key=lambda entry: abs(entry[1] - entry[2]))
+    of = "" if total_steps is None else f" of {total_steps}"
+    _logger.warning(
+        "masks decided at step %d%s far from the budget: the gates of %s had kept %.3g %% of the dense cost, the "
+        "budget is %.3g %%, and the cut did the rest, for which the network was not trained%s. What usually helps: "
+        "more steps of mask learning, a higher learning rate of the gates (pruning.gate_optimizer.lr), a smaller "
+        "pruning.budget.ramp",
+        steps, of, shown(scope.name), 100 * kept, 100 * budget,
+        f" ({len(far)} of {len(steered)} budgets are far)" if len(steered) > 1 else "",
+    )  # fmt: skip
