@@ -87,7 +87,7 @@ class Task:
 
 
 def gumbel(task: Task) -> dict[float, dict[str, float]]:
-    """Gates are learnt in one pass with the weights, to the MAC budget; then the small network trains on."""
+    """Gates are learned in one pass with the weights, to the MAC budget; then the small network trains on."""
     results = {}
     for target in task.options.targets:
         model = copy.deepcopy(task.model)

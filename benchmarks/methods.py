@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Gumbel-Softmax, joint (C)": {"method": "gumbel_softmax", "phases": PHASES},
     "hard concrete": {"method": "hard_concrete", "phases": PHASES},
     "Gibbs (D)": {"method": "gibbs", "phases": PHASES},
-    "reparametrisation, no fine-tuning (B)": {"method": "reparametrization"},
+    "reparametrization, no fine-tuning (B)": {"method": "reparametrization"},
     "magnitude, no fine-tuning": {"method": "magnitude", "phases": {"dense": 0.999}},
     "magnitude, fine-tuned": {"method": "magnitude", "phases": {"dense": 0.499, "fixed": 0.5}},
     "random": {"method": "random", "phases": {"dense": 0.0, "fixed": 0.999}},

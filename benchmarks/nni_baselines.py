@@ -1,4 +1,4 @@
-"""NNI's own pruners on the tasks of `methods.py`, with the epochs, learning rates and phases of the learnt masks."""
+"""NNI's own pruners on the tasks of `methods.py`, with the epochs, learning rates and phases of the learned masks."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Baseline:
         max_steps: int | None,
         max_epochs: int | None,
     ) -> None:
-        """Train as the runs of the learnt masks do: the rate falls once an epoch while the masks are fixed."""
+        """Train as the runs of the learned masks do: the rate falls once an epoch while the masks are fixed."""
         assert max_steps is not None
         training = self.config.training
         for _ in range(max_steps):

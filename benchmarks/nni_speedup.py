@@ -37,7 +37,7 @@ from gumbel_plugin.sparsity.counting import count_parameters
 
 from nni.compression.pruning import L1NormPruner  # isort: skip  (importable once gumbel_nni is)
 from nni.compression.speedup import ModelSpeedup  # isort: skip
-from zoo import build, randomise  # isort: skip
+from zoo import build, randomize  # isort: skip
 
 MODELS = (
     "alexnet", "convnext_tiny", "densenet121", "densenet169", "efficientnet_b0", "efficientnet_b1", "efficientnet_v2_s",
@@ -89,7 +89,7 @@ def measure(name: str, seed: int) -> Row:
     """Prune one model, and shrink it three times."""
     torch.manual_seed(seed)
     model, inputs = build(name, "classification")
-    randomise(model, torch.Generator().manual_seed(seed))
+    randomize(model, torch.Generator().manual_seed(seed))
     layers = [path for path, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
     pruner = L1NormPruner(model, [{"op_names": layers[:-1], "sparse_ratio": 0.5}])
     _, masks = pruner.compress()

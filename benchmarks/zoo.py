@@ -120,7 +120,7 @@ def with_frozen_norms(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, generator: torch.Generator) -> None:
+def randomize(model: nn.Module, generator: torch.Generator) -> None:
     """Draw everything that is constant in a fresh model: norms, biases, scales, and weights that start at zero."""
     for module in model.modules():
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -157,7 +157,7 @@ def measure(name: str, kind: str, seed: int) -> Row:
     row = Row(name, kind)
     model, inputs = build(name, kind)
     row.inputs = "×".join(map(str, inputs.shape))
-    randomise(model, torch.Generator().manual_seed(seed))
+    randomize(model, torch.Generator().manual_seed(seed))
     before = count_parameters(model), count_macs(model, inputs)
 
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""Learnt masks for neural networks, and the exact removal of what they close."""
+"""Learned masks for neural networks, and the exact removal of what they close."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ class LayerRule(Section):
     @classmethod
     def _only_weights(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if names is not None and not (set(names) <= {"weight", "bias"} and "weight" in names):
-            raise ValueError(f"target_names {shown(list(names))}: learnt masks cover 'weight' and follow on 'bias'")
+            raise ValueError(f"target_names {shown(list(names))}: learned masks cover 'weight' and follow on 'bias'")
         return names
 
     @field_validator("op_names_re", "exclude_op_names_re")
@@ -225,7 +225,7 @@ class LayerRule(Section):
 
 
 class BudgetConfig(Section):
-    """How the masks are steered towards their `sparse_ratio` while they are learnt.
+    """How the masks are steered towards their `sparse_ratio` while they are learned.
 
     Attributes:
         ramp: The part of the mask learning over which the target falls from whole to its final value.
@@ -301,7 +301,7 @@ class PruningSection(Section):
     def _train_something_in_every_phase(self) -> PruningSection:
         if self.weights == "frozen" and method_named(self.method).needs_trained_weights:
             raise ValueError(
-                f"weights 'frozen' leave method {self.method!r} nothing to learn: its gates are not learnt apart from "
+                f"weights 'frozen' leave method {self.method!r} nothing to learn: its gates are not learned apart from "
                 "the weights; use 'trained'"
             )
         if self.weights == "frozen" and (self.phases.dense or self.phases.fixed):

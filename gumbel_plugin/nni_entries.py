@@ -124,7 +124,7 @@ def _check_targets(settings: Mapping[Any, Any]) -> None:
     """Refuse settings of anything but a weight and its bias, and a bias's keys that NNI does not have either."""
     unknown = [target for target in settings if target not in ("weight", "bias")]
     if unknown:
-        raise ValueError(f"target_settings {shown(unknown)} cannot be learnt; masks cover 'weight' (and its bias)")
+        raise ValueError(f"target_settings {shown(unknown)} cannot be learned; masks cover 'weight' (and its bias)")
     for target, own in settings.items():
         if own is not None and not isinstance(own, Mapping):
             raise ValueError(f"target_settings.{target} = {shown(own)}: it must be a mapping of settings")

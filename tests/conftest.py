@@ -1,4 +1,4 @@
-"""Small networks that every behaviour is tried on, and shorthands that many tests need.
+"""Small networks that every behavior is tried on, and shorthands that many tests need.
 
 What stands behind a ReLU has a batch norm before it (or is a SiLU), so that in train mode no unit is dead by chance.
 """
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 class Concat(nn.Module):
-    """One layer reads two groups, and normalises them after the concatenation."""
+    """One layer reads two groups, and normalizes them after the concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Network:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Give every parameter and every batch norm's statistics values that hide nothing: none is 0, 1 or equal."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -184,7 +184,7 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Network:
     build, shape = NETWORKS[name]
     torch.manual_seed(len(name))
     model = build()
-    randomise(model)
+    randomize(model)
     return Network(name, model.to(dtype), torch.randn(shape).to(dtype))
 
 

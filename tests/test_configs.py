@@ -98,19 +98,19 @@ class TestStructured:
     def test_gates_every_hidden_layer(self, name: str, gates: dict[str, int], images: Path) -> None:
         plan = prepared(name, images).session.plan
         assert {key: mask.hard.numel() for key, mask in plan.masks.items()} == gates
-        assert {scope.name: scope.ratio for scope in plan.scopes} == dict.fromkeys(gates, 0.5)
+        assert {budget.name: budget.ratio for budget in plan.budgets} == dict.fromkeys(gates, 0.5)
         for key, group in plan.groups.items():
             assert key in {part.module for part in group.producers}
         # Each acts at the layer that reads its channels.
-        assert list(plan.sites) != list(gates)
-        assert all(site.mask is None and site.columns is not None for site in plan.sites.values())
+        assert list(plan.gated_layers) != list(gates)
+        assert all(gated.mask is None and gated.columns is not None for gated in plan.gated_layers.values())
 
 
 class TestElementwise:
     def test_lenet300_has_one_budget_over_all_weights(self, images: Path) -> None:
-        (scope,) = prepared("fashion_mnist_lenet300", images).session.plan.scopes
-        assert scope.total == 266_200
-        assert scope.ratio == 0.995
+        (budget,) = prepared("fashion_mnist_lenet300", images).session.plan.budgets
+        assert budget.total == 266_200
+        assert budget.ratio == 0.995
 
     def test_aslp_is_the_published_protocol(self) -> None:
         config = load("papers/aslp_conv4_cifar10")
@@ -132,7 +132,7 @@ class TestElementwise:
         assert optimizers == [("sgd", 50.0, 0.9, 0.0), ("sgd", 1e-3, 0.9, 0.0)]
         session = MaskingSession(build_model(config.model.name), pruning)
         assert sum(mask.hard.numel() for mask in session.plan.masks.values()) == 2_425_024
-        assert all((scope.ratio, scope.threshold) == (None, None) for scope in session.plan.scopes)
+        assert all((budget.ratio, budget.threshold) == (None, None) for budget in session.plan.budgets)
         assert all(bool((logit == 0).all()) for logit in session.gate_parameters())
         assert len(session.scale_parameters()) == len(session.plan.masks) == 7
 
@@ -140,7 +140,7 @@ class TestElementwise:
 def test_joint_toy_is_the_published_problem(images: Path) -> None:
     """4-10-10-2 SiLU, half of 2000 points, 7500 full-batch steps of Adam 0.01, temperature 3; 24 weights are ours."""
     ready = prepared("papers/joint_toy", images)
-    config, (scope,) = ready.config, ready.session.plan.scopes
+    config, (budget,) = ready.config, ready.session.plan.budgets
     assert config.data is not None
     assert len(ready.data.train) == len(ready.data.test) == config.data.batch_size == 1000
     assert (config.training.max_epochs, config.training.optimizer.name, config.training.optimizer.lr) == (
@@ -150,9 +150,9 @@ def test_joint_toy_is_the_published_problem(images: Path) -> None:
     )
     assert [tuple(p.shape) for p in ready.model.parameters() if p.dim() > 1] == [(10, 4), (10, 10), (2, 10)]
     assert config.pruning.options == {"temperature": 3.0}
-    assert scope.total == 160
-    assert scope.ratio is not None
-    assert round(scope.total * (1 - scope.ratio)) == 24
+    assert budget.total == 160
+    assert budget.ratio is not None
+    assert round(budget.total * (1 - budget.ratio)) == 24
     inputs, targets = next(iter(ready.data.train))
     assert inputs.abs().max() <= 1
     x1, x2, x3, x4 = inputs.double().tolist()

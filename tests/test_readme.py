@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gumbel_plugin.masks import METHODS
-from gumbel_plugin.masks.base import LearntMask, NoiseSource, Phase
+from gumbel_plugin.masks.base import LearnedMask, NoiseSource, Phase
 from gumbel_plugin.masks.functional import straight_through
 
 ROOT = Path(__file__).parents[1]
@@ -42,9 +42,9 @@ def test_every_make_target_that_the_readme_names_exists():
 def test_the_method_of_contributing_works():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
-    names = {"LearntMask": LearntMask, "nn": nn, "torch": torch, "straight_through": straight_through}
+    names = {"LearnedMask": LearnedMask, "nn": nn, "torch": torch, "straight_through": straight_through}
     exec(code, names)
-    mask = names["CoinMask"]((1000,), LearntMask.Options(), NoiseSource(0), 0)
+    mask = names["CoinMask"]((1000,), LearnedMask.Options(), NoiseSource(0), 0)
     mask.phase = Phase.LEARNING
     gates = mask.gates()
     assert set(gates.tolist()) == {0.0, 1.0}

@@ -1,4 +1,4 @@
-"""Learnt masks as a Lightning callback."""
+"""Learned masks as a Lightning callback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gumbel_plugin.layers.example_inputs import inputs_following
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.shrinking.shrink import Backend, shrink
 from gumbel_plugin.sparsity.mask_format import Masks
-from gumbel_plugin.training.loop import GuestSession, refuse_scaled_gradients
+from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
 from gumbel_plugin.training.settling import settled
 
 
@@ -63,7 +63,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         self._config = config
         self._example_inputs = example_inputs
         self._attribute = attribute
-        self._guest: GuestSession | None = None
+        self._loop: MaskingLoop | None = None
         self._network: nn.Module | None = None
         self._hook: Any = None
         self._stepping = self._restored = False
@@ -94,7 +94,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
 
         A metric that chooses a checkpoint is best logged as its worst value until then.
         """
-        return self.masks is not None or (self._guest is not None and settled(self._guest.session))
+        return self.masks is not None or (self._loop is not None and settled(self._loop.session))
 
     # Lightning's hooks --------------------------------------------------------------------------------------------
 
@@ -109,15 +109,15 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         self._network = network = self._network_of(pl_module)
         if self._example_inputs is None:
             self._example_inputs = pl_module.example_input_array
-        guest = GuestSession(network, self._config, _fitting(network, self._example_inputs))
-        guest.start(None)
-        self._guest, self._restored = guest, False
+        loop = MaskingLoop(network, self._config, _fitting(network, self._example_inputs))
+        loop.start(None)
+        self._loop, self._restored = loop, False
         self._hook = network.register_load_state_dict_pre_hook(_keep_gates)  # type: ignore[no-untyped-call]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the gates out of the module's optimizers; plan the phases, now that the module has its data."""
         for optimizer in trainer.optimizers:
-            self._running.disown(optimizer)
+            self._running.remove_from(optimizer)
         steps = trainer.estimated_stepping_batches
         if not self._restored and math.isfinite(steps) and steps > 0:
             self._running.session.expect(int(steps))
@@ -242,7 +242,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         if self._attached:
             self._running.session.detach()
             self._hook.remove()
-            self._guest, self._stepping, self._best_steps = None, False, {}
+            self._loop, self._stepping, self._best_steps = None, False, {}
 
     @property
     def _prefix(self) -> str:
@@ -250,13 +250,13 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
 
     @property
     def _attached(self) -> bool:
-        return self._guest is not None and self.masks is None
+        return self._loop is not None and self.masks is None
 
     @property
-    def _running(self) -> GuestSession:
-        if self._guest is None:
+    def _running(self) -> MaskingLoop:
+        if self._loop is None:
             raise LifecycleError("the callback was not set up: pass it to the Trainer that fits")
-        return self._guest
+        return self._loop
 
 
 def _monitoring(trainer: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Learnt masks as an NNI pruner."""
+"""Learned masks as an NNI pruner."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
-from gumbel_nni.planned_steps import Goals, TrainingLength
+from gumbel_nni.planned_steps import PlannedSteps, SparsityTargets
 from gumbel_nni.pruner_arguments import check_compressor, check_evaluator, inputs_to_trace, load_config
 from gumbel_nni.unremovable import warn_if_nothing_left
-from gumbel_nni.unwrapping import SITE, unwrapped_copy, wrappers_of
+from gumbel_nni.unwrapping import GATED_LAYER, unwrapped_copy, wrappers_of
 from gumbel_plugin.config import ConfigLike, PruningSection
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
 from gumbel_plugin.graph.dependency_groups import find_groups
@@ -30,7 +30,7 @@ from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.shrink import Backend, shrink
 from gumbel_plugin.sparsity.mask_format import Masks, check_format
-from gumbel_plugin.training.gated_layer import WeightSite
+from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.plan import Plan, needs_groups
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.training_check import checked_length
@@ -40,10 +40,10 @@ _HIDDEN_SETTING = {"sparse_ratio": None, "granularity": None}
 
 
 def gumbel_mul(target: Tensor, target_space: PruningTargetSpace) -> Tensor:
-    """NNI apply method: the weight as its site gates it now, times the mask that NNI knows of."""
-    site: WeightSite = getattr(target_space, SITE)
+    """NNI apply method: the weight as its gated layer gates it now, times the mask that NNI knows of."""
+    gated: GatedLayer = getattr(target_space, GATED_LAYER)
     mask: Tensor = target_space.mask
-    return site.apply(target) * mask
+    return gated.apply(target) * mask
 
 
 pruning_apply_methods[APPLY_METHOD] = gumbel_mul
@@ -115,9 +115,9 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         super().__init__(model, _nni_entries(pruning, self.session.plan) + aligned, evaluator, existed_wrappers)
         try:
             self._followers = followers_in(self._target_spaces)
-            for site in self.session.plan.sites.values():
-                self._place(site)
-            self._goals = Goals(self.session.plan, self._target_spaces)
+            for gated in self.session.plan.gated_layers.values():
+                self._place(gated)
+            self._targets = SparsityTargets(self.session.plan, self._target_spaces)
         except Exception:
             self.unwrap_model()  # nobody else could
             raise
@@ -147,39 +147,39 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         pruner: GumbelPruner = super().from_compressor(compressor, new_config_list, *args, **kwargs)
         return pruner
 
-    def _place(self, site: WeightSite) -> None:
-        """Let a site act in a target space: the configured one, or a hidden one where NNI was not asked for any."""
-        space = self._target_spaces.get(site.name, {}).get("weight")
-        wrapper = self._module_wrappers.get(site.name)
+    def _place(self, gated: GatedLayer) -> None:
+        """Let a gated layer act in a target space: the configured one, or a hidden one where NNI was not asked for any."""
+        space = self._target_spaces.get(gated.name, {}).get("weight")
+        wrapper = self._module_wrappers.get(gated.name)
         if space is None:
             if wrapper is not None and "weight" in wrapper.pruning_target_spaces:
                 space = add_space(wrapper, "weight", _HIDDEN_SETTING)
             else:
-                space = self._wrap_weight(site, wrapper)
+                space = self._wrap_weight(gated, wrapper)
             hide(space)
         space.apply_method = APPLY_METHOD
-        setattr(space, SITE, site)
-        space.before_unwrap = partial(self._let_go, site)
-        site.owner = space._wrapper
+        setattr(space, GATED_LAYER, gated)
+        space.before_unwrap = partial(self._let_go, gated)
+        gated.owner = space._wrapper
 
-    def _wrap_weight(self, site: WeightSite, wrapper: ModuleWrapper | None) -> PruningTargetSpace:
+    def _wrap_weight(self, gated: GatedLayer, wrapper: ModuleWrapper | None) -> PruningTargetSpace:
         if wrapper is not None:
             wrapper.unwrap()
         weight_only = {"target_names": ["weight"]}
         wrapper, spaces = create_module_wrapper(
-            self.bound_model, site.module, site.name, "pruning", weight_only, wrapper
+            self.bound_model, gated.module, gated.name, "pruning", weight_only, wrapper
         )
-        self._module_wrappers[site.name] = wrapper
+        self._module_wrappers[gated.name] = wrapper
         wrapper.wrap()
         return spaces["weight"]
 
     # Training -----------------------------------------------------------------------------------------------------
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
-        """Train with learnt masks and decide them.
+        """Train with learned masks and decide them.
 
         Args:
-            max_steps: Optimiser steps to train for.
+            max_steps: Optimizer steps to train for.
             max_epochs: Or epochs; with neither, the configuration's ``training.max_epochs``.
 
         Returns:
@@ -201,7 +201,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             self._compress_from_config(max_steps, max_epochs)
         else:
             raise ConfigError(
-                "masks are learnt, so something must train: pass evaluator= (an NNI evaluator), or a configuration "
+                "masks are learned, so something must train: pass evaluator= (an NNI evaluator), or a configuration "
                 "with a data section"
             )
         return self.bound_model, self.get_masks()
@@ -224,7 +224,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         if session.phase is Phase.FIXED:  # decided in an earlier training; unwrapping has detached it
             session.attach(hooks=False)
             return
-        length = TrainingLength(evaluator)
+        length = PlannedSteps(evaluator)
         if self.interval_steps > 0:
             self._follow_schedule(length)
         session.start(length.planned, hooks=False)
@@ -232,7 +232,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
 
         def add_loss(loss: Tensor, batch: Any) -> Tensor:
             self._check_train_mode()
-            self._goals.read()
+            self._targets.read()
             session.total_steps = length.known(session.total_steps)
             return session.guard(loss) + session.loss()
 
@@ -244,7 +244,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         def after_step() -> None:
             session.step()
             if session.steps == session.total_steps and session.phase is not Phase.FIXED:
-                self._goals.read()  # decided before what calibrates itself at the end, such as a PTQ quantizer
+                self._targets.read()  # decided before what calibrates itself at the end, such as a PTQ quantizer
                 session.decide()
 
         evaluator.patch_loss(add_loss)
@@ -257,7 +257,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
                 "its train() first (Lightning 2.2 and later leaves the mode as it is)"
             )
 
-    def _follow_schedule(self, length: TrainingLength) -> None:
+    def _follow_schedule(self, length: PlannedSteps) -> None:
         """Leave the way to the target to NNI's scheduler, which bound this pruner."""
         controller = self.session.controller
         controller.config = controller.config.model_copy(update={"ramp": 0.0})
@@ -270,7 +270,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             )
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
-        self._goals.read()
+        self._targets.read()
         self._take_over_masks()
 
     def _take_over_masks(self) -> None:
@@ -322,10 +322,10 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         if self.session.phase is Phase.FIXED:
             self._show(self.session.extract())
 
-    def _let_go(self, site: WeightSite) -> None:
+    def _let_go(self, gated: GatedLayer) -> None:
         """Leave a layer that is about to be unwrapped, closed weights at zero if the masks were decided."""
         if self.session.phase is Phase.FIXED:
-            site.fold()
+            gated.fold()
         self.session.detach()
 
     def speedup(self, example_inputs: Any = None, backend: Backend = "torch_pruning") -> nn.Module:
@@ -363,5 +363,5 @@ def _chain(compressor: Compressor) -> list[Compressor]:
 def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
     """Return the config list for NNI, which masks a residual block at its branch's last layer."""
     if pruning.method_options().gates_blocks:
-        return [{"op_names": list(plan.sites)}]
+        return [{"op_names": list(plan.gated_layers)}]
     return [rule.as_nni() for rule in pruning.config_list]

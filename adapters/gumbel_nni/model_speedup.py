@@ -180,7 +180,7 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
     below 1e-6) or has no gradient. Three things make that wrong or fragile, and are changed here:
 
     - a constant that is not zero matters, and a small weight is not a constant: only exact zeros count;
-    - weights that happen to be zero or constant (a fresh classifier, a layer scale) say nothing: they are randomised;
+    - weights that happen to be zero or constant (a fresh classifier, a layer scale) say nothing: they are randomized;
     - a gradient of ones cancels where a sum is constant (differences, softmax): it is random and positive.
 
     Conflicts between masks are NNI's to resolve for rows; its resolution would rewrite columns from rows. The passes

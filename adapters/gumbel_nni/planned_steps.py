@@ -11,15 +11,15 @@ from nni.compression.utils import Evaluator
 from nni.compression.utils.evaluator import LightningEvaluator, TransformersEvaluator
 
 from gumbel_nni.compat.compressors import planned_length
-from gumbel_plugin.sparsity.budget import Member, Scope
+from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
 from gumbel_plugin.training.plan import Plan
 
 _logger = logging.getLogger(__name__)
 _NOT_YET = sys.maxsize
 
 
-class TrainingLength:
-    """How many optimiser steps an evaluator's next training has.
+class PlannedSteps:
+    """How many optimizer steps an evaluator's next training has.
 
     Steps are told beforehand. Epochs are turned into steps by the trainers of Lightning and Transformers, once they
     run; a training function of a `TorchEvaluator` does not tell.
@@ -35,7 +35,7 @@ class TrainingLength:
         self.planned: int | None = steps if steps is not None or not later else _NOT_YET
         if self.planned is None and epochs is not None:
             _logger.warning(
-                "max_epochs = %d does not say how many steps that is: masks are learnt from the first step on, at "
+                "max_epochs = %d does not say how many steps that is: masks are learned from the first step on, at "
                 "their final sparsity; pass max_steps to have phases and a ramp",
                 epochs,
             )
@@ -55,7 +55,7 @@ class TrainingLength:
         return int(steps) if 0 < steps < _NOT_YET else None
 
 
-class Goals:
+class SparsityTargets:
     """The sparse ratios (and thresholds and bounds) of a pruner's target spaces, which others may change at any time.
 
     `LinearPruner` and `AGPPruner` do: they scale them from zero to what was configured.
@@ -63,20 +63,20 @@ class Goals:
 
     def __init__(self, plan: Plan, target_spaces: Mapping[str, Mapping[str, PruningTargetSpace]]) -> None:
         """Note which target space says what a mask's budget is."""
-        self._spaces: list[tuple[Scope, Member, PruningTargetSpace]] = []
-        for scope in plan.scopes:
-            for member in scope.members:
-                group = plan.groups.get(member.name)
-                layers = [part.module for part in group.producers] if group is not None else [member.name]
+        self._spaces: list[tuple[Budget, BudgetTerm, PruningTargetSpace]] = []
+        for budget in plan.budgets:
+            for term in budget.terms:
+                group = plan.groups.get(term.name)
+                layers = [part.module for part in group.producers] if group is not None else [term.name]
                 spaces = [target_spaces[name]["weight"] for name in layers if "weight" in target_spaces.get(name, {})]
                 if spaces:
-                    self._spaces.append((scope, member, spaces[0]))
+                    self._spaces.append((budget, term, spaces[0]))
 
     def read(self) -> None:
         """Let the budgets be what the target spaces say now."""
-        for scope, member, space in self._spaces:
-            member.max_ratio = 1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio
-            member.min_ratio = space.min_sparse_ratio or 0.0
-            scope.threshold = space.sparse_threshold
-            if scope.ratio != space.sparse_ratio:
-                scope.ratio = space.sparse_ratio
+        for budget, term, space in self._spaces:
+            term.max_ratio = 1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio
+            term.min_ratio = space.min_sparse_ratio or 0.0
+            budget.threshold = space.sparse_threshold
+            if budget.ratio != space.sparse_ratio:
+                budget.ratio = space.sparse_ratio

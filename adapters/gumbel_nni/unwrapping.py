@@ -17,10 +17,10 @@ from gumbel_nni.compat.stacking import spaces_of
 from gumbel_plugin.layers.model_check import WRAPPER
 from gumbel_plugin.layers.weights import remove_gates
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.training.gated_layer import WeightSite
+from gumbel_plugin.training.gated_layer import GatedLayer
 
-SITE = "gumbel_site"
-"""The attribute of a target space under which a `GumbelPruner` keeps the site that acts there."""
+GATED_LAYER = "gumbel_site"
+"""The attribute of a target space under which a `GumbelPruner` keeps the gated layer that acts there."""
 
 
 def wrappers_of(model: nn.Module) -> dict[str, ModuleWrapper]:
@@ -63,10 +63,10 @@ def _unwrap(layer: nn.Module, wrapper: ModuleWrapper) -> None:
 
 
 def _decided(wrapper: ModuleWrapper, target: str, tensor: Tensor) -> Tensor:
-    """Return a tensor with what a wrapper does to it for good: learnt factors, and gates that were decided."""
+    """Return a tensor with what a wrapper does to it for good: learned factors, and gates that were decided."""
     tensor = with_slim_factor(wrapper, target, tensor)
     for space in spaces_of(wrapper, target):
-        site: WeightSite | None = getattr(space, SITE, None)
-        if site is not None and site.phases == {Phase.FIXED}:
-            tensor = site.apply(tensor)
+        gated: GatedLayer | None = getattr(space, GATED_LAYER, None)
+        if gated is not None and gated.phases == {Phase.FIXED}:
+            tensor = gated.apply(tensor)
     return tensor

@@ -1,4 +1,4 @@
-"""Torch-Pruning adapter: its dependency graph as channel groups, and learnt gates as a pruner on it."""
+"""Torch-Pruning adapter: its dependency graph as channel groups, and learned gates as a pruner on it."""
 
 from gumbel_plugin.graph.dependency_groups import DependencyGroups, find_groups
 from gumbel_torch_pruning.group_pruner import GumbelGroupPruner

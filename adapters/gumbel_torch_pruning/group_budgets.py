@@ -18,8 +18,8 @@ from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.graph.attention_heads import kind_of, remove_heads
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.example_inputs import ExampleInputs
-from gumbel_plugin.sparsity.budget import Member, Scope
-from gumbel_plugin.sparsity.cost_model import CostModel, CostScope, count_cost, unit_cost
+from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
+from gumbel_plugin.sparsity.cost_model import CostBudget, CostModel, count_cost, unit_cost
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 from gumbel_plugin.sparsity.latency import LatencyTable, latency_cost
 from gumbel_plugin.training.plan import Plan
@@ -38,12 +38,12 @@ class Ranking:
         ratios: The fraction of each group, or of its scope, to remove.
     """
 
-    scopes: Mapping[str, str]
+    budgets: Mapping[str, str]
     ratios: Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Budget:
+class GroupBudget:
     """What `GumbelGroupPruner` was asked for, at the present iterative step.
 
     Attributes:
@@ -78,7 +78,7 @@ def rank(pruner: tp.pruner.BasePruner, groups: Sequence[ChannelGroup], heads: Co
         heads: Names of those whose units are attention heads.
         step: The iterative step; -1 is the last one.
     """
-    scopes: dict[str, str] = {}
+    budgets: dict[str, str] = {}
     ratios: dict[str, float] = {}
     modules = dict(pruner.model.named_modules())
     patterns = _patterns(pruner) if pruner.isomorphic else {}
@@ -98,8 +98,8 @@ def rank(pruner: tp.pruner.BasePruner, groups: Sequence[ChannelGroup], heads: Co
             name = "all groups"
         ratios[group.name] = float(ratio)
         if name is not None:
-            scopes[group.name] = name
-    return Ranking(scopes, ratios)
+            budgets[group.name] = name
+    return Ranking(budgets, ratios)
 
 
 def _patterns(pruner: tp.pruner.BasePruner) -> dict[str, str]:
@@ -115,7 +115,7 @@ def _patterns(pruner: tp.pruner.BasePruner) -> dict[str, str]:
     return patterns
 
 
-def budget_of(pruner: Any, groups: Sequence[ChannelGroup], step: int) -> Budget:
+def budget_of(pruner: Any, groups: Sequence[ChannelGroup], step: int) -> GroupBudget:
     """Read from a `GumbelGroupPruner` what it was asked for.
 
     Args:
@@ -125,7 +125,7 @@ def budget_of(pruner: Any, groups: Sequence[ChannelGroup], step: int) -> Budget:
     """
     gated = {group.name for group in groups}
     spent = [group for group in pruner._groups if group.name in pruner._gated - gated]
-    return Budget(
+    return GroupBudget(
         target=pruner._target,
         ratio=pruner.per_step_pruning_ratio[step],
         limit=pruner.max_pruning_ratio,
@@ -150,7 +150,7 @@ def plan_groups(
     model: nn.Module,
     pruning: PruningSection,
     groups: Sequence[ChannelGroup],
-    budget: Budget,
+    budget: GroupBudget,
     example_inputs: Any,
 ) -> Plan:
     """Plan a session that gates these groups under this budget.
@@ -160,69 +160,71 @@ def plan_groups(
         TargetError: If the latency table is of another network.
     """
     plan = Plan(model, pruning, seed=0)
-    members = []
+    terms = []
     for group in groups:
-        member = plan.gate_group(group)
-        members.append(member)
+        term = plan.gate_group(group)
+        terms.append(term)
         original = budget.original.get(group.name, group.size)
         # Torch-Pruning's limit and ratios speak of the original widths, also in later iterative steps.
-        member.max_ratio = max(0.0, 1 - (1 - budget.limit) * original / group.size)
-        member.multiple = budget.round_to // math.gcd(budget.round_to, _channels_of_a_unit(group))
+        term.max_ratio = max(0.0, 1 - (1 - budget.limit) * original / group.size)
+        term.multiple = budget.round_to // math.gcd(budget.round_to, _channels_of_a_unit(group))
     plan.join_consumers()
     if budget.target == "channels":
-        plan.scopes = _channel_scopes(members, budget)
+        plan.budgets = _channel_budgets(terms, budget)
     else:
-        plan.scopes = [_cost_scope(model, plan, members, budget, example_inputs)]
+        plan.budgets = [_cost_budget(model, plan, terms, budget, example_inputs)]
     return plan
 
 
-def _channel_scopes(members: Sequence[Member], budget: Budget) -> list[Scope]:
-    """Return the scopes that Torch-Pruning would rank in; there every unit counts the same."""
-    scopes: dict[str, Scope] = {}
-    for member in members:
-        member.cost = 1.0
-        ratio = min(budget.ranking.ratios[member.name], budget.limit)  # as Torch-Pruning caps it
-        scope = scopes.setdefault(budget.ranking.scopes.get(member.name, member.name), Scope(member.name, [], ratio))
-        scope.add(member)
-    for name, scope in scopes.items():
-        scope.name = name
-        left = {member.name: member.units for member in scope.members}
-        left |= {each: units for each, units in budget.spent.items() if budget.ranking.scopes.get(each) == name}
-        original = sum(budget.original.get(each, units) for each, units in left.items())
-        wanted = max(0.0, sum(left.values()) - original * (1 - (scope.ratio or 0.0)))
-        present = sum(member.units for member in scope.members)
-        scope.ratio = _within_limits(scope, wanted, original) / present
-    return list(scopes.values())
+def _channel_budgets(terms: Sequence[BudgetTerm], asked: GroupBudget) -> list[Budget]:
+    """Return the budgets that Torch-Pruning would rank in; there every unit counts the same."""
+    budgets: dict[str, Budget] = {}
+    for term in terms:
+        term.cost = 1.0
+        ratio = min(asked.ranking.ratios[term.name], asked.limit)  # as Torch-Pruning caps it
+        budget = budgets.setdefault(asked.ranking.budgets.get(term.name, term.name), Budget(term.name, [], ratio))
+        budget.add(term)
+    for name, budget in budgets.items():
+        budget.name = name
+        left = {term.name: term.units for term in budget.terms}
+        left |= {each: units for each, units in asked.spent.items() if asked.ranking.budgets.get(each) == name}
+        original = sum(asked.original.get(each, units) for each, units in left.items())
+        wanted = max(0.0, sum(left.values()) - original * (1 - (budget.ratio or 0.0)))
+        present = sum(term.units for term in budget.terms)
+        budget.ratio = _within_limits(budget, wanted, original) / present
+    return list(budgets.values())
 
 
-def _within_limits(scope: Scope, wanted: float, original: int) -> float:
+def _within_limits(budget: Budget, wanted: float, original: int) -> float:
     """Return how many units of a scope go: as many as wanted, or as its groups' limits let go, with a warning.
 
     Raises:
         ConfigError: If nothing was removed yet and there are more groups than units that would stay.
     """
-    possible = sum(member.removable()[1] for member in scope.members)
-    present = sum(member.units for member in scope.members)
-    if len(scope.members) == 1 or math.floor(wanted + 1e-6) <= possible:
+    possible = sum(term.prunable_range()[1] for term in budget.terms)
+    present = sum(term.units for term in budget.terms)
+    if len(budget.terms) == 1 or math.floor(wanted + 1e-6) <= possible:
         return wanted
-    most = sum(member.units - 1 for member in scope.members)
+    most = sum(term.units - 1 for term in budget.terms)
     if present == original and math.floor(wanted + 1e-6) > most:
         raise ConfigError(
-            f"pruning_ratio {scope.ratio:g} of the {original} channels of {scope.name!r} cannot be met: "
-            f"{present - most} stay, because each of its {len(scope.members)} groups keeps one channel; the largest "
+            f"pruning_ratio {budget.ratio:g} of the {original} channels of {budget.name!r} cannot be met: "
+            f"{present - most} stay, because each of its {len(budget.terms)} groups keeps one channel; the largest "
             f"possible ratio is {math.floor(1000 * most / original) / 1000:.3f}"
         )
     _logger.warning(
         "the ratio %.3g of %r is not met: of its %d channels %d stay, which max_pruning_ratio and round_to demand",
-        scope.ratio,
-        scope.name,
+        budget.ratio,
+        budget.name,
         original,
         present - possible,
     )
     return float(possible)
 
 
-def _cost_scope(model: nn.Module, plan: Plan, members: list[Member], budget: Budget, example_inputs: Any) -> CostScope:
+def _cost_budget(
+    model: nn.Module, plan: Plan, terms: list[BudgetTerm], budget: GroupBudget, example_inputs: Any
+) -> CostBudget:
     if budget.table is not None:
         cost_model = latency_cost(model, plan.groups, budget.table)
     else:
@@ -230,10 +232,10 @@ def _cost_scope(model: nn.Module, plan: Plan, members: list[Member], budget: Bud
         cost_model = count_cost(model, plan.groups, example_inputs, budget.target, count)
         if budget.target == "macs":
             _count_heads(cost_model, model, plan.groups, example_inputs)
-    present = float(cost_model({member.name: torch.ones(member.units, dtype=torch.float64) for member in members}))
+    present = float(cost_model({term.name: torch.ones(term.units, dtype=torch.float64) for term in terms}))
     dense = budget.dense_cost or present  # an earlier step removed something already
     ratio = max(0.0, 1 - dense * (1 - budget.ratio) / present)
-    return CostScope(f"the network's {budget.target}", members, ratio, model=cost_model)
+    return CostBudget(f"the network's {budget.target}", terms, ratio, model=cost_model)
 
 
 def _count_heads(

@@ -1,4 +1,4 @@
-"""Learnt gates as a Torch-Pruning pruner: swap one class, and what leaves the network changes nothing."""
+"""Learned gates as a Torch-Pruning pruner: swap one class, and what leaves the network changes nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.kept import kept_after, kept_of, note_kept
 from gumbel_plugin.sparsity.latency import LatencyTable, measure_table
 from gumbel_plugin.sparsity.mask_format import Masks
-from gumbel_plugin.training.gate_gradients import EvenGradients
+from gumbel_plugin.training.gate_gradients import GateGradNormalizer
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_torch_pruning.arguments import check_arguments, check_graph, check_model, forward_of, own_copies
@@ -83,9 +83,9 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             target: What ``pruning_ratio`` is a fraction of: ``channels`` (per group, or of all with
                 ``global_pruning``), or the network's ``macs``, ``parameters`` or ``latency``.
             pruning: Method, rescale and budget settings; the config list is not used here.
-            total_steps: How many optimiser steps will be made before each `step`, so that the budget can tighten
+            total_steps: How many optimizer steps will be made before each `step`, so that the budget can tighten
                 gradually; None holds the gates to the final target at once.
-            inexact: Also gate groups whose removal changes what a normalisation computes.
+            inexact: Also gate groups whose removal changes what a normalization computes.
             latency_table: A measured table for the target ``latency``; measured here without it.
             **arguments: All other arguments of `BasePruner`: ``pruning_ratio``, ``ignored_layers``, ...
 
@@ -144,7 +144,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Add the gradient of what the gates add to the loss; to be called before every step of the optimizer.
 
         It comes after ``loss.backward()``, ``unscale_`` and gradient clipping. The gates' gradients are brought to one
-        size, see `EvenGradients`. After the last `step` there are no gates left and this does nothing.
+        size, see `GateGradNormalizer`. After the last `step` there are no gates left and this does nothing.
 
         Args:
             model: The pruner's model, or what wraps it.
@@ -221,7 +221,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         next_masks = self.session.plan.masks if self._attached else {}
         for name, mask in plan.masks.items():
             self._changes.add_gates(mask, next_masks.get(name), closed.get(name))
-        self._changes.drop(parameter for site in plan.sites.values() if (parameter := site.scale) is not None)
+        self._changes.drop(parameter for gated in plan.gated_layers.values() if (parameter := gated.scale) is not None)
         self._unfinished = False
 
     def _require_finished(self) -> None:
@@ -265,7 +265,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             return copy.deepcopy(self._record.masks)
         if self.session.phase is Phase.FIXED:
             return self.session.masks()
-        hard = {m.name: m.mask.decide(m.weight) for scope in self.session.plan.scopes for m in scope.members}
+        hard = {m.name: m.mask.decide(m.weight) for budget in self.session.plan.budgets for m in budget.terms}
         return self.session.masks(hard)
 
     def state_dict(self) -> dict[str, Any]:
@@ -359,13 +359,13 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Attach the gates of the next step."""
         step = self.current_step + 1
         settings = self._settings
-        if step > 1:  # weights that were learnt are not initialised again
+        if step > 1:  # weights that were learned are not initialized again
             settings = settings.model_copy(update={"weight_init": "keep"})
         plan = self._plan(step, settings)
-        self._dense_cost = self._dense_cost or plan.scopes[0].total
+        self._dense_cost = self._dense_cost or plan.budgets[0].total
         self.session = MaskingSession(self.model, settings, plan=plan)
         self.session.start(self._total_steps)
-        self._gradients = EvenGradients(self.session.gate_parameters())
+        self._gradients = GateGradNormalizer(self.session.gate_parameters())
         self._structure = Structure(self.model)
         self._attached = True
         if self._own_importance:

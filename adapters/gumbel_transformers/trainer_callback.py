@@ -1,4 +1,4 @@
-"""Learnt masks as a callback of the Hugging Face Trainer."""
+"""Learned masks as a callback of the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, Missing
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.shrinking.shrink import Backend, shrink
 from gumbel_plugin.sparsity.mask_format import Masks
-from gumbel_plugin.training.loop import GuestSession, refuse_scaled_gradients
+from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
 from gumbel_plugin.training.settling import settled
 
 try:
@@ -53,7 +53,7 @@ class GumbelPruningCallback(TrainerCallback):
         self._config = config
         self._example_inputs = example_inputs
         self._resume_from = resume_from
-        self._guest: GuestSession | None = None
+        self._loop: MaskingLoop | None = None
         self._model: nn.Module | None = None
         self.masks: Masks | None = None
 
@@ -78,7 +78,7 @@ class GumbelPruningCallback(TrainerCallback):
         if self.masks is not None:
             raise LifecycleError("the training ended well: the model is a plain one already")
         self._running.session.detach()
-        self._guest = None
+        self._loop = None
 
     @property
     def settled(self) -> bool:
@@ -86,27 +86,27 @@ class GumbelPruningCallback(TrainerCallback):
 
         A metric that chooses the best checkpoint is best returned as its worst value until then.
         """
-        return self.masks is not None or (self._guest is not None and settled(self._guest.session))
+        return self.masks is not None or (self._loop is not None and settled(self._loop.session))
 
     # The Trainer's events -----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Attach the gates; go on from a checkpoint if the Trainer does."""
-        if self._guest is not None:
+        if self._loop is not None:
             raise LifecycleError("this callback has trained once; a new one learns new masks")
         refuse_scaled_gradients("fp16" if args.fp16 else "", "TrainingArguments(fp16=True)")
         if self._example_inputs is None:
             self._example_inputs = getattr(model, "dummy_inputs", None)
         self._model = model
-        guest = GuestSession(model, self._config, self._example_inputs)
+        loop = MaskingLoop(model, self._config, self._example_inputs)
         restored = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         own = self._read(args, state) if state.global_step > 0 else None
-        guest.start(state.max_steps)
-        self._guest = guest
+        loop.start(state.max_steps)
+        self._loop = loop
         if own is not None:  # the weights are those of the checkpoint; `start` may have drawn new ones
             model.load_state_dict({name: t for name, t in restored.items() if GATES not in name}, strict=False)
             try:
-                guest.load_state_dict(own)
+                loop.load_state_dict(own)
             except Exception:
                 self.detach()
                 raise
@@ -121,8 +121,8 @@ class GumbelPruningCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add where the masks stand to what is logged."""
-        if logs is not None and self._guest is not None and self.masks is None:
-            status = self._guest.session.status()
+        if logs is not None and self._loop is not None and self.masks is None:
+            status = self._loop.session.status()
             for place in (logs, *state.log_history[-1:]):  # the Trainer has copied what it prints into its history
                 place.update(sparsity=status.sparsity, soft_sparsity=status.soft_sparsity)
 
@@ -164,10 +164,10 @@ class GumbelPruningCallback(TrainerCallback):
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
     @property
-    def _running(self) -> GuestSession:
-        if self._guest is None:
+    def _running(self) -> MaskingLoop:
+        if self._loop is None:
             raise LifecycleError("the training has not begun")
-        return self._guest
+        return self._loop
 
 
 def _step_of(checkpoint: str) -> int:

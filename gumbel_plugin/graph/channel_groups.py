@@ -30,7 +30,7 @@ class ChannelGroup:
     Attributes:
         name: The module whose output channels define the group.
         size: How many units the group has; a unit is one channel, or several that must go together.
-        producers: Modules that compute the channels (convolutions, linear layers, normalisations), by output channel.
+        producers: Modules that compute the channels (convolutions, linear layers, normalizations), by output channel.
         consumers: Layers that read them, by input channel. Gates act here: see design of exactness in docs.
         safety: ``exact`` if closing a unit at the consumers equals removing it, ``inexact`` if something between
             computes statistics over the channels, ``unsupported`` if the group cannot be cut (for instance because it

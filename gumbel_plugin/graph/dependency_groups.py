@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import GraphError
 from gumbel_plugin.graph.attention_heads import find_heads, kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
-from gumbel_plugin.graph.exactness import Cut, Judge, Safety, Treatment, tried
+from gumbel_plugin.graph.exactness import Cut, ExactnessAnalysis, Safety, Treatment, check_empirically
 from gumbel_plugin.graph.removal import Item, Remover, unchanging_graph
 from gumbel_plugin.graph.tracing import cannot_build, reason_of, traceable
 from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, missing_pruners, repaired_tracing
@@ -30,7 +30,7 @@ _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
 class DependencyGroups:
     """The channel groups of one model, and the physical removal of their units.
 
-    A group is called exact if a `Judge` finds it so, and after a trial: units were removed from a copy of the model,
+    A group is called exact if a `ExactnessAnalysis` finds it so, and after a trial: units were removed from a copy of the model,
     and its outputs compared. What the code takes for granted (a fixed size in a reshape, say) comes out there.
 
     Example::
@@ -77,15 +77,17 @@ class DependencyGroups:
         self.graph = graph or _build_graph(model, example_inputs)
         self._items: dict[str, list[Item]] = {}
         self._tied = _tied_layers(self._names)
-        judge = Judge(model, example_inputs, self._parameters(), self._treatments(not own_attention))
+        analysis = ExactnessAnalysis(model, example_inputs, self._parameters(), self._treatments(not own_attention))
         with unchanging_graph():
             found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
-            self.groups = [self._describe(group, judge, parts) for group in found]
+            self.groups = [self._describe(group, analysis, parts) for group in found]
         if not own_attention:
             ignored = {self._names.get(part) for layer in ignored_layers for part in layer.modules()}
             self.groups += [g for g in find_heads(model) if not ignored & {g.name, *(p.module for p in g.producers)}]
         self._remover = Remover(model, self._items)
-        faults = tried(self._copy, example_inputs, [group for group in self.groups if group.safety == "exact"])
+        faults = check_empirically(
+            self._copy, example_inputs, [group for group in self.groups if group.safety == "exact"]
+        )
         self.groups = [faults.get(group.name, group) for group in self.groups]
 
     def remove(self, name: str, units: Tensor) -> None:
@@ -116,7 +118,7 @@ class DependencyGroups:
     def _copy(self) -> Remover:
         return self.remover_of(copy.deepcopy(self.model))
 
-    def _describe(self, group: Any, judge: Judge, parts: Callable[[Any], int] | None) -> ChannelGroup:
+    def _describe(self, group: Any, analysis: ExactnessAnalysis, parts: Callable[[Any], int] | None) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
         root = group[0].dep.target.module
         name, channels = self._names[root], self._width(root)
@@ -135,7 +137,7 @@ class DependencyGroups:
                 cuts.append(((item.owner, reads), item.positions, item.units))
                 if not item.is_parameter:
                     (consumers if reads else producers).append(ChannelSlice(item.owner, item.positions, item.units))
-        safety, reason = judge.verdict(cuts)
+        safety, reason = analysis.result(cuts)
         if safety == "exact":
             safety, reason = self._check_parts(size, producers, consumers)
         outside = sum(self._elements(item) for item in items if item.is_parameter)
@@ -296,5 +298,5 @@ def _forward(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def mark_outputs(outputs: Any) -> list[Tensor]:
-    """Give every output a node of its own: a final layer alone is not recognised as an output."""
+    """Give every output a node of its own: a final layer alone is not recognized as an output."""
     return [tensor.clone() for _, tensor in named_tensors(outputs) if tensor.grad_fn is not None]

@@ -147,7 +147,7 @@ def _find_named_heads(pruner: tp.pruner.BasePruner, example_inputs: Any) -> dict
         seen = pruner._downstream_node_as_root_if_attention(group) if is_attention else None
         if seen is not None and isinstance(seen[0].dep.target.module, nn.Linear):
             heads = _describe(pruner, pruner.DG._module2name[group[0].dep.target.module], seen, layers)
-            safety, reason = _judge(pruner, heads, example_inputs)
+            safety, reason = _analyze(pruner, heads, example_inputs)
             found[heads.group.name] = replace(heads, group=replace(heads.group, safety=safety, reason=reason))
     return found
 
@@ -170,7 +170,7 @@ def _describe(pruner: tp.pruner.BasePruner, name: str, group: Any, layers: list[
     return NamedHeads(ChannelGroup(name, count, tuple(producers), tuple(consumers)), reader, size, tuple(layers))
 
 
-def _judge(pruner: tp.pruner.BasePruner, heads: NamedHeads, example_inputs: Any) -> tuple[Any, str]:
+def _analyze(pruner: tp.pruner.BasePruner, heads: NamedHeads, example_inputs: Any) -> tuple[Any, str]:
     """Return how safe it is to remove heads, after a trial on a copy of the model."""
     counts = {pruner.num_heads[layer] for layer in heads.layers}
     if len(counts) > 1:

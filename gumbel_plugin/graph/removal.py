@@ -191,11 +191,11 @@ def closed_units(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     modules, units = dict(model.named_modules()), {}
     for name, mask in plan.masks.items():
         closed = torch.nonzero(mask.hard.cpu() == 0).flatten()
-        removable = removable_units(modules, plan.groups[name], closed)
-        if len(removable) < len(closed):
+        prunable_range = removable_units(modules, plan.groups[name], closed)
+        if len(prunable_range) < len(closed):
             _logger.warning("group %s: a closed unit stays, because a layer would have no channel left", name)
-        if len(removable):
-            units[name] = removable
+        if len(prunable_range):
+            units[name] = prunable_range
     return units
 
 

@@ -34,7 +34,7 @@ def node_name(node: Node) -> str:
 def importance_figure(importance: Importance, name: Callable[[Node], str] = node_name) -> Figure:
     """Draw how much every input can reach the outputs: an image for images, bars for other inputs.
 
-    Channels are summed. The colours of all maps have one scale, by the square root, so that small values show.
+    Channels are summed. The colors of all maps have one scale, by the square root, so that small values show.
 
     Args:
         importance: What `feature_importance` returned.
@@ -50,7 +50,7 @@ def importance_figure(importance: Importance, name: Callable[[Node], str] = node
 def pathways_figure(graph: nx.DiGraph, name: Callable[[Node], str] = node_name) -> Figure:
     """Draw the paths from the inputs (left) to the outputs (right), lines as wide as their weights.
 
-    A colour is a part of the network that shares nothing with the others (the sign, if there is one part only); a
+    A color is a part of the network that shares nothing with the others (the sign, if there is one part only); a
     dashed line is a negative weight. Widths are relative to the largest weight into the same layer.
 
     Args:
@@ -111,7 +111,7 @@ def _maps(importance: Importance, name: Callable[[Node], str]) -> Figure:
 
 
 def _bars(importance: Importance, name: Callable[[Node], str]) -> Figure:
-    """Draw a bar for every input, a colour for every output."""
+    """Draw a bar for every input, a color for every output."""
     values = importance.per_output.flatten(1)
     order = values.sum(0).argsort(descending=True, stable=True)[:60].sort().values
     shown = values[:, order]
@@ -119,8 +119,8 @@ def _bars(importance: Importance, name: Callable[[Node], str]) -> Figure:
     axis = figure.subplots()
     base = shown.new_zeros(len(order))
     for number, heights in enumerate(shown):
-        colour = _PARTS[number % len(_PARTS)]
-        axis.bar(range(len(order)), heights.numpy(), bottom=base.numpy(), color=colour, label=name((OUTPUT, number)))
+        color = _PARTS[number % len(_PARTS)]
+        axis.bar(range(len(order)), heights.numpy(), bottom=base.numpy(), color=color, label=name((OUTPUT, number)))
         base = base + heights
     names = [name((INPUT, number)) for number in order.tolist()]
     axis.set_xticks(range(len(order)), names, rotation=90 if len(order) > 12 else 0)
@@ -150,7 +150,7 @@ def _layout(graph: nx.DiGraph) -> tuple[dict[Node, tuple[int, float]], float]:
 
 
 def _untangled(graph: nx.DiGraph, columns: Mapping[int, Sequence[Node]]) -> dict[Node, int]:
-    """Return every node's rank in its column, by the mean rank of its neighbours in turn from left and right."""
+    """Return every node's rank in its column, by the mean rank of its neighbors in turn from left and right."""
     ranks = {node: rank for nodes in columns.values() for rank, node in enumerate(nodes)}
     order = sorted(columns)
     for sweep in range(_SWEEPS):
@@ -187,9 +187,9 @@ def _draw_edges(axis: Axes, graph: nx.DiGraph, places: Mapping[Node, tuple[int, 
                 zorder=1,
             )
         )
-    colours = (GREY, GREY) if several else (BLUE, ORANGE)
-    lines = [Line2D([], [], color=colours[0], linewidth=2, label="positive weight")]
-    lines.append(Line2D([], [], color=colours[1], linewidth=2, linestyle=(0, (2.0, 0.8)), label="negative weight"))
+    colors = (GREY, GREY) if several else (BLUE, ORANGE)
+    lines = [Line2D([], [], color=colors[0], linewidth=2, label="positive weight")]
+    lines.append(Line2D([], [], color=colors[1], linewidth=2, linestyle=(0, (2.0, 0.8)), label="negative weight"))
     axis.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, handlelength=3)
 
 
@@ -202,9 +202,9 @@ def _draw_nodes(
         columns.setdefault(x, []).append(node)
     for x, nodes in columns.items():
         crowded = len(nodes) > _MOST_LABELS
-        colours = [_colour(graph, node) if several else INK for node in nodes]
+        colors = [_colour(graph, node) if several else INK for node in nodes]
         heights = [places[node][1] for node in nodes]
-        axis.scatter([x] * len(nodes), heights, s=9 if crowded else 60, color=colours, zorder=2, linewidths=0)
+        axis.scatter([x] * len(nodes), heights, s=9 if crowded else 60, color=colors, zorder=2, linewidths=0)
         title = {INPUT: "inputs", OUTPUT: "outputs"}.get(nodes[0][0], nodes[0][0])
         axis.annotate(f"{title} ({len(nodes)})", (x, -0.75), ha="center", fontweight="bold")
         for node in () if crowded else nodes:

@@ -139,7 +139,7 @@ def profile(
 
 
 def _time(call: Callable[[], Any], min_run_time: float, threads: int) -> Latency:
-    """Time a call with torch's own timer, which warms up, synchronises a GPU and restores the thread count."""
+    """Time a call with torch's own timer, which warms up, synchronizes a GPU and restores the thread count."""
     timer = Timer("call()", globals={"call": call}, num_threads=threads)
     measured = timer.blocked_autorange(min_run_time=min_run_time)
     runs = measured.number_per_run * len(measured.times)

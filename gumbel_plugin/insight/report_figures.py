@@ -157,8 +157,8 @@ def comparison_figure(points: Sequence[tuple[str, str, float, float]], score: st
         axis = figure.subplots()
         for network in dict.fromkeys(point[1] for point in points):
             own = [point for point in points if point[1] == network]
-            colour = COLOURS.get(network, "#8b5cf6")
-            axis.scatter([p[2] for p in own], [p[3] for p in own], color=colour, s=46, label=network, zorder=3)
+            color = COLOURS.get(network, "#8b5cf6")
+            axis.scatter([p[2] for p in own], [p[3] for p in own], color=color, s=46, label=network, zorder=3)
         for run, network, macs, value in points:
             if network != "dense":
                 axis.annotate(run, (macs, value), xytext=(7, -3), textcoords="offset points", fontsize=8)
@@ -176,7 +176,7 @@ def comparison_figure(points: Sequence[tuple[str, str, float, float]], score: st
 def _draw_gates(axis: Any, counts: Sequence[Sequence[int]], epochs: Sequence[int]) -> None:
     """Draw one column an epoch, and bars at the right for the last one.
 
-    Few gates must be as visible as many, so the columns' colours go with the logarithm.
+    Few gates must be as visible as many, so the columns' colors go with the logarithm.
     """
     first, last = epochs[0] - 0.5, epochs[-1] + 0.5
     table = [[count or math.nan for count in row] for row in zip(*counts, strict=True)]  # (bins, epochs)

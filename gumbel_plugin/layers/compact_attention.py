@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import ConfigError
 
 _LARGEST_LOGIT_SCALE = math.log(100.0)  # Liu et al. 2022 (Swin V2), section 3.2
-_OTHER_REGION = -100.0  # what torchvision adds between pixels that are no neighbours before the cyclic shift
+_OTHER_REGION = -100.0  # what torchvision adds between pixels that are no neighbors before the cyclic shift
 
 
 class CompactMultiheadAttention(nn.Module):
@@ -320,7 +320,7 @@ def _split_packed(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.fx.wrap
 def _window_bias(relative: Tensor, x: Tensor, window: list[int], shift: list[int]) -> Tensor:
-    """Add to the relative bias what keeps pixels apart that the shift made neighbours.
+    """Add to the relative bias what keeps pixels apart that the shift made neighbors.
 
     Returns:
         Shape (1 or batch * windows, heads, pixels, pixels).

@@ -31,7 +31,7 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     Raises:
         ConfigError: If the inputs are none of these.
     """
-    inputs = _normalised(example_inputs)
+    inputs = _normalized(example_inputs)
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -47,7 +47,7 @@ def checked_inputs(example_inputs: ExampleInputs) -> ExampleInputs:
         ConfigError: If they are none of these, hold no tensor, or their tensors are on the meta device or quantized,
             hold NaN (infinities are left to the model: additive attention masks have them), or no sample.
     """
-    tensors = [value for value in tree_leaves(_normalised(example_inputs)) if isinstance(value, Tensor)]
+    tensors = [value for value in tree_leaves(_normalized(example_inputs)) if isinstance(value, Tensor)]
     if not tensors:
         raise ConfigError(f"example_inputs = {shown(example_inputs)}: there is no tensor in it")
     for tensor in tensors:
@@ -130,7 +130,7 @@ def batch_size_of(example_inputs: ExampleInputs) -> int:
     Raises:
         ConfigError: If there is no such tensor, or it is empty.
     """
-    for value in tree_leaves(_normalised(example_inputs)):
+    for value in tree_leaves(_normalized(example_inputs)):
         if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] > 0:
             return value.shape[0]
     raise ConfigError("example_inputs hold no tensor with a batch dimension of at least 1")
@@ -209,11 +209,11 @@ def _parts(output: Any) -> list[tuple[str, Any]]:
 
 
 def _mapped(change: Callable[[Any], Any], example_inputs: ExampleInputs) -> ExampleInputs:
-    result: ExampleInputs = tree_map(change, _normalised(example_inputs))
+    result: ExampleInputs = tree_map(change, _normalized(example_inputs))
     return result
 
 
-def _normalised(example_inputs: ExampleInputs) -> Tensor | tuple[Any, ...] | dict[str, Any]:
+def _normalized(example_inputs: ExampleInputs) -> Tensor | tuple[Any, ...] | dict[str, Any]:
     """Return a tensor, a tuple or a dict; a Hugging Face BatchEncoding becomes a dict."""
     if isinstance(example_inputs, Tensor):
         return example_inputs

@@ -52,7 +52,7 @@ def columns_view(module: torch.nn.Module, columns: Tensor) -> Tensor:
 
 
 def layer_channels(module: nn.Module) -> tuple[int, int]:
-    """Return how many input and output channels a layer has; of a normalisation both are the same."""
+    """Return how many input and output channels a layer has; of a normalization both are the same."""
     for before, after in (("in_channels", "out_channels"), ("in_features", "out_features")):
         if hasattr(module, before):
             return int(getattr(module, before)), int(getattr(module, after))

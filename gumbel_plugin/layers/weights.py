@@ -18,14 +18,14 @@ class Attached:
     """Marks what hangs hooks on a model for a session, so that a copy of the model can do without them."""
 
 
-def gated_layers(model: nn.Module) -> list[nn.Module]:
+def modules_with_gates(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a model that carry gates."""
     return [module for module in model.modules() if GATES in module._modules]
 
 
 def remove_gates(model: nn.Module) -> None:
     """Remove the gates that hang on a model's layers."""
-    for layer in gated_layers(model):
+    for layer in modules_with_gates(model):
         delattr(layer, GATES)
 
 
@@ -37,7 +37,7 @@ def unhide_weight(layer: nn.Module) -> None:
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model without a session's gates and hooks."""
-    for layer in gated_layers(model):
+    for layer in modules_with_gates(model):
         unhide_weight(layer)  # what an interrupted forward left cannot be copied
     duplicate = copy.deepcopy(model)
     remove_gates(duplicate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gumbel_plugin.errors import ConfigError, nearest, shown
-from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource, Phase
 from gumbel_plugin.masks.consensus import ConsensusMask
 from gumbel_plugin.masks.edge_popup import EdgePopupMask
 from gumbel_plugin.masks.gibbs import GibbsMask
@@ -13,7 +13,7 @@ from gumbel_plugin.masks.magnitude import MagnitudeMask, RandomMask
 from gumbel_plugin.masks.reparametrization import ReparametrizationMask
 from gumbel_plugin.masks.supermask import Supermask
 
-METHODS: dict[str, type[LearntMask]] = {
+METHODS: dict[str, type[LearnedMask]] = {
     "gumbel_softmax": GumbelSoftmaxMask,
     "supermask": Supermask,
     "edge_popup": EdgePopupMask,
@@ -26,7 +26,7 @@ METHODS: dict[str, type[LearntMask]] = {
 }
 
 
-def method_named(name: str) -> type[LearntMask]:
+def method_named(name: str) -> type[LearnedMask]:
     """Return the mask class of a method.
 
     Raises:
@@ -37,7 +37,7 @@ def method_named(name: str) -> type[LearntMask]:
     return METHODS[name]
 
 
-def name_of(method: type[LearntMask]) -> str:
+def name_of(method: type[LearnedMask]) -> str:
     """Return the name that a configuration has for a mask class, or the class's own if it is not registered."""
     return next((name for name, known in METHODS.items() if known is method), method.__name__)
 
@@ -49,7 +49,7 @@ __all__ = [
     "GibbsMask",
     "GumbelSoftmaxMask",
     "HardConcreteMask",
-    "LearntMask",
+    "LearnedMask",
     "MagnitudeMask",
     "MaskOptions",
     "NoiseSource",

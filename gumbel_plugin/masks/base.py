@@ -21,7 +21,7 @@ WeightMode = Literal["frozen", "trained"]
 
 
 class Phase(Enum):
-    """What the gates do at present: not yet used, being learnt, or decided."""
+    """What the gates do at present: not yet used, being learned, or decided."""
 
     OPEN = "open"
     LEARNING = "learning"
@@ -108,15 +108,15 @@ class LogitOptions(MaskOptions):
         return self.model_copy(update={"initial_logit": 0.0 if weights == "frozen" else 3.0})
 
 
-class LearntMask(nn.Module):
-    """A set of gates that are learnt together: the units of one tensor, or of one channel group.
+class LearnedMask(nn.Module):
+    """A set of gates that are learned together: the units of one tensor, or of one channel group.
 
-    A method overrides `sample`, `scores` and `probability`, and where it has something to schedule or to penalise
+    A method overrides `sample`, `scores` and `probability`, and where it has something to schedule or to penalize
     `advance` and `penalty`. Methods whose masks are functions of the weights read the tensor that is passed in, and say
     so by `reads_weight`. What else a method is like it says by the other class attributes.
 
     Attributes:
-        steers_itself: Whether the method has a way of its own to its `sparse_ratio`, which it then needs: no budget
+        manages_own_sparsity: Whether the method has a way of its own to its `sparse_ratio`, which it then needs: no budget
             loss drives its gates.
         shares_budget: Whether several masks can be ranked together under one ratio.
         reads_weight: Whether the gates are functions of the weight that they multiply.
@@ -128,14 +128,14 @@ class LearntMask(nn.Module):
             to the configuration.
         shape: The gates' shape.
         granularity: How the gates spread over the weight; None for channel groups, whose gates are per channel.
-        phase: Whether the gates are open, learnt or fixed.
+        phase: Whether the gates are open, learned or fixed.
         polled: Whether each sample is asked for its own gates outside of training (if it has any).
         hard: The decided gates, bool, used when the phase is `FIXED`.
         sparsity: The fraction of these gates that their budget will close; set by the budget, and kept up to date.
     """
 
     Options: ClassVar[type[MaskOptions]] = MaskOptions
-    steers_itself: ClassVar[bool] = False
+    manages_own_sparsity: ClassVar[bool] = False
     shares_budget: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
     needs_trained_weights: ClassVar[bool] = False
@@ -165,7 +165,7 @@ class LearntMask(nn.Module):
         self.noise = noise
         self.stream = stream
         self.granularity = granularity
-        self.polled = False
+        self.evaluated_per_sample = False
         self.sparsity: float | None = None
         self.register_buffer("hard", torch.ones(self.shape, dtype=torch.bool))
         self.register_buffer("stage", torch.zeros((), dtype=torch.uint8))
@@ -194,7 +194,7 @@ class LearntMask(nn.Module):
         return None
 
     def budget_loss(
-        self, masks: Sequence[LearntMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
+        self, masks: Sequence[LearnedMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
     ) -> Tensor | None:
         """Return a self-steering method's own loss over all masks that share one budget; asked of the first of them.
 
@@ -217,7 +217,7 @@ class LearntMask(nn.Module):
         """
         raise NotImplementedError
 
-    def share(self, first: LearntMask) -> None:
+    def share(self, first: LearnedMask) -> None:
         """Take over what all masks of one network have in common from the first of them."""
 
     @property
@@ -229,7 +229,7 @@ class LearntMask(nn.Module):
         """Return the hard gates and their σ of the samples that came last, (samples, units), if they were asked."""
         return None
 
-    def adopt(self, votes: Tensor, confidence: Tensor) -> None:
+    def set_consensus(self, votes: Tensor, confidence: Tensor) -> None:
         """Take over what the samples of some data vote for on average.
 
         Args:
@@ -245,7 +245,7 @@ class LearntMask(nn.Module):
     @property
     def follows_samples(self) -> bool:
         """Whether each sample's own gates act now."""
-        return self.per_sample and (self.polled or (self.training and self.phase is Phase.LEARNING))
+        return self.per_sample and (self.evaluated_per_sample or (self.training and self.phase is Phase.LEARNING))
 
     @property
     def phase(self) -> Phase:

@@ -1,4 +1,4 @@
-"""Gates that each sample has of its own while it learns, polarised until all samples agree: the consensus stays."""
+"""Gates that each sample has of its own while it learns, polarized until all samples agree: the consensus stays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gumbel_plugin.errors import ConfigError, LifecycleError
-from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Usage
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource, Usage
 from gumbel_plugin.masks.functional import at_least_float32, straight_through
 from gumbel_plugin.sparsity.schedules import Schedule, constant
 from gumbel_plugin.sparsity.types import WHOLE, Granularity
@@ -34,7 +34,7 @@ class ConsensusOptions(MaskOptions):
         initial_logit: Where every gate's logit starts, for every sample; above 0, so that the gates start open.
         lambda_act: Weight of the usage loss: the squared distance of the used fraction of the multiply-accumulates from
             1 − sparse_ratio.
-        lambda_polar: Weight of the polarisation, a number or a schedule over the mask learning. It should start low:
+        lambda_polar: Weight of the polarization, a number or a schedule over the mask learning. It should start low:
             while nearly all samples agree that a gate is open, it keeps that gate open.
     """
 
@@ -65,7 +65,7 @@ class _Network:
     gates: int = 0
 
 
-class ConsensusMask(LearntMask):
+class ConsensusMask(LearnedMask):
     """Binary gates computed from each sample: average pool of what the unit reads → two-layer MLP → σ → ≥ ½.
 
     The gradient goes straight through the threshold. With ḡ the mean of a gate over the batch, the extra losses are
@@ -78,7 +78,7 @@ class ConsensusMask(LearntMask):
     """
 
     Options: ClassVar[type[MaskOptions]] = ConsensusOptions
-    steers_itself: ClassVar[bool] = True
+    manages_own_sparsity: ClassVar[bool] = True
     per_sample: ClassVar[bool] = True
     counts_macs: ClassVar[bool] = True
     published_optimizer: ClassVar[Mapping[str, str | float] | None] = {"name": "adam", "lr": 0.01}
@@ -137,7 +137,7 @@ class ConsensusMask(LearntMask):
         if not again:
             self._drawn, self._asker = (self.noise.forward, gates), id(layer)
             self._read_last, self._soft = read.detach(), soft.detach()
-            if self.training and not self.polled:
+            if self.training and not self.evaluated_per_sample:
                 self._count(gates.detach(), self._soft)
         return gates
 
@@ -159,7 +159,7 @@ class ConsensusMask(LearntMask):
         return self._drawn[1].detach(), self._soft
 
     @override
-    def adopt(self, votes: Tensor, confidence: Tensor) -> None:
+    def set_consensus(self, votes: Tensor, confidence: Tensor) -> None:
         self.votes.copy_(votes.reshape(self.shape))
         self.confidence.copy_(confidence.reshape(self.shape))
 
@@ -179,7 +179,7 @@ class ConsensusMask(LearntMask):
 
     @override
     def budget_loss(
-        self, masks: Sequence[LearntMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
+        self, masks: Sequence[LearnedMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
     ) -> Tensor | None:
         own = [mask for mask in masks if isinstance(mask, ConsensusMask)]
         means = [mask.batch_mean() for mask in own]
@@ -201,7 +201,7 @@ class ConsensusMask(LearntMask):
         return straight_through(self._drawn[1].detach(), soft).mean(0).reshape(self.shape)
 
     @override
-    def share(self, first: LearntMask) -> None:
+    def share(self, first: LearnedMask) -> None:
         if isinstance(first, ConsensusMask):
             first._network.gates += self.units
             self._network = first._network
@@ -214,7 +214,7 @@ class ConsensusMask(LearntMask):
 
     @override
     def sample(self, weight: Tensor | None) -> Tensor:
-        raise LifecycleError("gates of method 'consensus' belong to samples while they are learnt: run the model")
+        raise LifecycleError("gates of method 'consensus' belong to samples while they are learned: run the model")
 
     @override
     def mask_weight(self, weight: Tensor) -> Tensor:

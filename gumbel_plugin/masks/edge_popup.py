@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource
 from gumbel_plugin.masks.functional import straight_through
 from gumbel_plugin.sparsity.ranking import keep_highest
 from gumbel_plugin.sparsity.types import Granularity
@@ -28,7 +28,7 @@ class EdgePopupOptions(MaskOptions):
     scaled: bool = False
 
 
-class EdgePopupMask(LearntMask):
+class EdgePopupMask(LearnedMask):
     """One score a gate; those with the highest |score| of their layer are open, 1 − sparse_ratio of them.
 
     The gradient of a gate goes straight through to |score|. The number of open gates follows the layer's sparse_ratio
@@ -39,7 +39,7 @@ class EdgePopupMask(LearntMask):
     """
 
     Options: ClassVar[type[MaskOptions]] = EdgePopupOptions
-    steers_itself: ClassVar[bool] = True
+    manages_own_sparsity: ClassVar[bool] = True
     shares_budget: ClassVar[bool] = False
     published_optimizer: ClassVar[Mapping[str, str | float] | None] = {
         "name": "sgd",

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource
 from gumbel_plugin.sparsity.ranking import cut_point, keep_highest, removed_count
 from gumbel_plugin.sparsity.schedules import Schedule, constant
 from gumbel_plugin.sparsity.types import ELEMENT, FULL, KERNEL, OUT_CHANNEL, Granularity
@@ -70,19 +70,19 @@ class GibbsOptions(MaskOptions):
         return (beta if isinstance(beta, Schedule) else constant(beta))(progress / self.annealing)
 
 
-class GibbsMask(LearntMask):
-    """Gates x drawn from P(x) ∝ exp(−β·H(x, W)) at every forward; nothing but the weights is learnt.
+class GibbsMask(LearnedMask):
+    """Gates x drawn from P(x) ∝ exp(−β·H(x, W)) at every forward; nothing but the weights is learned.
 
     Q is the quantile of a layer's W² below which the fraction sparse_ratio of it lies, found anew at every forward:
 
     * ``unstructured``: P(keep) = σ(β·(W² − Q)), independently. Granularity element.
     * ``kernel``: x ∈ {−1, 1} a weight, H = −c·Σ_{i≠j} x_i·x_j + Σ_i (Q − W_i²)·x_i in each kernel, Q the quantile of
       the kernels' mean W². Granularity kernel; of a linear layer every weight is a kernel.
-    * ``filter``: coupled over whole filters, Q the quantile of the filters' mean W². Two colours, the halves of the
+    * ``filter``: coupled over whole filters, Q the quantile of the filters' mean W². Two colors, the halves of the
       input channels, are drawn in turn: P(x_i = 1) = σ(β·(c·Σ x − (Q − W_i²))), Σ over the other half of the filter.
       Granularity [1, -1, -1, -1], the filters of one layer alone; not for linear layers.
 
-    Masks have an entry for every weight while they are learnt; what is kept at the end is the fraction 1 − sparse_ratio
+    Masks have an entry for every weight while they are learned; what is kept at the end is the fraction 1 − sparse_ratio
     of the units with the highest summed W². The gradient reaches W through W·mask only. A sample may exceed the budget:
     `probability`, and with it a session's ``soft_sparsity``, says what is really open.
 
@@ -93,7 +93,7 @@ class GibbsMask(LearntMask):
     """
 
     Options: ClassVar[type[MaskOptions]] = GibbsOptions
-    steers_itself: ClassVar[bool] = True
+    manages_own_sparsity: ClassVar[bool] = True
     shares_budget: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = True
     needs_trained_weights: ClassVar[bool] = True

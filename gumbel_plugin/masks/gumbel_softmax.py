@@ -10,7 +10,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearntMask, LogitOptions, MaskOptions, NoiseSource, Phase
+from gumbel_plugin.masks.base import LearnedMask, LogitOptions, MaskOptions, NoiseSource, Phase
 from gumbel_plugin.masks.functional import at_least_float32, gumbel_gates, straight_through_gumbel
 from gumbel_plugin.sparsity.schedules import Schedule, constant
 from gumbel_plugin.sparsity.types import ELEMENT, Granularity
@@ -37,7 +37,7 @@ class GumbelSoftmaxOptions(LogitOptions):
         return value
 
 
-class GumbelSoftmaxMask(LearntMask):
+class GumbelSoftmaxMask(LearnedMask):
     """Gates sampled by a straight-through Gumbel-Softmax over [m̂, 0], one sample per forward for the whole batch.
 
     P(keep) = σ(m̂); y = σ((m̂ + logit u)/τ); the forward uses [y > ½], the backward y. Sources: Dupont, Alaoui, Sahbi,

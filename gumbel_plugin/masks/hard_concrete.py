@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearntMask, LogitOptions, MaskOptions, NoiseSource
+from gumbel_plugin.masks.base import LearnedMask, LogitOptions, MaskOptions, NoiseSource
 from gumbel_plugin.masks.functional import at_least_float32
 from gumbel_plugin.sparsity.types import Granularity
 
@@ -34,7 +34,7 @@ class HardConcreteOptions(LogitOptions):
     l0_weight: float = Field(default=0.0, ge=0)
 
 
-class HardConcreteMask(LearntMask):
+class HardConcreteMask(LearnedMask):
     """Gates z = min(1, max(0, s·(ζ − γ) + γ)), s = σ((log α + logit u)/β), with the gradient of that formula.
 
     P(z ≠ 0) = σ(log α − β·log(−γ/ζ)) is what the L0 penalty and the budget count. Source: Louizos, Welling, Kingma,

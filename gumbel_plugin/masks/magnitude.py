@@ -1,4 +1,4 @@
-"""The floors that a learnt mask has to beat: remove the smallest weights, or any."""
+"""The floors that a learned mask has to beat: remove the smallest weights, or any."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource, Phase
 from gumbel_plugin.sparsity.types import Granularity
 
 
-class _Floor(LearntMask):
-    """Gates that nothing is learnt about: open until they are decided, at extraction or where `phases.fixed` begins."""
+class _Baseline(LearnedMask):
+    """Gates that nothing is learned about: open until they are decided, at extraction or where `phases.fixed` begins."""
 
-    steers_itself: ClassVar[bool] = True
+    manages_own_sparsity: ClassVar[bool] = True
     needs_trained_weights: ClassVar[bool] = True
 
     @override
@@ -36,7 +36,7 @@ class _Floor(LearntMask):
         return super().mask_weight(weight) if self.phase is Phase.FIXED else weight
 
 
-class MagnitudeMask(_Floor):
+class MagnitudeMask(_Baseline):
     """Keeps the units of the largest weights; the network trains dense until then.
 
     A unit's score is the root mean square of its weights: |w| for a single weight, and comparable between units of
@@ -50,7 +50,7 @@ class MagnitudeMask(_Floor):
         return self._mean(self._read(weight).detach().square()).sqrt()
 
 
-class RandomMask(_Floor):
+class RandomMask(_Baseline):
     """Keeps units at random, but the same ones for the same seed; the network trains dense until then."""
 
     score: Tensor

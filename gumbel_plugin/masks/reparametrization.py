@@ -1,4 +1,4 @@
-"""Weight reparametrisation: gates that are a function of the weight, trained to meet a budget."""
+"""Weight reparametrization: gates that are a function of the weight, trained to meet a budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase, Usage
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource, Phase, Usage
 from gumbel_plugin.sparsity.types import ELEMENT, Granularity
 
 _FAR = 1e3
@@ -46,15 +46,15 @@ class ReparametrizationOptions(MaskOptions):
     Attributes:
         strength: The weight λ of the budget loss. It must be large: far from the threshold the gates have hardly any
             gradient, and what the budget has not closed by the end is cut off.
-        initial_t: Where the learnt t starts; 100 puts the half-height of the gate at |w| ≈ 0.0113.
+        initial_t: Where the learned t starts; 100 puts the half-height of the gate at |w| ≈ 0.0113.
     """
 
     strength: float = Field(default=1000.0, gt=0)
     initial_t: float = Field(default=100.0, gt=0)
 
 
-class ReparametrizationMask(LearntMask):
-    """Soft gates h_t(w) on every weight w, with one learnt t a network and no other parameter: ŵ = w·h_t(w).
+class ReparametrizationMask(LearnedMask):
+    """Soft gates h_t(w) on every weight w, with one learned t a network and no other parameter: ŵ = w·h_t(w).
 
     Budget loss: λ·((C − C_target)/C_initial)², C = Σ h_t(w) over all masks that share a budget, C_target the number of
     weights to keep and C_initial = Σ h_t(w) before the first step. For the paper's budget over the whole network, with
@@ -66,7 +66,7 @@ class ReparametrizationMask(LearntMask):
     """
 
     Options: ClassVar[type[MaskOptions]] = ReparametrizationOptions
-    steers_itself: ClassVar[bool] = True
+    manages_own_sparsity: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
     needs_trained_weights: ClassVar[bool] = True
     published_optimizer: ClassVar[Mapping[str, str | float] | None] = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
@@ -90,7 +90,7 @@ class ReparametrizationMask(LearntMask):
         self.register_buffer("initial_kept", torch.zeros(()))  # 0 until the budget loss is asked for first
 
     @override
-    def share(self, first: LearntMask) -> None:
+    def share(self, first: LearnedMask) -> None:
         if isinstance(first, ReparametrizationMask):
             self.t = first.t
 
@@ -126,7 +126,7 @@ class ReparametrizationMask(LearntMask):
 
     @override
     def budget_loss(
-        self, masks: Sequence[LearntMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
+        self, masks: Sequence[LearnedMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
     ) -> Tensor | None:
         kept = torch.stack([m.probability(weight).sum() for m, weight in zip(masks, weights, strict=True)]).sum()
         self.initial_kept.copy_(torch.where(self.initial_kept > 0, self.initial_kept, kept.detach()))

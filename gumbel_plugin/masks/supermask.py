@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearntMask, LogitOptions, MaskOptions, NoiseSource
+from gumbel_plugin.masks.base import LearnedMask, LogitOptions, MaskOptions, NoiseSource
 from gumbel_plugin.masks.functional import at_least_float32, straight_through
 from gumbel_plugin.sparsity.types import Granularity
 
 
-class Supermask(LearntMask):
+class Supermask(LearnedMask):
     """Gates drawn from Bernoulli(σ(m)), one sample per forward; the backward passes the gradient on to σ(m).
 
     Source: Zhou, Lan, Liu, Yosinski, NeurIPS 2019, arXiv 1905.01067, for frozen weights, where m starts at 0. Its

@@ -51,7 +51,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
 ) -> None:
-    """Train with learnt masks, shrink the network, prove that it is equal, and print what it costs."""
+    """Train with learned masks, shrink the network, prove that it is equal, and print what it costs."""
     if (config is None and resume is None) or (resume is not None and (output is not None or force)):
         raise typer.BadParameter("give a CONFIG, or --resume DIR alone or with the CONFIG that it was begun with")
     folder = resume or output or Path("runs") / (config or Path()).stem
@@ -195,11 +195,11 @@ def check(config: ConfigArgument, settings: SetOption = None) -> None:
     except _USER_ERRORS as error:
         _fail(error)
     gates = sum(mask.hard.numel() for mask in plan.masks.values())
-    typer.echo(f"{config}: ok, {gates:,} gates in {len(plan.masks)} masks, {len(plan.scopes)} budgets")
-    for scope in plan.scopes:
-        units = sum(member.units for member in scope.members)
-        rule = "the gates decide" if scope.ratio is None else f"{100 * scope.ratio:g} % of the weights go"
-        typer.echo(f"  {scope.name}: {units:,} gates, {rule}")
+    typer.echo(f"{config}: ok, {gates:,} gates in {len(plan.masks)} masks, {len(plan.budgets)} budgets")
+    for budget in plan.budgets:
+        units = sum(term.units for term in budget.terms)
+        rule = "the gates decide" if budget.ratio is None else f"{100 * budget.ratio:g} % of the weights go"
+        typer.echo(f"  {budget.name}: {units:,} gates, {rule}")
 
 
 @app.command()

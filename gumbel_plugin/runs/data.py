@@ -1,6 +1,6 @@
 """Data sets by name, as tensors in memory, and loaders that keep up with small networks.
 
-Every set is normalised with the mean and standard deviation of its whole training set. The test set never depends on
+Every set is normalized with the mean and standard deviation of its whole training set. The test set never depends on
 a seed, and neither it nor the validation set is ever augmented.
 """
 
@@ -53,7 +53,7 @@ class DataBundle:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What a reader returns: inputs and targets; byte images (n, channels, height, width) are not yet normalised."""
+    """What a reader returns: inputs and targets; byte images (n, channels, height, width) are not yet normalized."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ class _Tables:
 
 
 class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Byte images in memory, normalised (and augmented) when they are read, one or a batch at a time.
+    """Byte images in memory, normalized (and augmented) when they are read, one or a batch at a time.
 
     Augmentation is a random crop of the zero-padded image and a random horizontal flip. Its draws come from torch's
     global generator, so `torch.manual_seed` repeats them.

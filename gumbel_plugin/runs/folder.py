@@ -82,7 +82,7 @@ class RunFolder:
         return f"{name} ({len(self.contents[name])} epochs)" if name in (LOG, GATES) else name
 
 
-def keep_gates(path: Path, epochs: int) -> None:
+def truncate_gate_log(path: Path, epochs: int) -> None:
     """Keep the histograms of the first epochs only, those that were finished before a training was killed.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gumbel_plugin.errors import MissingExtraError
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.sparsity.budget import Member
+from gumbel_plugin.sparsity.budget import BudgetTerm
 from gumbel_plugin.storage.files import append_text
 from gumbel_plugin.training.session import MaskingSession
 
@@ -46,35 +46,35 @@ class GateLog(pl.Callback):  # type: ignore[misc]
     def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
         """Write the histograms of this epoch."""
         places = {name: place for place, (name, _) in enumerate(self._session.model.named_modules())}
-        members = [member for scope in self._session.plan.scopes for member in scope.members]
-        members.sort(key=lambda member: places.get(member.name, len(places)))
+        terms = [term for budget in self._session.plan.budgets for term in budget.terms]
+        terms.sort(key=lambda term: places.get(term.name, len(places)))
         if self._macs is not None:
-            task.log("macs", float(self._macs({member.name: hard_gates(member) for member in members})))
+            task.log("macs", float(self._macs({term.name: hard_gates(term) for term in terms})))
         if self._path is not None and trainer.is_global_zero:
             entry = {
                 "epoch": trainer.current_epoch + 1,
                 "phase": self._session.phase.value,
-                "masks": {member.name: _histogram(keep_probability(member)) for member in members},
+                "masks": {term.name: _histogram(keep_probability(term)) for term in terms},
             }
             append_text(self._path, json.dumps(entry, separators=(",", ":")) + "\n")
 
 
 @torch.no_grad()
-def keep_probability(member: Member) -> Tensor:
+def keep_probability(term: BudgetTerm) -> Tensor:
     """Return the probability of every gate to be open as it acts now: 1 before the learning, 0 or 1 after it."""
-    mask = member.mask
+    mask = term.mask
     if mask.phase is Phase.OPEN:
         return torch.ones(mask.shape)
-    return mask.hard.float() if mask.phase is Phase.FIXED else mask.probability(member.weight)
+    return mask.hard.float() if mask.phase is Phase.FIXED else mask.probability(term.weight)
 
 
 @torch.no_grad()
-def hard_gates(member: Member) -> Tensor:
+def hard_gates(term: BudgetTerm) -> Tensor:
     """Return the gates that would be decided now, as 0 and 1."""
-    mask = member.mask
+    mask = term.mask
     if mask.phase is Phase.OPEN:
         return torch.ones(mask.shape)
-    return (mask.hard if mask.phase is Phase.FIXED else mask.decide(member.weight)).float()
+    return (mask.hard if mask.phase is Phase.FIXED else mask.decide(term.weight)).float()
 
 
 def _histogram(values: Tensor) -> list[int]:

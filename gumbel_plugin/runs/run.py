@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, OutputError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.insight.profile import Profile, profile
 from gumbel_plugin.insight.widths import LayerWidth, layer_widths
 from gumbel_plugin.layers.example_inputs import call_model, observing
@@ -40,7 +41,7 @@ from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.sparsity.cost_model import count_cost
 from gumbel_plugin.sparsity.counting import count_macs
 from gumbel_plugin.sparsity.mask_format import Masks
-from gumbel_plugin.training.agreement import Agreement, adopt_consensus, measure_agreement, votes_per_sample
+from gumbel_plugin.training.agreement import Agreement, measure_agreement, set_consensus_from, votes_per_sample
 from gumbel_plugin.training.session import MaskingSession
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ _CHECKPOINTS = {"dense": "checkpoint_dense.pt", "gated": "checkpoint.pt"}
 
 
 @dataclass(frozen=True)
-class Column:
+class NetworkMetrics:
     """One network of the result's table.
 
     Attributes:
@@ -80,7 +81,7 @@ class RunResult:
         agreement: How far held-out samples agreed with the decided gates, where each had gates of its own.
     """
 
-    columns: dict[str, Column]
+    columns: dict[str, NetworkMetrics]
     equivalence: EquivalenceReport
     sparsity: float
     training_seconds: float
@@ -111,7 +112,7 @@ class Prepared:
     Attributes:
         config: The resolved configuration.
         data: The data, loaded.
-        model: The network, freshly initialised.
+        model: The network, freshly initialized.
         session: The session that will learn the masks, not started.
         example: Two test inputs, to trace with.
     """
@@ -138,10 +139,6 @@ def prepare(config: PruningConfig) -> Prepared:
     torch.manual_seed(config.seed)
     model = build_model(config.model.name, config.model.num_classes, config.model.in_channels, **config.model.options)
     example = torch.stack([data.test[index][0] for index in range(2)])
-    try:
-        from gumbel_plugin.graph.dependency_groups import find_groups
-    except ImportError as error:
-        raise MissingExtraError("torch-pruning", "torch-pruning") from error
     groups = find_groups(model, example)  # even where no channel goes: what cannot be traced could not be shrunk later
     _check_outputs(config, data, model, example)
     session = MaskingSession(model, config.pruning, groups, config.seed, example_inputs=example)
@@ -157,7 +154,7 @@ def run(
     say: Callable[[str], None] = _logger.info,
     followers: Sequence[Any] = (),
 ) -> RunResult:
-    """Train with learnt masks, shrink, prove and measure.
+    """Train with learned masks, shrink, prove and measure.
 
     The result depends on the configuration and its seed only; training the dense baseline too does not change it, nor
     does being killed and resumed.
@@ -296,7 +293,7 @@ class _Trainer:
             trackers=self._trackers(self.output, checkpoint.epochs),
             finished=checkpoint.epochs,
         )
-        files.keep_gates(self.output / files.GATES, checkpoint.epochs)
+        files.truncate_gate_log(self.output / files.GATES, checkpoint.epochs)
         gates = GateLog(session, self.output / files.GATES, self._macs(session))
         return log, [gates, checkpoint], checkpoint.seconds
 
@@ -325,11 +322,11 @@ def _agreement(prepared: Prepared) -> Agreement | None:
         return None
     train, validation, test = loaders(prepared.config, prepared.data)
     if session.phase is not Phase.FIXED:
-        adopt_consensus(session, (inputs for inputs, _ in train))
+        set_consensus_from(session, (inputs for inputs, _ in train))
     return measure_agreement(session, (inputs for inputs, _ in validation or test))
 
 
-def _measure(prepared: Prepared, networks: dict[str, nn.Module]) -> dict[str, Column]:
+def _measure(prepared: Prepared, networks: dict[str, nn.Module]) -> dict[str, NetworkMetrics]:
     config = prepared.config
     test = loaders(config, prepared.data)[2]
     columns = {}
@@ -337,7 +334,7 @@ def _measure(prepared: Prepared, networks: dict[str, nn.Module]) -> dict[str, Co
     for name, network in networks.items():
         trained = name != "dense" or config.training.dense_baseline
         score = evaluate(network, test, config.training.loss) if trained else None
-        columns[name] = Column(measure(network, prepared.example), score)
+        columns[name] = NetworkMetrics(measure(network, prepared.example), score)
     return columns
 
 

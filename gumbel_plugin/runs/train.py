@@ -32,7 +32,7 @@ except ImportError as error:
 
 _EVALUATION_BATCH = 256
 _PASSED_ON = ("accelerator", "devices", "strategy", "precision")
-# Before and after they are learnt, gates get no gradient, which DDP takes for a mistake unless it looks for such.
+# Before and after they are learned, gates get no gradient, which DDP takes for a mistake unless it looks for such.
 _STRATEGIES = {"ddp": "ddp_find_unused_parameters_true", "ddp_spawn": "ddp_spawn_find_unused_parameters_true"}
 Loader = DataLoader[Any]
 
@@ -43,7 +43,7 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
     Weights, gates and scales have optimizers of their own (the methods publish different ones) on one backward.
 
     Attributes:
-        steps: Optimiser steps so far; every optimizer's step on one batch together counts as one.
+        steps: Optimizer steps so far; every optimizer's step on one batch together counts as one.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ def fit(
         training: How to train.
         train: Batches of (inputs, targets).
         validation: Batches to score with hard masks after each epoch.
-        max_steps: Train for this many optimiser steps instead of epochs.
+        max_steps: Train for this many optimizer steps instead of epochs.
         hooks: Passed to `MaskingSession.start`.
         logger: What follows the training: Lightning loggers, for instance `gumbel_plugin.runs.epoch_log.EpochLog`, and
             callbacks; one, or several.

@@ -58,7 +58,7 @@ def fold_constants(
     modules = dict(model.named_modules())
     shared = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
     usable = [group for group in groups if _usable(group, modules, shared)]
-    if not any(len(_uncaused(modules, group)) for group in usable):
+    if not any(len(_constant_units(modules, group)) for group in usable):
         return {}
     dtypes = dtypes_of(model)
     model.double()
@@ -68,7 +68,7 @@ def fold_constants(
     while changed:
         changed = False
         for group in usable:
-            units = _uncaused(modules, group)
+            units = _constant_units(modules, group)
             for part in group.consumers:
                 units = units[~torch.isin(units, _bound_units(part, modules[part.module], constants[part.module]))]
             if not len(units):
@@ -92,7 +92,7 @@ def _usable(group: ChannelGroup, modules: Mapping[str, nn.Module], shared: Mappi
     return group.safety == "exact" and not group.unlisted_weights and own and once
 
 
-def _uncaused(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tensor:
+def _constant_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tensor:
     """Return the units that something reads, and whose rows are all zero, int64.
 
     Norms and depthwise convolutions do not count: they make a constant of a constant.

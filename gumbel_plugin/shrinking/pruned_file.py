@@ -11,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, MissingExtraError, nearest, shown
+from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, nearest, shown
 from gumbel_plugin.graph.residual_blocks import residual_block
+from gumbel_plugin.layers import compact_attention
 from gumbel_plugin.layers.model_check import refuse_wrapped
-from gumbel_plugin.layers.weights import gated_layers
+from gumbel_plugin.layers.weights import modules_with_gates
 from gumbel_plugin.shrinking.closed_blocks import removed_blocks, replace_block
 from gumbel_plugin.shrinking.kept import kept_of, note_kept
 from gumbel_plugin.storage.json_record import Record, read_record
@@ -27,8 +28,6 @@ _KIND = "network file"
 HINT = "this is a shrunk network: rebuild it with gumbel_plugin.load_pruned(path, factory)"
 """The name of an empty tensor in every file. Loaded into a dense network, torch's own error names it as unexpected."""
 
-_COMPACT_MODULES = "gumbel_plugin.layers.compact_attention"
-"""Where attention layers live that lost heads, of a class that torch's own layers are replaced by."""
 _MOST = 2**31
 """No size or index is larger."""
 
@@ -62,7 +61,7 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
         LifecycleError: If the model still has gates, or wrappers of NNI's.
     """
     refuse_wrapped(model, "save_pruned")
-    if gated_layers(model):
+    if modules_with_gates(model):
         raise LifecycleError(
             "save_pruned got a model that is still gated, and whose channels are all there: extract() and detach() its "
             "session first, and shrink it"
@@ -77,7 +76,9 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
         "kept": {name: dims for name, dims in kept.items() if name in state},
         "sizes": {name: sizes for name, module in model.named_modules() if (sizes := _sizes(module))},
         "blocks": list(removed_blocks(model)),
-        "replaced": {n: type(m).__name__ for n, m in model.named_modules() if type(m).__module__ == _COMPACT_MODULES},
+        "replaced": {
+            n: type(m).__name__ for n, m in model.named_modules() if type(m).__module__ == compact_attention.__name__
+        },
         **header,
     }
     write_tensors(path, {**state, HINT: torch.empty(0)}, {FORMAT: json.dumps(about)})
@@ -99,7 +100,6 @@ def load_pruned(path: str | Path, factory: Callable[[], nn.Module]) -> nn.Module
 
     Raises:
         DataError: If the file is missing, damaged or another one, or the factory builds another network.
-        MissingExtraError: If attention heads were removed and torch-pruning is not installed.
     """
     tensors, header = _read(path)
     tensors.pop(HINT, None)
@@ -207,14 +207,10 @@ def _remove_block(model: nn.Module, name: str, path: str | Path) -> None:
 
 def _replace(model: nn.Module, name: str, kind: str, path: str | Path) -> None:
     """Put the kind of attention layer in place that can have lost heads."""
-    try:
-        from gumbel_torch_pruning import attention_modules
-    except ImportError as error:
-        raise MissingExtraError("torch-pruning", "torch-pruning") from error
     parent, _, child = name.rpartition(".")
     layers = dict(model.named_modules())
-    make = getattr(attention_modules, kind, None)
-    known = isinstance(make, type) and issubclass(make, nn.Module) and make.__module__ == _COMPACT_MODULES
+    make = getattr(compact_attention, kind, None)
+    known = isinstance(make, type) and issubclass(make, nn.Module) and make.__module__ == compact_attention.__name__
     if make is None or not known or not name or name not in layers:
         raise DataError(f"{path}: the factory's network has no attention layer {shown(name)}{nearest(name, layers)}")
     if type(layers[name]).__name__ == kind:

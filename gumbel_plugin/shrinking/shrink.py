@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, GraphError, MissingExtraError, TargetError, nearest
+from gumbel_plugin.errors import ConfigError, GraphError, TargetError, nearest
+from gumbel_plugin.graph.dependency_groups import DependencyGroups
 from gumbel_plugin.layers.example_inputs import checked_inputs, random_inputs_like
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.layers.precision import dtypes_of, round_to
@@ -42,7 +43,7 @@ def shrink(
     of what reads it (a convolution without a bias gets one). A residual block whose branch is closed leaves as a whole.
 
     Args:
-        model: The model; it is left alone. A model whose gates were learnt has its closed input columns at zero already
+        model: The model; it is left alone. A model whose gates were learned has its closed input columns at zero already
             (`MaskingSession.extract`), so that masks on producers' rows are enough.
         masks: NNI's masks format, ``{module: {"weight": 0/1 tensor, "bias": ...}}``.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
@@ -110,10 +111,6 @@ def remove_dead_units(masked: nn.Module, example_inputs: Any, backend: Backend =
     """
     if backend not in ("torch_pruning", "nni"):
         raise ConfigError(f"backend {backend!r} is unknown{nearest(backend, ['torch_pruning', 'nni'])}")
-    try:
-        from gumbel_plugin.graph.dependency_groups import DependencyGroups
-    except ImportError as error:
-        raise MissingExtraError("torch-pruning", "torch-pruning") from error
     small = copy.deepcopy(masked)
     blocks = remove_closed_blocks(small)
     dependency = DependencyGroups(small, example_inputs)

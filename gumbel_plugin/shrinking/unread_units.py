@@ -36,7 +36,7 @@ def find_dead_units(
     Args:
         model: The masked model; rows of dead units are zeroed in place, which does not change its output.
         groups: Its channel groups; only exact ones are considered.
-        include_inexact: Consider also groups whose removal changes what a normalisation computes.
+        include_inexact: Consider also groups whose removal changes what a normalization computes.
 
     Returns:
         Unit numbers by group name, for the groups that lose any.
@@ -81,6 +81,6 @@ def _zero_rows(module: nn.Module, part: ChannelSlice, units: Tensor) -> None:
     weight = module.weight
     assert isinstance(weight, Tensor)
     dimension = output_dimension(module)
-    if weight.dim() < 2 or dimension is None:  # a normalisation: nothing before it depends on its own parameters
+    if weight.dim() < 2 or dimension is None:  # a normalization: nothing before it depends on its own parameters
         return
     weight.index_fill_(dimension, rows.to(weight.device), 0.0)

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks import LearntMask, name_of
-from gumbel_plugin.sparsity.ranking import portion
+from gumbel_plugin.masks import LearnedMask, name_of
+from gumbel_plugin.sparsity.ranking import count_to_prune
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Member:
+class BudgetTerm:
     """One mask's part in a budget.
 
     Attributes:
         name: The mask's name.
         mask: The mask.
-        site_weight: Returns the weight that a weight-dependent method reads, or None for channel groups.
+        weight_source: Returns the weight that a weight-dependent method reads, or None for channel groups.
         cost: How many weights one unit stands for.
         max_ratio: At most this fraction of the units goes.
         min_ratio: At least this fraction of the units goes.
@@ -33,8 +33,8 @@ class Member:
     """
 
     name: str
-    mask: LearntMask
-    site_weight: object
+    mask: LearnedMask
+    weight_source: object
     cost: float = 1.0
     max_ratio: float = 1.0
     min_ratio: float = 0.0
@@ -44,17 +44,17 @@ class Member:
     @property
     def weight(self) -> Tensor | None:
         """The weight a weight-dependent method reads."""
-        return getattr(self.site_weight, "weight", None)
+        return getattr(self.weight_source, "weight", None)
 
     @property
     def units(self) -> int:
         """How many units the mask has."""
         return math.prod(self.mask.shape)
 
-    def removable(self) -> tuple[int, int]:
+    def prunable_range(self) -> tuple[int, int]:
         """Return the least and the most units that may go."""
         most = self.units - self._fewest()
-        return min(portion(self.units, self.min_ratio), most), most
+        return min(count_to_prune(self.units, self.min_ratio), most), most
 
     def round_down(self, kept: Tensor, scores: Tensor) -> None:
         """Close the lowest-scored of the kept units, in place, until their number is a multiple."""
@@ -66,12 +66,12 @@ class Member:
 
     def _fewest(self) -> int:
         """Return how many units stay at least: a multiple, as far as the mask has that many."""
-        least = max(self.least, self.units - portion(self.units, self.max_ratio))
+        least = max(self.least, self.units - count_to_prune(self.units, self.max_ratio))
         return min(self.units, math.ceil(least / self.multiple) * self.multiple)
 
 
 @dataclass(eq=False)
-class Scope:
+class Budget:
     """Masks that share one budget: a layer, a dependency group, or the whole network.
 
     Attributes:
@@ -82,29 +82,29 @@ class Scope:
     """
 
     name: str
-    members: list[Member] = field(default_factory=list)
+    terms: list[BudgetTerm] = field(default_factory=list)
     ratio: float | None = None
     threshold: float | None = None
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
         if name == "ratio":  # the masks of some methods follow it at every forward
-            for member in self.members:
-                self._tell(member)
+            for term in self.terms:
+                self._sync(term)
 
-    def add(self, member: Member) -> None:
+    def add(self, term: BudgetTerm) -> None:
         """Let one more mask share the budget."""
-        self.members.append(member)
-        self._tell(member)
+        self.terms.append(term)
+        self._sync(term)
 
-    def _tell(self, member: Member) -> None:
-        bounds = member.min_ratio, member.max_ratio
-        member.mask.sparsity = None if self.ratio is None else min(max(self.ratio, bounds[0]), bounds[1])
+    def _sync(self, term: BudgetTerm) -> None:
+        bounds = term.min_ratio, term.max_ratio
+        term.mask.sparsity = None if self.ratio is None else min(max(self.ratio, bounds[0]), bounds[1])
 
     @property
-    def method(self) -> type[LearntMask]:
+    def method(self) -> type[LearnedMask]:
         """The method of its masks."""
-        return type(self.members[0].mask)
+        return type(self.terms[0].mask)
 
     def check(self) -> None:
         """Refuse a budget that the method cannot have.
@@ -112,10 +112,10 @@ class Scope:
         Raises:
             ConfigError: If the method needs a ratio and there is none, or its masks cannot share one.
         """
-        method, what = name_of(self.method), self.members[0].name
-        if self.method.steers_itself and self.ratio is None:
+        method, what = name_of(self.method), self.terms[0].name
+        if self.method.manages_own_sparsity and self.ratio is None:
             raise ConfigError(f"sparse_ratio of {what!r} is missing: method {method!r} cannot find one by itself")
-        if len(self.members) > 1 and not self.method.shares_budget:
+        if len(self.terms) > 1 and not self.method.shares_budget:
             raise ConfigError(
                 f"{self.name}: method {method!r} ranks {what!r} and the others each by itself, so that they cannot "
                 "share a budget; leave out global_group_id (in Torch-Pruning, global_pruning)"
@@ -127,29 +127,29 @@ class Scope:
         Raises:
             ConfigError: With the highest ratio that leaves it.
         """
-        if self.ratio is None or len(self.members) > 1:
+        if self.ratio is None or len(self.terms) > 1:
             return
-        (member,) = self.members
-        most = 1 - member.least / member.units
-        if min(self.ratio, member.max_ratio) > most + 1e-9:
+        (term,) = self.terms
+        most = 1 - term.least / term.units
+        if min(self.ratio, term.max_ratio) > most + 1e-9:
             raise ConfigError(
-                f"sparse_ratio {self.ratio:g} leaves {member.name!r} less than one of its {member.units} units: lower "
+                f"sparse_ratio {self.ratio:g} leaves {term.name!r} less than one of its {term.units} units: lower "
                 f"it to at most {most:.4g}, exclude the layer, or set max_sparse_ratio"
             )
 
     @property
-    def attainable(self) -> float:
+    def achievable(self) -> float:
         """The fraction to remove as far as the members' limits let it; 0 without a ratio."""
-        limits = [member.removable() for member in self.members]
+        limits = [term.prunable_range() for term in self.terms]
         lowest, highest = (
-            sum(m.cost * limit[end] for m, limit in zip(self.members, limits, strict=True)) for end in (0, 1)
+            sum(m.cost * limit[end] for m, limit in zip(self.terms, limits, strict=True)) for end in (0, 1)
         )
         return min(max(self.ratio or 0.0, lowest / self.total), highest / self.total)
 
     @property
     def total(self) -> float:
         """The cost of all units."""
-        return sum(member.units * member.cost for member in self.members)
+        return sum(term.units * term.cost for term in self.terms)
 
     def density(self) -> Tensor:
         """Return the kept fraction: its value counts open gates, its gradient is that of the mean probability.
@@ -157,14 +157,14 @@ class Scope:
         The value is what the final cut will see, so that a met budget leaves the cut nothing to do. The mean
         probability would not do: at 0.5 % density the tails of thousands of closed gates use up the budget.
         """
-        soft = self.usage([m.mask.probability(m.weight) for m in self.members])
+        soft = self.usage([m.mask.probability(m.weight) for m in self.terms])
         with torch.no_grad():
-            hard = self.usage([m.mask.decide(m.weight).float() for m in self.members])
+            hard = self.usage([m.mask.decide(m.weight).float() for m in self.terms])
         return hard + (soft - soft.detach())
 
     def usage(self, gates: Sequence[Tensor]) -> Tensor:
         """Return the fraction of the dense cost that stays under gates (soft or hard), one tensor a member."""
-        shares = [g.sum() * (member.cost / self.total) for g, member in zip(gates, self.members, strict=True)]
+        shares = [g.sum() * (term.cost / self.total) for g, term in zip(gates, self.terms, strict=True)]
         return sum(shares[1:], start=shares[0])
 
     @torch.no_grad()
@@ -175,32 +175,32 @@ class Scope:
         of them where all units cost the same; otherwise the cost may pass the ratio by less than one unit.
         """
         if self.ratio is None:
-            return {member.name: self._threshold(member) for member in self.members}
-        scores = [member.mask.scores(member.weight).float().flatten() for member in self.members]
+            return {term.name: self._threshold(term) for term in self.terms}
+        scores = [term.mask.scores(term.weight).float().flatten() for term in self.terms]
         keep = [torch.ones_like(score, dtype=torch.bool) for score in scores]
         gone = 0.0
         candidates: list[tuple[Tensor, Tensor, int]] = []
-        for number, (member, score) in enumerate(zip(self.members, scores, strict=True)):
-            least, most = member.removable()
+        for number, (term, score) in enumerate(zip(self.terms, scores, strict=True)):
+            least, most = term.prunable_range()
             order = torch.argsort(score, stable=True)
             keep[number][order[:least]] = False
-            gone += least * member.cost
+            gone += least * term.cost
             candidates.append((score[order[least:most]], order[least:most], number))
         highest = self._remove(candidates, keep, self._to_remove(self.ratio) - gone)
-        for member, kept, score in zip(self.members, keep, scores, strict=True):
-            member.round_down(kept, score)
-            if int(kept.sum()) != 1 or member.units == 1:
+        for term, kept, score in zip(self.terms, keep, scores, strict=True):
+            term.round_down(kept, score)
+            if int(kept.sum()) != 1 or term.units == 1:
                 continue
-            if self.ratio * member.units > member.units - 1 or float(score[kept].max()) < highest:
-                _logger.warning("%s would lose its last unit; it keeps one", member.name)
-        return {m.name: kept.reshape(m.mask.shape) for m, kept in zip(self.members, keep, strict=True)}
+            if self.ratio * term.units > term.units - 1 or float(score[kept].max()) < highest:
+                _logger.warning("%s would lose its last unit; it keeps one", term.name)
+        return {m.name: kept.reshape(m.mask.shape) for m, kept in zip(self.terms, keep, strict=True)}
 
     def _to_remove(self, ratio: float) -> float:
         """Return the cost to remove: whole units where they all cost the same, else whole weights."""
-        costs = {member.cost for member in self.members}
+        costs = {term.cost for term in self.terms}
         if len(costs) == 1:
-            return portion(sum(member.units for member in self.members), ratio) * costs.pop()
-        return portion_of(self.total, ratio)
+            return count_to_prune(sum(term.units for term in self.terms), ratio) * costs.pop()
+        return cost_to_prune(self.total, ratio)
 
     def _remove(self, candidates: Sequence[tuple[Tensor, Tensor, int]], keep: list[Tensor], needed: float) -> float:
         """Close the lowest-scored candidates until their cost reaches what is needed; return the last one's score.
@@ -210,7 +210,7 @@ class Scope:
         if needed <= 0:
             return -math.inf
         costs = torch.cat(
-            [torch.full(units.shape, self.members[n].cost, dtype=torch.float64) for _, units, n in candidates]
+            [torch.full(units.shape, self.terms[n].cost, dtype=torch.float64) for _, units, n in candidates]
         )
         scores = torch.cat([score for score, _, _ in candidates]).cpu()
         order = torch.argsort(scores, stable=True)
@@ -226,23 +226,23 @@ class Scope:
             start += len(units)
         return math.inf if enough > len(order) else float(scores[order[count - 1]])
 
-    def _threshold(self, member: Member) -> Tensor:
+    def _threshold(self, term: BudgetTerm) -> Tensor:
         if self.threshold is None:
-            kept = member.mask.decide(member.weight)
+            kept = term.mask.decide(term.weight)
         else:
-            kept = member.mask.probability(member.weight) >= self.threshold
-        least, most = member.removable()
+            kept = term.mask.probability(term.weight) >= self.threshold
+        least, most = term.prunable_range()
         gone = int((~kept).sum())
         if least <= gone <= most:
             return kept
-        if gone == member.units:
-            _logger.warning("%s would lose its last unit; it keeps one", member.name)
-        order = torch.argsort(member.mask.scores(member.weight).flatten(), stable=True)
+        if gone == term.units:
+            _logger.warning("%s would lose its last unit; it keeps one", term.name)
+        order = torch.argsort(term.mask.scores(term.weight).flatten(), stable=True)
         within = torch.ones_like(kept).flatten()
         within[order[: min(max(gone, least), most)]] = False
         return within.reshape(kept.shape)
 
 
-def portion_of(total: float, ratio: float) -> float:
+def cost_to_prune(total: float, ratio: float) -> float:
     """Return the cost to remove from a total: whole numbers where the costs are whole."""
-    return float(portion(round(total), ratio)) if float(total).is_integer() else total * ratio
+    return float(count_to_prune(round(total), ratio)) if float(total).is_integer() else total * ratio

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.config import BudgetConfig
-from gumbel_plugin.sparsity.budget import Scope
+from gumbel_plugin.sparsity.budget import Budget
 from gumbel_plugin.sparsity.schedules import Schedule
 
 _FAR = 0.5
@@ -26,13 +26,15 @@ class BudgetController:
     as a straight line, and μ follows v no faster. Both signs of v count, so gates that were closed too far open again.
     """
 
-    def __init__(self, scopes: Sequence[Scope], config: BudgetConfig) -> None:
-        for scope in scopes:
-            scope.check()
-        self.scopes = [scope for scope in scopes if scope.ratio is not None and not scope.method.steers_itself]
-        self._others = [scope for scope in scopes if scope.method.steers_itself]
+    def __init__(self, budgets: Sequence[Budget], config: BudgetConfig) -> None:
+        for budget in budgets:
+            budget.check()
+        self.budgets = [
+            budget for budget in budgets if budget.ratio is not None and not budget.method.manages_own_sparsity
+        ]
+        self._others = [budget for budget in budgets if budget.method.manages_own_sparsity]
         self.config = config
-        self.multipliers = torch.zeros(len(self.scopes))
+        self.multipliers = torch.zeros(len(self.budgets))
         self._violations: Tensor | None = None
 
     def targets(self, progress: float) -> list[float]:
@@ -43,18 +45,18 @@ class BudgetController:
         """
         ramp = self.config.ramp
         position = 1.0 if ramp == 0 else Schedule(0.0, 1.0, "cubic")(progress / ramp)
-        return [Schedule(1.0, 1.0 - scope.attainable, "exponential")(position) for scope in self.scopes]
+        return [Schedule(1.0, 1.0 - budget.achievable, "exponential")(position) for budget in self.budgets]
 
     def loss(self, progress: float) -> Tensor | None:
         """Return the budget loss (the methods' own, where they steer themselves), or None where there is none."""
-        losses = [loss for scope in self._others if (loss := _own_loss(scope)) is not None]
-        if self.scopes:
+        losses = [loss for budget in self._others if (loss := _own_loss(budget)) is not None]
+        if self.budgets:
             losses.append(self._steering_loss(progress))
         return torch.stack(losses).sum() if losses else None
 
     def _steering_loss(self, progress: float) -> Tensor:
-        densities = torch.stack([scope.density() for scope in self.scopes])
-        densities = _at_least(densities, densities.new_tensor([0.5 / scope.total for scope in self.scopes]))
+        densities = torch.stack([budget.density() for budget in self.budgets])
+        densities = _at_least(densities, densities.new_tensor([0.5 / budget.total for budget in self.budgets]))
         targets = densities.new_tensor(self.targets(progress))
         violations = torch.log(densities) - torch.log(targets)
         self._violations = violations.detach().clamp(-_FAR, _FAR)
@@ -79,9 +81,9 @@ class BudgetController:
         self._violations = None
 
 
-def _own_loss(scope: Scope) -> Tensor | None:
-    masks, weights = [m.mask for m in scope.members], [m.weight for m in scope.members]
-    return None if scope.ratio is None else masks[0].budget_loss(masks, weights, scope.attainable, scope.usage)
+def _own_loss(budget: Budget) -> Tensor | None:
+    masks, weights = [m.mask for m in budget.terms], [m.weight for m in budget.terms]
+    return None if budget.ratio is None else masks[0].budget_loss(masks, weights, budget.achievable, budget.usage)
 
 
 def _at_least(values: Tensor, floors: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.example_inputs import ExampleInputs, batch_size_of, call_model, observing
 from gumbel_plugin.layers.geometry import is_depthwise, is_matrix, layer_channels
-from gumbel_plugin.sparsity.budget import Scope
+from gumbel_plugin.sparsity.budget import Budget
 
 Gates = Mapping[str, Tensor]
 """Gates or their probabilities, by mask name."""
@@ -94,18 +94,18 @@ class CostModel:
 
 
 @dataclass(eq=False)
-class CostScope(Scope):
+class CostBudget(Budget):
     """A budget over the whole network, in a cost that is a product of what stays before and after each layer."""
 
     model: CostModel | None = None
 
     def __post_init__(self) -> None:
-        whole = {member.name: torch.ones(member.mask.shape, dtype=torch.float64) for member in self.members}
+        whole = {term.name: torch.ones(term.mask.shape, dtype=torch.float64) for term in self.terms}
         self._dense = float(self._cost(whole))
         self._check_floor()
 
     @property
-    def attainable(self) -> float:
+    def achievable(self) -> float:
         """The ratio itself: one that cannot be met was refused."""
         return self.ratio or 0.0
 
@@ -116,7 +116,7 @@ class CostScope(Scope):
 
     @override
     def usage(self, gates: Sequence[Tensor]) -> Tensor:
-        return self._cost({m.name: gate for m, gate in zip(self.members, gates, strict=True)}) / self.total
+        return self._cost({m.name: gate for m, gate in zip(self.terms, gates, strict=True)}) / self.total
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ class CostScope(Scope):
         As few of the lowest-scored units as meet the budget are closed; then those of them that still fit open again,
         the highest-scored first: a costly unit at the edge would leave a gap that cheaper ones can fill.
         """
-        scores = {m.name: m.mask.scores(m.weight).float().flatten().cpu() for m in self.members}
+        scores = {m.name: m.mask.scores(m.weight).float().flatten().cpu() for m in self.terms}
         order = self._removal_order(scores)
         low, high = 0, len(order)
         while low < high:  # the cost falls with every unit: bisect for the fewest that meet the budget
@@ -138,7 +138,7 @@ class CostScope(Scope):
         for name, unit in reversed(order[max(0, low - _REOPEN) : low]):
             gates[name][unit] = True
             gates[name][unit] = self._meets(self._rounded(gates, scores))
-        return {m.name: self._rounded(gates, scores)[m.name].to(m.mask.hard.device) for m in self.members}
+        return {m.name: self._rounded(gates, scores)[m.name].to(m.mask.hard.device) for m in self.terms}
 
     def _meets(self, gates: Mapping[str, Tensor]) -> bool:
         cost = float(self._cost({name: gate.double() for name, gate in gates.items()}))
@@ -152,41 +152,41 @@ class CostScope(Scope):
     def _removal_order(self, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
         """Return (mask, unit) pairs, the lowest score first; units that must stay are left out.
 
-        Among equal scores every mask loses its share in turn: gates that were not learnt do not empty one layer first.
+        Among equal scores every mask loses its share in turn: gates that were not learned do not empty one layer first.
         """
         candidates = []
-        for member in self.members:
-            score = scores[member.name]
-            units = torch.argsort(score, stable=True)[: member.removable()[1]]
+        for term in self.terms:
+            score = scores[term.name]
+            units = torch.argsort(score, stable=True)[: term.prunable_range()[1]]
             for place, (value, unit) in enumerate(zip(score[units].tolist(), units.tolist(), strict=True)):
-                candidates.append((value, place / member.units, member.name, unit))
+                candidates.append((value, place / term.units, term.name, unit))
         return [(name, unit) for _, _, name, unit in sorted(candidates)]
 
     def _without(self, units: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
         """Return gates that are open but for these units."""
-        closed: dict[str, list[int]] = {member.name: [] for member in self.members}
+        closed: dict[str, list[int]] = {term.name: [] for term in self.terms}
         for name, unit in units:
             closed[name].append(unit)
         gates = {}
-        for member in self.members:
-            gates[member.name] = torch.ones(member.units, dtype=torch.bool)
-            gates[member.name][closed[member.name]] = False
+        for term in self.terms:
+            gates[term.name] = torch.ones(term.units, dtype=torch.bool)
+            gates[term.name][closed[term.name]] = False
         return gates
 
     def _rounded(self, gates: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gates with as many more closed as `Member.multiple` wants."""
+        """Return the gates with as many more closed as `BudgetTerm.multiple` wants."""
         rounded = {name: gate.clone() for name, gate in gates.items()}
-        for member in self.members:
-            member.round_down(rounded[member.name], scores[member.name])
+        for term in self.terms:
+            term.round_down(rounded[term.name], scores[term.name])
         return rounded
 
     def _check_floor(self) -> None:
         """Refuse a budget below what is left when every group keeps as little as it may."""
         smallest: dict[str, Tensor] = {}
-        for member in self.members:
-            gates = torch.zeros(member.units, dtype=torch.float64)
-            gates[: member.units - member.removable()[1]] = 1.0
-            smallest[member.name] = gates
+        for term in self.terms:
+            gates = torch.zeros(term.units, dtype=torch.float64)
+            gates[: term.units - term.prunable_range()[1]] = 1.0
+            smallest[term.name] = gates
         floor = float(self._cost(smallest)) / self.total
         if self.model is not None and floor > 1 - (self.ratio or 0.0) + 1e-9:
             fixed = self.model.constant / self.total
@@ -263,7 +263,7 @@ def layer_widths(model: nn.Module, groups: Mapping[str, ChannelGroup]) -> dict[s
 
 
 def _parameters_of(module: nn.Module) -> LayerFunction:
-    """Return weight and bias sizes as a function of the widths; a normalisation has per-channel parameters only."""
+    """Return weight and bias sizes as a function of the widths; a normalization has per-channel parameters only."""
     own = list(module.parameters(recurse=False))
     if not is_matrix(module):
         per_channel = sum(parameter.numel() / max(1, parameter.shape[-1]) for parameter in own)

@@ -72,7 +72,7 @@ class LatencyTable:
     Attributes:
         device: Where it was measured, in words.
         layers: By layer name.
-        rest: Milliseconds between the measured layers: normalisations, activations, pooling.
+        rest: Milliseconds between the measured layers: normalizations, activations, pooling.
     """
 
     device: str

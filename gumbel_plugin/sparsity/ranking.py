@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 
-def portion(count: int, ratio: float) -> int:
+def count_to_prune(count: int, ratio: float) -> int:
     """Return ⌊count·ratio⌋, immune to the rounding of the ratio (0.29·100 is 29, not 28)."""
     return math.floor(count * ratio + 1e-9 * count)
 
 
 def removed_count(count: int, ratio: float) -> int:
     """Return how many of a layer's gates go: ⌊count·ratio⌋, but the last one stays."""
-    return min(portion(count, ratio), count - 1)
+    return min(count_to_prune(count, ratio), count - 1)
 
 
 def keep_highest(scores: Tensor, ratio: float) -> Tensor:

@@ -1,1 +1,1 @@
-"""How masks are learnt: the session, its plan, sites and budgets."""
+"""How masks are learned: the session, its plan, gated layers and budgets."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.layers.example_inputs import ExampleInputs, batch_size_of, call_model, inputs_on_device_of, observing
-from gumbel_plugin.masks.base import LearntMask, Phase
+from gumbel_plugin.masks.base import LearnedMask, Phase
 from gumbel_plugin.training.session import MaskingSession
 
 
@@ -41,7 +41,7 @@ def votes_per_sample(session: MaskingSession) -> bool:
 
 
 @torch.no_grad()
-def adopt_consensus(session: MaskingSession, batches: Iterable[ExampleInputs]) -> None:
+def set_consensus_from(session: MaskingSession, batches: Iterable[ExampleInputs]) -> None:
     """Set every gate's consensus to what most samples of some data vote for, instead of those of the last batches.
 
     Args:
@@ -60,7 +60,7 @@ def adopt_consensus(session: MaskingSession, batches: Iterable[ExampleInputs]) -
             sums[name] = [a + b for a, b in zip(sums[name], own, strict=True)] if name in sums else own
             voters[name] = voters.get(name, 0) + len(hard)
     for name, (hard, soft) in sums.items():
-        session.plan.masks[name].adopt(hard / voters[name], soft / voters[name])
+        session.plan.masks[name].set_consensus(hard / voters[name], soft / voters[name])
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def _votes(session: MaskingSession, batches: Iterable[ExampleInputs]) -> Iterato
     if not votes_per_sample(session):
         raise ConfigError(f"method {session.config.method!r} has no gates that belong to samples")
     empty = True
-    with _polling(list(session.plan.masks.values())), observing(session.model):
+    with _evaluated_per_sample(list(session.plan.masks.values())), observing(session.model):
         for batch in batches:
             empty = False
             call_model(session.model, inputs_on_device_of(session.model, batch))
@@ -115,13 +115,13 @@ def _votes(session: MaskingSession, batches: Iterable[ExampleInputs]) -> Iterato
 
 
 @contextmanager
-def _polling(masks: list[LearntMask]) -> Iterator[None]:
+def _evaluated_per_sample(masks: list[LearnedMask]) -> Iterator[None]:
     """Let every sample's own gates act meanwhile."""
     try:
         for mask in masks:
-            mask.polled = True
+            mask.evaluated_per_sample = True
         yield
     finally:
         for mask in masks:
-            mask.polled = False
+            mask.evaluated_per_sample = False
             mask.forget_sample()

@@ -10,14 +10,14 @@ from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.layers.weights import Attached
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.training.gated_layer import SiteHooks
+from gumbel_plugin.training.gated_layer import GatedLayerHooks
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.sample_gates import SampleHooks
 from gumbel_plugin.training.training_check import TrainingCheck
 
 
 class SessionHooks(Attached):
-    """The hooks by which a plan acts in a model: one on the model, which draws the samples, and those of all sites."""
+    """The hooks by which a plan acts in a model: one on the model, which draws the samples, and those of all gated layers."""
 
     def __init__(self, model: nn.Module, plan: Plan, check: TrainingCheck, *, on_layers: bool) -> None:
         """Start acting.
@@ -26,32 +26,34 @@ class SessionHooks(Attached):
             model: The model.
             plan: What acts where.
             check: What counts the training's forwards.
-            on_layers: Whether the layers get hooks; False where wrappers call each site's `apply`.
+            on_layers: Whether the layers get hooks; False where wrappers call each gated layer's `apply`.
         """
         self._plan = plan
         self._check = check
         self._root: RemovableHandle = model.register_forward_pre_hook(self._begin_forward)
         # A layer whose parent reads its weight without calling it is out of a wrapper's reach: it needs hooks anyway.
-        sites = plan.sites.values()
-        self._of_sites: list[SiteHooks | SampleHooks] = [
-            SiteHooks(site) for site in sites if on_layers or site.read_by_parent
+        gated_layers = plan.gated_layers.values()
+        self._of_layers: list[GatedLayerHooks | SampleHooks] = [
+            GatedLayerHooks(gated) for gated in gated_layers if on_layers or gated.read_by_parent
         ]
         # Nor can a wrapper that masks weights act on activations.
-        self._of_sites += [SampleHooks(site) for site in sites if any(mask.per_sample for mask in site.masks)]
-        for hook in self._of_sites:
+        self._of_layers += [
+            SampleHooks(gated) for gated in gated_layers if any(mask.per_sample for mask in gated.masks)
+        ]
+        for hook in self._of_layers:
             hook.attach()
 
     def remove(self) -> None:
         """Stop acting, and leave the layers as they were."""
         self._root.remove()
-        for hook in self._of_sites:
+        for hook in self._of_layers:
             hook.detach()
 
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
-        for site in self._plan.sites.values():
-            site.unhide()
+        for gated in self._plan.gated_layers.values():
+            gated.unhide()
         masks = self._plan.masks.values()
-        if not (module.training or any(mask.polled for mask in masks)):
+        if not (module.training or any(mask.evaluated_per_sample for mask in masks)):
             return
         if torch._C._current_graph_task_id() == -1:
             self._plan.noise.forward += 1

@@ -14,7 +14,7 @@ _MEMORY = 0.99
 _NOTHING = 1e-12  # a gradient of this size is none
 
 
-class EvenGradients:
+class GateGradNormalizer:
     """Divides every gate's gradient by its own running root mean square (as RMSprop does), times a constant.
 
     A gate is one of many that share a budget and a task: its gradient was between 1e-5 and 1e-3 where those of weights

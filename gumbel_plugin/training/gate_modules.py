@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gumbel_plugin.masks.base import LearntMask
+from gumbel_plugin.masks.base import LearnedMask
 
 
 class Gates(nn.Module):
@@ -14,7 +14,7 @@ class Gates(nn.Module):
     name gets one at its end.
     """
 
-    def __init__(self, masks: dict[str, LearntMask], scale: nn.Parameter | None) -> None:
+    def __init__(self, masks: dict[str, LearnedMask], scale: nn.Parameter | None) -> None:
         super().__init__()
         keys = {name: name.replace(".", "/") + "/" * hasattr(nn.ModuleDict, name) for name in masks}
         self.masks = nn.ModuleDict({keys[name]: mask for name, mask in masks.items()})

@@ -15,7 +15,7 @@ from gumbel_plugin.graph.channel_groups import ChannelSlice
 from gumbel_plugin.graph.residual_blocks import ResidualBlock
 from gumbel_plugin.layers.geometry import columns_view, input_channels
 from gumbel_plugin.layers.weights import Attached, unhide_weight
-from gumbel_plugin.masks.base import LearntMask, Phase
+from gumbel_plugin.masks.base import LearnedMask, Phase
 from gumbel_plugin.training.rescale import Rescale, dynamic_scale
 
 # Layers whose weights the parent's forward reads instead of calling them, by the parent's class; torch's fused kernels
@@ -45,12 +45,12 @@ def reader_of(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
 class ColumnGates:
     """The gates of one layer's input channels, fed by one or several channel groups (a concatenation has several)."""
 
-    masks: Sequence[LearntMask]
+    masks: Sequence[LearnedMask]
     index: Tensor
     """For every input channel, its place in the concatenated gates of `masks`; the last place is an open gate."""
 
     @classmethod
-    def join(cls, module: nn.Module, feeds: Sequence[tuple[LearntMask, ChannelSlice]]) -> ColumnGates:
+    def join(cls, module: nn.Module, feeds: Sequence[tuple[LearnedMask, ChannelSlice]]) -> ColumnGates:
         """Join the groups that feed a layer.
 
         Args:
@@ -81,7 +81,7 @@ class ColumnGates:
 
 
 @dataclass(eq=False)
-class WeightSite:
+class GatedLayer:
     """One layer's weight and everything that multiplies it.
 
     Attributes:
@@ -90,7 +90,7 @@ class WeightSite:
         owner: What holds the weight parameter: the layer, or a wrapper around it.
         mask: The mask over this weight's own units, if any.
         columns: The gates of the layer's input channels, if any.
-        scale: The learnt scalar of smart rescale, if any.
+        scale: The learned scalar of smart rescale, if any.
         rescale: Which rescale applies.
         folded: Whether mask and scale are in the parameter already, so that the scale must not act again.
         reader: Whose forward reads the weight (see `reader_of`), by default the layer's own.
@@ -100,7 +100,7 @@ class WeightSite:
     name: str
     module: nn.Module
     owner: nn.Module
-    mask: LearntMask | None = None
+    mask: LearnedMask | None = None
     columns: ColumnGates | None = None
     scale: nn.Parameter | None = None
     rescale: Rescale = "none"
@@ -110,7 +110,7 @@ class WeightSite:
 
     @property
     def weight(self) -> Tensor:
-        """The weight parameter, also while the gated weight of a forward hides it (see `SiteHooks`)."""
+        """The weight parameter, also while the gated weight of a forward hides it (see `GatedLayerHooks`)."""
         weight = self.owner._parameters.get("weight")
         weight = self.owner.weight if weight is None else weight  # type: ignore[assignment]
         assert isinstance(weight, Tensor)
@@ -128,7 +128,7 @@ class WeightSite:
         return self.reader is not None and self.reader is not self.module
 
     @property
-    def masks(self) -> list[LearntMask]:
+    def masks(self) -> list[LearnedMask]:
         """All masks that act here."""
         return [*([self.mask] if self.mask else ()), *(self.columns.masks if self.columns else ())]
 
@@ -143,7 +143,7 @@ class WeightSite:
         return any(mask.follows_samples for mask in self.masks)
 
     def unhide(self) -> None:
-        """Let the layer have its own weight again, if the gated one of a forward hides it (see `SiteHooks`).
+        """Let the layer have its own weight again, if the gated one of a forward hides it (see `GatedLayerHooks`).
 
         torch calls the hook that does so whatever exception ends a forward, but for those that are no `Exception`, such
         as Ctrl-C: what such a forward leaves goes before the next one, and before anything is written.
@@ -196,16 +196,16 @@ class WeightSite:
         self.folded = True
 
 
-class SiteHooks(Attached):
-    """Hooks that let a site act in a plain model, without touching its parameters, names or state dict."""
+class GatedLayerHooks(Attached):
+    """Hooks that let a gated layer act in a plain model, without touching its parameters, names or state dict."""
 
-    def __init__(self, site: WeightSite) -> None:
-        self.site = site
+    def __init__(self, gated: GatedLayer) -> None:
+        self.gated = gated
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
         """Start acting in the forward that reads the weight."""
-        reader = self.site.module if self.site.reader is None else self.site.reader
+        reader = self.gated.module if self.gated.reader is None else self.gated.reader
         self._handles = [
             reader.register_forward_pre_hook(self._before),
             reader.register_forward_hook(self._after, always_call=True),
@@ -216,24 +216,24 @@ class SiteHooks(Attached):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.site.unhide()
+        self.gated.unhide()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        site = self.site
-        site.unhide()
-        if site.follows_samples:
+        gated = self.gated
+        gated.unhide()
+        if gated.follows_samples:
             return None
-        weight = site.weight
-        only_columns = site.mask is None and site.rescale == "none" and site.columns is not None
+        weight = gated.weight
+        only_columns = gated.mask is None and gated.rescale == "none" and gated.columns is not None
         # Masking the input is the same function; it is cheaper where the input is the smaller tensor of the two.
-        if only_columns and module is site.module and args and _smaller(args[0], weight):
-            return None if site.phases == {Phase.OPEN} else (site.apply_to_input(args[0]), *args[1:])
+        if only_columns and module is gated.module and args and _smaller(args[0], weight):
+            return None if gated.phases == {Phase.OPEN} else (gated.apply_to_input(args[0]), *args[1:])
         # An instance attribute hides the parameter of the same name for the length of this forward.
-        site.module.__dict__["weight"] = site.apply(weight)
+        gated.module.__dict__["weight"] = gated.apply(weight)
         return None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.site.unhide()
+        self.gated.unhide()
 
 
 def scale_channels(tensor: Tensor, factors: Tensor, spatial: int) -> Tensor:

@@ -24,12 +24,12 @@ def masks_of(plan: Plan, modules: Mapping[str, nn.Module], hard: Mapping[str, Te
     """
     names = {id(mask): name for name, mask in plan.masks.items()}
     masks: Masks = {}
-    for name, site in plan.sites.items():
-        if site.mask is not None:
-            own = site.mask.spread(hard[names[id(site.mask)]].float(), site.weight)
-            masks[name] = {"weight": own.expand_as(site.weight).clone()}
-            if site.block is not None and site.bias is not None:
-                masks[name]["bias"] = own.flatten()[:1].expand_as(site.bias).clone()
+    for name, gated in plan.gated_layers.items():
+        if gated.mask is not None:
+            own = gated.mask.spread(hard[names[id(gated.mask)]].float(), gated.weight)
+            masks[name] = {"weight": own.expand_as(gated.weight).clone()}
+            if gated.block is not None and gated.bias is not None:
+                masks[name]["bias"] = own.flatten()[:1].expand_as(gated.bias).clone()
     for name, group in plan.groups.items():
         for part in group.producers:
             rows = _rows(modules[part.module], part.positions, hard[name][part.units])
@@ -49,12 +49,12 @@ def decisions_of(plan: Plan, modules: Mapping[str, nn.Module], masks: Masks) -> 
     check_format(masks)
     _check_names(modules, masks)
     decided: dict[int, Tensor] = {}
-    for name, site in plan.sites.items():
+    for name, gated in plan.gated_layers.items():
         given = masks.get(name, {}).get("weight")
-        if site.mask is not None and given is not None:
-            _check_shape(name, given, site.weight)
-            granularity = site.mask.granularity
-            decided[id(site.mask)] = given if granularity is None else granularity.reduce(given.float())
+        if gated.mask is not None and given is not None:
+            _check_shape(name, given, gated.weight)
+            granularity = gated.mask.granularity
+            decided[id(gated.mask)] = given if granularity is None else granularity.reduce(given.float())
     for name, group in plan.groups.items():
         rows = {
             part.module: _open_rows(part.module, modules[part.module], masks[part.module]["weight"])

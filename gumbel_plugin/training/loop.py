@@ -10,7 +10,8 @@ import torch.distributed
 from torch import Tensor, nn
 
 from gumbel_plugin.config import ConfigLike, PruningConfig
-from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError, TargetError
+from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError
+from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.layers.example_inputs import checked_inputs, inputs_on_device_of, observing
 from gumbel_plugin.layers.model_check import refuse_unusable
 from gumbel_plugin.layers.weights import GATES
@@ -20,7 +21,7 @@ from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.state_check import check_optimizer_state, require_keys
 
 
-class GuestSession:
+class MaskingLoop:
     """A session with its own optimizers, for loops whose loss and optimizers are out of reach.
 
     The host's optimizers do not know the gates. Their gradient from the task comes with the host's backward;
@@ -55,7 +56,7 @@ class GuestSession:
                     "example_shape in the configuration"
                 )
             inputs = torch.zeros(resolved.example_shape or ()) if example_inputs is None else example_inputs
-            groups = _find_groups(model, inputs_on_device_of(model, checked_inputs(inputs)))
+            groups = find_groups(model, inputs_on_device_of(model, checked_inputs(inputs)))
         self.session = MaskingSession(model, resolved.pruning, groups, resolved.seed)
         self.optimizers: list[torch.optim.Optimizer] = []
 
@@ -83,10 +84,10 @@ class GuestSession:
         plan, model = self.session.plan, self.session.model
         state = {name: tensor for name, tensor in model.state_dict().items() if GATES not in name}
         with observing(*plan.masks.values()):
-            for name, site in plan.sites.items():
-                state[f"{name}.weight"] = site.apply(site.weight).detach().clone()
-                if site.block is not None and site.mask is not None and site.bias is not None:
-                    state[f"{name}.bias"] = site.bias * site.mask.gates().all()
+            for name, gated in plan.gated_layers.items():
+                state[f"{name}.weight"] = gated.apply(gated.weight).detach().clone()
+                if gated.block is not None and gated.mask is not None and gated.bias is not None:
+                    state[f"{name}.bias"] = gated.bias * gated.mask.gates().all()
         return state
 
     def finish(self) -> Masks:
@@ -95,7 +96,7 @@ class GuestSession:
         self.session.detach()
         return masks
 
-    def disown(self, optimizer: torch.optim.Optimizer) -> None:
+    def remove_from(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the gates out of a host's optimizer that was built from all parameters of the model."""
         own = {id(p) for p in (*self.session.gate_parameters(), *self.session.scale_parameters())}
         for group in optimizer.param_groups:
@@ -135,14 +136,6 @@ def refuse_scaled_gradients(precision: str, argument: str) -> None:
     """
     if precision in ("16", "16-mixed", "fp16"):
         raise ConfigError(f"{argument}: float16 scales the gradients of the gates; use bfloat16")
-
-
-def _find_groups(model: nn.Module, inputs: Any) -> Any:
-    try:
-        from gumbel_plugin.graph.dependency_groups import find_groups
-    except ImportError as error:
-        raise MissingExtraError("torch-pruning", "torch-pruning") from error
-    return find_groups(model, inputs)
 
 
 def _average_gradients(optimizers: list[torch.optim.Optimizer]) -> None:

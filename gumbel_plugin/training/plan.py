@@ -16,11 +16,11 @@ from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.graph.residual_blocks import ResidualBlock, residual_block
 from gumbel_plugin.layers.geometry import is_matrix, output_dimension
 from gumbel_plugin.layers.weights import how_to_keep_weights
-from gumbel_plugin.masks import LearntMask, NoiseSource, method_named, name_of
-from gumbel_plugin.sparsity.budget import Member, Scope
+from gumbel_plugin.masks import LearnedMask, NoiseSource, method_named, name_of
+from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
 from gumbel_plugin.sparsity.cost_model import applications
 from gumbel_plugin.sparsity.types import WHOLE, Granularity, granularity_of
-from gumbel_plugin.training.gated_layer import ColumnGates, WeightSite, reader_of
+from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer, reader_of
 from gumbel_plugin.training.selection import excluded_names, is_excluded, select_modules, unmatched
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Plan:
 
     Attributes:
         masks: The masks, by name: a layer's name, or a group's.
-        sites: Where they act, by layer name.
+        gated layers: Where they act, by layer name.
         scopes: The budgets.
         groups: The channel groups that are gated, by mask name.
         noise: The random numbers that all masks share.
@@ -46,9 +46,9 @@ class Plan:
             seed: Seeds the noise that all masks share.
             example_inputs: One batch, for methods that count multiply-accumulates; without it, each weight counts once.
         """
-        self.masks: dict[str, LearntMask] = {}
-        self.sites: dict[str, WeightSite] = {}
-        self.scopes: list[Scope] = []
+        self.masks: dict[str, LearnedMask] = {}
+        self.gated_layers: dict[str, GatedLayer] = {}
+        self.budgets: list[Budget] = []
         self.groups: dict[str, ChannelGroup] = {}
         self._modules = dict(model.named_modules())
         self._config = config
@@ -60,33 +60,33 @@ class Plan:
 
     def scales(self) -> list[nn.Parameter]:
         """Return the scalars of smart rescale."""
-        return [site.scale for site in self.sites.values() if site.scale is not None]
+        return [gated.scale for gated in self.gated_layers.values() if gated.scale is not None]
 
-    def gate_layer(self, name: str, granularity: Granularity) -> Member:
+    def gate_layer(self, name: str, granularity: Granularity) -> BudgetTerm:
         """Gate the units of one layer's weight."""
-        site = self.site(name)
-        shape = granularity.gate_shape(site.weight.shape)
-        self.masks[name] = site.mask = self._new_mask(shape, granularity)
-        return Member(name, site.mask, site, float(granularity.unit_size(site.weight.shape)))
+        gated = self.gated(name)
+        shape = granularity.gate_shape(gated.weight.shape)
+        self.masks[name] = gated.mask = self._new_mask(shape, granularity)
+        return BudgetTerm(name, gated.mask, gated, float(granularity.unit_size(gated.weight.shape)))
 
-    def gate_block(self, name: str, block: ResidualBlock) -> Member:
+    def gate_block(self, name: str, block: ResidualBlock) -> BudgetTerm:
         """Gate a whole residual block; the gate acts on its branch, at the last layer."""
-        site = self.site(f"{name}.{block.last}")
-        mask = self._new_mask((1,) * site.weight.dim(), WHOLE)
+        gated = self.gated(f"{name}.{block.last}")
+        mask = self._new_mask((1,) * gated.weight.dim(), WHOLE)
         mask.read(block.channels)
-        self.masks[name] = site.mask = mask
-        site.block = block
+        self.masks[name] = gated.mask = mask
+        gated.block = block
         layers = {f"{name}.{inner}": module for inner, module in block.module.named_modules() if is_matrix(module)}
         cost = sum(module.weight.numel() * self._positions.get(layer, 1.0) for layer, module in layers.items())
-        return Member(name, mask, None, cost or 1.0, least=0)
+        return BudgetTerm(name, mask, None, cost or 1.0, least=0)
 
-    def gate_group(self, group: ChannelGroup) -> Member:
+    def gate_group(self, group: ChannelGroup) -> BudgetTerm:
         """Gate the units of a channel group; `join_consumers` must follow once all groups are gated."""
         if self._config.method_options().gates_blocks:
             raise ConfigError("options.unit 'block': whole channels are gated here, not blocks; use 'channel'")
         self.masks[group.name] = mask = self._new_mask((group.size,), None)
         self.groups[group.name] = group
-        return Member(group.name, mask, None, self.unit_cost(group))
+        return BudgetTerm(group.name, mask, None, self.unit_cost(group))
 
     def unit_cost(self, group: ChannelGroup) -> float:
         """Return how many weights (or multiply-accumulates) of convolutions and linear layers one unit stands for."""
@@ -101,40 +101,40 @@ class Plan:
 
     def join_consumers(self) -> None:
         """Let the gated groups act at the layers that read them; several may feed one layer."""
-        feeds: dict[str, list[tuple[LearntMask, ChannelSlice]]] = {}
+        feeds: dict[str, list[tuple[LearnedMask, ChannelSlice]]] = {}
         for name, group in self.groups.items():
             for part in group.consumers:
                 feeds.setdefault(part.module, []).append((self.masks[name], part))
         for layer, parts in feeds.items():
-            site = self.site(layer)
-            site.columns = ColumnGates.join(self._modules[layer], parts)
-            if site.read_by_parent and any(mask.per_sample for mask in site.masks):
+            gated = self.gated(layer)
+            gated.columns = ColumnGates.join(self._modules[layer], parts)
+            if gated.read_by_parent and any(mask.per_sample for mask in gated.masks):
                 raise TargetError(
                     f"{layer!r} is never called, its parent reads its weight; method {self._config.method!r} gates the "
                     f"activations of each sample, which it cannot do there: exclude the channels that {layer!r} reads"
                 )
 
-    def site(self, name: str) -> WeightSite:
-        """Return the site of a layer, a new one if it has none.
+    def gated(self, name: str) -> GatedLayer:
+        """Return the gated layer of a layer, a new one if it has none.
 
         Raises:
             TargetError: If the weight is no parameter of this layer alone, so that a mask could not be written into it.
         """
-        if name not in self.sites:
+        if name not in self.gated_layers:
             module = self._modules[name]
             self._check_own_weight(name, module)
             scale = nn.Parameter(torch.ones(())) if self._config.rescale == "learned" else None
-            site = WeightSite(name, module, module, scale=scale, rescale=self._config.rescale)
-            site.reader = reader_of(self._modules, name)
-            self.sites[name] = site
-        return self.sites[name]
+            gated = GatedLayer(name, module, module, scale=scale, rescale=self._config.rescale)
+            gated.reader = reader_of(self._modules, name)
+            self.gated_layers[name] = gated
+        return self.gated_layers[name]
 
     def _check_own_weight(self, name: str, module: nn.Module) -> None:
         weight = module._parameters.get("weight")
         if weight is None:
             way = how_to_keep_weights(module)
             raise TargetError(
-                f"{name!r}: its weight is computed (parametrized, or normalised), so no mask can be written into it; "
+                f"{name!r}: its weight is computed (parametrized, or normalized), so no mask can be written into it; "
                 f"{f'call {way} first' if way else 'remove the parametrization first'}, or exclude the layer"
             )
         if weight.numel() == 0:
@@ -145,7 +145,7 @@ class Plan:
                     f"{name!r} shares its weight with {other!r}, which its mask would change too: exclude it"
                 )
 
-    def _new_mask(self, shape: Sequence[int], granularity: Granularity | None) -> LearntMask:
+    def _new_mask(self, shape: Sequence[int], granularity: Granularity | None) -> LearnedMask:
         method = method_named(self._config.method)
         mask = method(shape, self._config.method_options(), self.noise, len(self.masks), granularity)
         if self.masks:
@@ -220,8 +220,8 @@ class _Builder:
     def __init__(self, model: nn.Module, config: PruningSection, plan: Plan, groups: Sequence[ChannelGroup]) -> None:
         self.plan = plan
         self._modules = dict(model.named_modules())
-        self._scopes: dict[object, Scope] = {}
-        self._ties: dict[int | str, tuple[Member, LayerRule]] = {}
+        self._scopes: dict[object, Budget] = {}
+        self._ties: dict[int | str, tuple[BudgetTerm, LayerRule]] = {}
         self._claimed: set[str] = set()
         self._gated: set[str] = set()
         blocks = config.method_options().gates_blocks
@@ -245,22 +245,22 @@ class _Builder:
         granularity = granularity_of(rule.granularity)
         first = self._tied_to(rule, name)
         if first is None:
-            self._join_scope(rule, self.plan.gate_layer(name, granularity))
+            self._join_budget(rule, self.plan.gate_layer(name, granularity))
             return
         if first.mask.reads_weight:
             raise ConfigError(
                 f"dependency_group_id {rule.dependency_group_id!r}: gates of method {name_of(type(first.mask))!r} are "
                 f"functions of one layer's weight, so {name!r} and {first.name!r} cannot share them"
             )
-        site = self.plan.site(name)
-        shape = granularity.gate_shape(site.weight.shape)
+        gated = self.plan.gated(name)
+        shape = granularity.gate_shape(gated.weight.shape)
         if (first.mask.shape, first.mask.granularity) != (shape, granularity):
             raise ConfigError(
                 f"dependency_group_id {rule.dependency_group_id!r}: {name!r} has gates of shape {shape}, "
                 f"{first.name!r} of shape {first.mask.shape}; they cannot share them"
             )
-        site.mask = first.mask
-        first.cost += granularity.unit_size(site.weight.shape)
+        gated.mask = first.mask
+        first.cost += granularity.unit_size(gated.weight.shape)
 
     def add_blocks(self, rule: LayerRule, selected: Sequence[str]) -> None:
         """Gate the selected residual blocks; they share the entry's budget, because each has only one gate."""
@@ -277,7 +277,7 @@ class _Builder:
             _logger.info("not gated as residual blocks: %s", others)
         together = f"residual blocks of {next(iter(blocks))!r}'s entry"
         for name, block in blocks.items():
-            self._join_scope(rule, self.plan.gate_block(name, block), together)
+            self._join_budget(rule, self.plan.gate_block(name, block), together)
 
     def _check_block_rule(self, rule: LayerRule) -> None:
         keys = ("max_sparse_ratio", "min_sparse_ratio", "dependency_group_id")
@@ -290,11 +290,11 @@ class _Builder:
     def add_groups(self, rule: LayerRule, selected: Sequence[str], groups: Sequence[ChannelGroup]) -> None:
         """Gate every exact group that has a selected layer among its producers, or is called after one."""
         for group in groups:
-            members = {part.module for part in group.producers} | ({group.name} & self._modules.keys())
-            if not members & set(selected) or group.name in self._gated:
+            terms = {part.module for part in group.producers} | ({group.name} & self._modules.keys())
+            if not terms & set(selected) or group.name in self._gated:
                 continue
-            excluded = {name for name in members if is_excluded(name, self._modules[name], rule)} | self._excluded
-            kept_out = sorted(members & excluded)
+            excluded = {name for name in terms if is_excluded(name, self._modules[name], rule)} | self._excluded
+            kept_out = sorted(terms & excluded)
             if kept_out:
                 _logger.info("group %s is not gated: the configuration excludes %s", group.name, ", ".join(kept_out))
             elif group.safety != "exact":
@@ -310,7 +310,7 @@ class _Builder:
             )
         first = self._tied_to(rule, group.name)
         if first is None:
-            self._join_scope(rule, self.plan.gate_group(group))
+            self._join_budget(rule, self.plan.gate_group(group))
             return
         known = self.plan.groups.get(first.name)
         if known is None or known.size != group.size:
@@ -323,7 +323,7 @@ class _Builder:
         )
         first.cost += self.plan.unit_cost(group)
 
-    def _tied_to(self, rule: LayerRule, name: str) -> Member | None:
+    def _tied_to(self, rule: LayerRule, name: str) -> BudgetTerm | None:
         """Return whose gates the rule's dependency_group_id says to share, if somebody has it already."""
         tie = rule.dependency_group_id
         if tie is None or tie not in self._ties:
@@ -341,28 +341,28 @@ class _Builder:
         self.plan.join_consumers()
         if not self.plan.masks:
             raise TargetError("nothing would be gated: no selected layer belongs to a group that can be cut exactly")
-        self.plan.scopes = list(self._scopes.values())
-        for scope in self.plan.scopes:
-            scope.check_units()
+        self.plan.budgets = list(self._scopes.values())
+        for budget in self.plan.budgets:
+            budget.check_units()
         return self.plan
 
-    def _join_scope(self, rule: LayerRule, member: Member, together: str | None = None) -> None:
+    def _join_budget(self, rule: LayerRule, term: BudgetTerm, together: str | None = None) -> None:
         """Give a member its budget: its own, or one shared by `global_group_id` or by what belongs `together`."""
-        member.max_ratio = 1.0 if rule.max_sparse_ratio is None else rule.max_sparse_ratio
-        member.min_ratio = rule.min_sparse_ratio or 0.0
+        term.max_ratio = 1.0 if rule.max_sparse_ratio is None else rule.max_sparse_ratio
+        term.min_ratio = rule.min_sparse_ratio or 0.0
         shared = rule.global_group_id
-        key = (together or member.name) if shared is None else ("global", shared)
-        name = together or member.name if shared is None else f"global_group_id {shared!r}"
-        scope = self._scopes.setdefault(key, Scope(name, [], rule.sparse_ratio, rule.sparse_threshold))
+        key = (together or term.name) if shared is None else ("global", shared)
+        name = together or term.name if shared is None else f"global_group_id {shared!r}"
+        budget = self._scopes.setdefault(key, Budget(name, [], rule.sparse_ratio, rule.sparse_threshold))
         for setting, known, new in (
-            ("sparse_ratio", scope.ratio, rule.sparse_ratio),
-            ("sparse_threshold", scope.threshold, rule.sparse_threshold),
+            ("sparse_ratio", budget.ratio, rule.sparse_ratio),
+            ("sparse_threshold", budget.threshold, rule.sparse_threshold),
         ):
             if known != new:
                 raise ConfigError(f"{name}: its entries give {setting} {known} and {new}; a shared budget has one")
-        scope.add(member)
+        budget.add(term)
         if rule.dependency_group_id is not None:
-            self._ties.setdefault(rule.dependency_group_id, (member, rule))
+            self._ties.setdefault(rule.dependency_group_id, (term, rule))
 
 
 def _budget(rule: LayerRule) -> tuple[object, ...]:

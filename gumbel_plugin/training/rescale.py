@@ -15,13 +15,13 @@ Rescale = Literal["none", "learned", "dynamic"]
 
 
 @torch.no_grad()
-def initialise_weight(
+def initialize_weight(
     weight: Tensor, how: WeightInit, generator: torch.Generator | None = None, fan_factor: float = 1.0
 ) -> None:
-    """Initialise a weight in place before its mask is learnt.
+    """Initialise a weight in place before its mask is learned.
 
     Args:
-        weight: A convolution's or linear layer's weight; one of a single dimension (a normalisation's) is left.
+        weight: A convolution's or linear layer's weight; one of a single dimension (a normalization's) is left.
         how: ``keep`` leaves it; ``kaiming_normal`` draws N(0, 2 / fan_in); ``signed_constant`` draws the same and keeps
             sign(w)·std(w), one magnitude a layer (Dupont et al. 2022; Zhou et al. 2019).
         generator: Where the numbers come from; a CPU generator, so that every device starts from the same.

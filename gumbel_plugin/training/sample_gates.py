@@ -12,30 +12,30 @@ from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.layers.weights import Attached
-from gumbel_plugin.masks.base import LearntMask, Phase
-from gumbel_plugin.training.gated_layer import ColumnGates, WeightSite
+from gumbel_plugin.masks.base import LearnedMask, Phase
+from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer
 
 
 class SampleHooks(Attached):
-    """Hooks that let a site's masks gate each sample by itself: a layer's input channels, or a block's whole branch.
+    """Hooks that let a gated layer's masks gate each sample by itself: a layer's input channels, or a block's whole branch.
 
     A block's gate acts at the output of its branch's last layer in every phase, decided or not, so that the layer's
     bias is gated with its weight.
     """
 
-    def __init__(self, site: WeightSite) -> None:
-        self.site = site
+    def __init__(self, gated: GatedLayer) -> None:
+        self.gated = gated
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
         """Start acting."""
-        site = self.site
-        if site.columns is not None:
-            self._handles.append(site.module.register_forward_pre_hook(self._gate_input))
-        if site.block is not None:
-            block = site.block.module
+        gated = self.gated
+        if gated.columns is not None:
+            self._handles.append(gated.module.register_forward_pre_hook(self._gate_input))
+        if gated.block is not None:
+            block = gated.block.module
             self._handles.append(block.register_forward_pre_hook(self._read_block, with_kwargs=True))
-            self._handles.append(site.module.register_forward_hook(self._gate_output))
+            self._handles.append(gated.module.register_forward_hook(self._gate_output))
 
     def detach(self) -> None:
         """Stop acting."""
@@ -44,15 +44,15 @@ class SampleHooks(Attached):
         self._handles = []
 
     def _gate_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not self.site.follows_samples:
+        if not self.gated.follows_samples:
             return None
         if not args or not isinstance(args[0], Tensor):
-            raise LifecycleError(f"{self.site.name!r} must get its input as its first positional argument to be gated")
-        assert self.site.columns is not None
-        return (gate_columns(self.site.columns, args[0], module), *args[1:])
+            raise LifecycleError(f"{self.gated.name!r} must get its input as its first positional argument to be gated")
+        assert self.gated.columns is not None
+        return (gate_columns(self.gated.columns, args[0], module), *args[1:])
 
     def _read_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask, block = self.site.mask, self.site.block
+        mask, block = self.gated.mask, self.gated.block
         assert mask is not None
         assert block is not None
         if mask.follows_samples:
@@ -60,9 +60,9 @@ class SampleHooks(Attached):
             mask.gates_of_samples(lambda: channel_means(inputs, block.channels_last), module)
 
     def _gate_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        mask = self.site.mask
+        mask = self.gated.mask
         assert mask is not None
-        if mask.phase is Phase.OPEN and not mask.polled:
+        if mask.phase is Phase.OPEN and not mask.evaluated_per_sample:
             return output
         if not mask.follows_samples:
             return output * mask.gates().flatten().to(output.dtype)
@@ -101,7 +101,7 @@ def channel_means(inputs: Tensor, channels_last: bool) -> Tensor:
     return positions.flatten(2).mean(2) if positions.dim() > 2 else positions
 
 
-def _unit_means(means: Callable[[], Tensor], places: Tensor, units: Tensor, mask: LearntMask) -> Callable[[], Tensor]:
+def _unit_means(means: Callable[[], Tensor], places: Tensor, units: Tensor, mask: LearnedMask) -> Callable[[], Tensor]:
     """Return what computes each unit's mean over the channels at `places` that belong to it, (samples, units)."""
 
     def compute() -> Tensor:

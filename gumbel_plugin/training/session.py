@@ -1,4 +1,4 @@
-"""The one code path along which masks are learnt: a few verbs that every training loop calls."""
+"""The one code path along which masks are learned: a few verbs that every training loop calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gumbel_plugin.config import OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.model_check import refuse_unusable
-from gumbel_plugin.layers.weights import GATES, gated_layers, plain_copy, remove_gates
+from gumbel_plugin.layers.weights import GATES, modules_with_gates, plain_copy, remove_gates
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.controller import BudgetController
 from gumbel_plugin.sparsity.mask_format import Masks
@@ -22,7 +22,7 @@ from gumbel_plugin.training.gate_modules import Gates
 from gumbel_plugin.training.hard_masks import decisions_of, masks_of
 from gumbel_plugin.training.optimizers import make_optimizer
 from gumbel_plugin.training.plan import Plan, build_plan
-from gumbel_plugin.training.rescale import initialise_weight
+from gumbel_plugin.training.rescale import initialize_weight
 from gumbel_plugin.training.snapshot import Snapshot, load_state, save_state
 from gumbel_plugin.training.status import Status, status_of
 from gumbel_plugin.training.training_check import TrainingCheck, checked_length, kept_fractions, warn_if_unprepared
@@ -50,7 +50,7 @@ class MaskingSession:
     Attributes:
         model: The model.
         config: What is pruned.
-        plan: The masks, sites and budgets.
+        plan: The masks, gated layers and budgets.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MaskingSession:
             groups: The model's channel groups, needed where a rule removes whole channels.
             seed: Seeds initial weights and the masks' noise.
             plan: What is gated, where something else than the config list decides it.
-            example_inputs: One batch, for methods that count multiply-accumulates (`LearntMask.counts_macs`): a budget
+            example_inputs: One batch, for methods that count multiply-accumulates (`LearnedMask.counts_macs`): a budget
                 shared by several masks is in multiply-accumulates then. Without it, it is in weights.
 
         Raises:
@@ -88,14 +88,14 @@ class MaskingSession:
         self.config = config
         self.seed = seed
         self.plan = plan or build_plan(model, config, groups, seed, example_inputs)
-        self.controller = BudgetController(self.plan.scopes, config.budget)
+        self.controller = BudgetController(self.plan.budgets, config.budget)
         self.total_steps: int | None = None
         self.steps = 0
         self._started = False
         self._frozen: list[nn.Parameter] = []
         self._hooks: SessionHooks | None = None
         self._snapshot = Snapshot(model)
-        self._check = TrainingCheck(self.gate_parameters(), bool(self.controller.scopes))
+        self._check = TrainingCheck(self.gate_parameters(), bool(self.controller.budgets))
 
     # Attaching ----------------------------------------------------------------------------------------------------
 
@@ -103,10 +103,10 @@ class MaskingSession:
         """Attach to the model and say how long the training will be.
 
         Args:
-            total_steps: Optimiser steps of the whole training, all phases together; None if it is not known, which
+            total_steps: Optimizer steps of the whole training, all phases together; None if it is not known, which
                 starts mask learning at once, at the final target.
             hooks: Whether the session acts by forward hooks; an adapter that wraps the layers itself passes False and
-                calls each site's `apply`.
+                calls each gated layer's `apply`.
 
         Raises:
             LifecycleError: If the session was started before.
@@ -117,7 +117,7 @@ class MaskingSession:
             raise LifecycleError("the session was started before; a new MaskingSession learns new masks")
         self._require_free_model()
         self._started = True
-        self._initialise_weights()
+        self._initialize_weights()
         self.total_steps = total_steps
         self.attach(hooks=hooks)
         self._enter_phase()
@@ -153,7 +153,7 @@ class MaskingSession:
         self._require_start("attach")
         if self._hooks is not None:
             raise LifecycleError("the session is attached to its model already; detach() comes before attach()")
-        taken = set(gated_layers(self.model)) & {site.module for site in self.plan.sites.values()}
+        taken = set(modules_with_gates(self.model)) & {gated.module for gated in self.plan.gated_layers.values()}
         if taken:  # sessions of several pruners of NNI's may hold different layers of one model
             raise LifecycleError("another masking session holds layers of this one; detach that one first")
         if self.config.weights == "frozen":
@@ -188,7 +188,7 @@ class MaskingSession:
         return [p for name, p in self.model.named_parameters() if p.requires_grad and GATES not in name]
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Return the learnt parameters of all masks, each once."""
+        """Return the learned parameters of all masks, each once."""
         return list(dict.fromkeys(p for mask in self.plan.masks.values() for p in mask.parameters()))
 
     def scale_parameters(self) -> list[nn.Parameter]:
@@ -228,7 +228,7 @@ class MaskingSession:
         return total
 
     def step(self) -> None:
-        """Advance schedules, multipliers and phases; to be called after every optimiser step.
+        """Advance schedules, multipliers and phases; to be called after every optimizer step.
 
         Raises:
             LifecycleError: If the session was not started.
@@ -255,10 +255,10 @@ class MaskingSession:
         self._require_start("decide")
         changed = total = 0
         kept = []
-        for scope in self.plan.scopes:
-            own = {member.name: member.mask.decide(member.weight) for member in scope.members}
-            cut = scope.cut()
-            kept.append((scope, *kept_fractions(scope, list(own.values()), list(cut.values()))))
+        for budget in self.plan.budgets:
+            own = {term.name: term.mask.decide(term.weight) for term in budget.terms}
+            cut = budget.cut()
+            kept.append((budget, *kept_fractions(budget, list(own.values()), list(cut.values()))))
             for name, hard in cut.items():
                 changed += int((hard != own[name]).sum())
                 total += hard.numel()
@@ -279,8 +279,8 @@ class MaskingSession:
         self._require_start("extract")
         if self.phase is not Phase.FIXED:
             self.decide()
-        for site in self.plan.sites.values():
-            site.fold()
+        for gated in self.plan.gated_layers.values():
+            gated.fold()
         return self.masks()
 
     def masks(self, decided: Mapping[str, Tensor] | None = None) -> Masks:
@@ -348,7 +348,7 @@ class MaskingSession:
         return [pair for pair in (gates, scales) if pair[0]]
 
     def _require_free_model(self) -> None:
-        if gated_layers(self.model):
+        if modules_with_gates(self.model):
             raise LifecycleError("the model has a masking session already; detach that one first")
 
     def _require_start(self, verb: str) -> None:
@@ -376,21 +376,21 @@ class MaskingSession:
         """Register every mask with the first layer that it acts on."""
         registered: set[int] = set()
         names = {id(mask): name for name, mask in self.plan.masks.items()}
-        for site in self.plan.sites.values():
-            new = {names[id(mask)]: mask for mask in site.masks if id(mask) not in registered}
+        for gated in self.plan.gated_layers.values():
+            new = {names[id(mask)]: mask for mask in gated.masks if id(mask) not in registered}
             registered.update(id(mask) for mask in new.values())
-            gates = Gates(new, site.scale).to(site.weight.device).train(self.model.training)
-            site.module.add_module(GATES, gates)
+            gates = Gates(new, gated.scale).to(gated.weight.device).train(self.model.training)
+            gated.module.add_module(GATES, gates)
 
-    def _initialise_weights(self) -> None:
+    def _initialize_weights(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        for site in self.plan.sites.values():
-            factor = 1.0 if site.mask is None else site.mask.fan_factor
-            initialise_weight(site.weight, self.config.weight_init, generator, factor)
+        for gated in self.plan.gated_layers.values():
+            factor = 1.0 if gated.mask is None else gated.mask.fan_factor
+            initialize_weight(gated.weight, self.config.weight_init, generator, factor)
 
     def _weight_of(self, name: str) -> Tensor | None:
-        site = self.plan.sites.get(name)
-        return site.weight if site is not None and site.mask is self.plan.masks[name] else None
+        gated = self.plan.gated_layers.get(name)
+        return gated.weight if gated is not None and gated.mask is self.plan.masks[name] else None
 
 
 __all__ = ["GATES", "MaskingSession", "Masks", "Status", "make_optimizer", "plain_copy", "remove_gates"]

@@ -9,7 +9,7 @@ from gumbel_plugin.training.session import MaskingSession
 def settled(session: MaskingSession, steps: int | None = None) -> bool:
     """Return whether a state of a training with gates could be its result.
 
-    That is: the masks are fixed, or are to be learnt to the end and have no budget that is still falling. Before, the
+    That is: the masks are fixed, or are to be learned to the end and have no budget that is still falling. Before, the
     network is denser than it will be, and scores better than it will.
 
     Args:
@@ -25,5 +25,5 @@ def settled(session: MaskingSession, steps: int | None = None) -> bool:
     if session.total_steps is None:
         return True
     return at >= begin and (
-        not session.controller.scopes or (at - begin) / max(1, end - begin) >= session.config.budget.ramp
+        not session.controller.budgets or (at - begin) / max(1, end - begin) >= session.config.budget.ramp
     )

@@ -59,7 +59,7 @@ def save_state(plan: Plan, controller: BudgetController, steps: int, total_steps
     return {
         "masks": {name: mask.state_dict() for name, mask in plan.masks.items()},
         "phases": {name: mask.phase.value for name, mask in plan.masks.items()},
-        "folded": [name for name, site in plan.sites.items() if site.folded],
+        "folded": [name for name, gated in plan.gated_layers.items() if gated.folded],
         "scales": [scale.detach().clone() for scale in plan.scales()],
         "multipliers": controller.multipliers.clone(),
         "steps": steps,
@@ -78,8 +78,8 @@ def load_state(plan: Plan, controller: BudgetController, state: Mapping[str, Any
     for name, mask in plan.masks.items():
         mask.load_state_dict(state["masks"][name])
         mask.phase = Phase(state["phases"][name])
-    for name, site in plan.sites.items():
-        site.folded = name in state["folded"]
+    for name, gated in plan.gated_layers.items():
+        gated.folded = name in state["folded"]
     with torch.no_grad():
         for scale, value in zip(plan.scales(), state["scales"], strict=True):
             scale.copy_(value)

@@ -39,7 +39,11 @@ def check_session_state(plan: Plan, controller: BudgetController, state: object)
     if any(phase not in _PHASES for phase in phases.values()) or len(set(phases.values())) > 1:
         raise TargetError(f"phases is {shown(dict(phases))}; all masks are in one phase, one of {', '.join(_PHASES)}")
     folded = found["folded"]
-    if not isinstance(folded, Sequence) or isinstance(folded, str) or any(name not in plan.sites for name in folded):
+    if (
+        not isinstance(folded, Sequence)
+        or isinstance(folded, str)
+        or any(name not in plan.gated_layers for name in folded)
+    ):
         raise TargetError(f"folded is {shown(folded)}; it must list layers that are gated")
     scales = found["scales"]
     if not isinstance(scales, Sequence) or len(scales) != len(plan.scales()):

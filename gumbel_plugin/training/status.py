@@ -18,7 +18,7 @@ class Status:
         phase: ``open``, ``learning`` or ``fixed``.
         sparsity: The fraction of gated weights whose gates are closed now, as a hard mask.
         soft_sparsity: The same by the gates' probabilities; its distance to `sparsity` is the soft-hard gap.
-        step: Optimiser steps so far.
+        step: Optimizer steps so far.
     """
 
     phase: str
@@ -37,12 +37,12 @@ def status_of(plan: Plan, phase: Phase, steps: int) -> Status:
         steps: Optimizer steps so far.
     """
     hard = soft = total = 0.0
-    for scope in plan.scopes:
-        for member in scope.members:
-            learning = member.mask.phase is Phase.LEARNING
-            gates = member.mask.decide(member.weight) if learning else member.mask.hard
-            expected = member.mask.probability(member.weight) if learning else gates.float()
-            hard += float(gates.sum()) * member.cost
-            soft += float(expected.sum()) * member.cost
-            total += member.units * member.cost
+    for budget in plan.budgets:
+        for term in budget.terms:
+            learning = term.mask.phase is Phase.LEARNING
+            gates = term.mask.decide(term.weight) if learning else term.mask.hard
+            expected = term.mask.probability(term.weight) if learning else gates.float()
+            hard += float(gates.sum()) * term.cost
+            soft += float(expected.sum()) * term.cost
+            total += term.units * term.cost
     return Status(phase.value, 1 - hard / total, 1 - soft / total, steps)

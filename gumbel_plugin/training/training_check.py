@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, shown
-from gumbel_plugin.sparsity.budget import Scope
+from gumbel_plugin.sparsity.budget import Budget
 
 _logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class TrainingCheck:
         return [float(parameter.detach().sum(dtype=torch.float64)) for parameter in self._gates]
 
 
-def kept_fractions(scope: Scope, own: Sequence[Tensor], cut: Sequence[Tensor]) -> tuple[float, float]:
+def kept_fractions(budget: Budget, own: Sequence[Tensor], cut: Sequence[Tensor]) -> tuple[float, float]:
     """Return the fraction of a scope's dense cost that its gates keep by themselves, and after the cut.
 
     Args:
@@ -115,28 +115,28 @@ def kept_fractions(scope: Scope, own: Sequence[Tensor], cut: Sequence[Tensor]) -
         own: Each member's gates as the method decides them without a budget, bool.
         cut: Each member's gates as the budget decides them, bool.
     """
-    return float(scope.usage([gates.float() for gates in own])), float(scope.usage([gates.float() for gates in cut]))
+    return float(budget.usage([gates.float() for gates in own])), float(budget.usage([gates.float() for gates in cut]))
 
 
-def warn_if_unprepared(scopes: Sequence[tuple[Scope, float, float]], steps: int, total_steps: int | None) -> None:
+def warn_if_unprepared(budgets: Sequence[tuple[Budget, float, float]], steps: int, total_steps: int | None) -> None:
     """Warn where the cut changed much of what the gates had kept: the network was not trained for what it became.
 
     Args:
-        scopes: Budgets, each with the fraction that its gates kept by themselves, and after the cut.
+        budgets: Budgets, each with the fraction that its gates kept by themselves, and after the cut.
         steps: Optimizer steps so far.
         total_steps: Optimizer steps of the whole training, if known.
     """
-    steered = [entry for entry in scopes if entry[0].ratio is not None and not entry[0].method.steers_itself]
+    steered = [entry for entry in budgets if entry[0].ratio is not None and not entry[0].method.manages_own_sparsity]
     far = [entry for entry in steered if abs(entry[1] - entry[2]) > max(_FAR * entry[2], _NOTICEABLE)]
     if not far:
         return
-    scope, kept, budget = max(far, key=lambda entry: abs(entry[1] - entry[2]))
+    budget, kept, allowed = max(far, key=lambda entry: abs(entry[1] - entry[2]))
     of = "" if total_steps is None else f" of {total_steps}"
     _logger.warning(
         "masks decided at step %d%s far from the budget: the gates of %s had kept %.3g %% of the dense cost, the "
         "budget is %.3g %%, and the cut did the rest, for which the network was not trained%s. What usually helps: "
         "more steps of mask learning, a higher learning rate of the gates (pruning.gate_optimizer.lr), a smaller "
         "pruning.budget.ramp",
-        steps, of, shown(scope.name), 100 * kept, 100 * budget,
+        steps, of, shown(budget.name), 100 * kept, 100 * allowed,
         f" ({len(far)} of {len(steered)} budgets are far)" if len(steered) > 1 else "",
     )  # fmt: skip

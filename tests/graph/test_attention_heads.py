@@ -339,8 +339,8 @@ def test_an_attention_layer_is_selected_by_its_own_name_or_type() -> None:
     name = "encoder.layers.encoder_layer_1.self_attention"
     plan = _session(model, groups, op_types=["MultiheadAttention"]).plan
     assert list(plan.masks) == ["encoder.layers.encoder_layer_0.self_attention", name]
-    (member,) = plan.scopes[-1].members
-    assert member.cost == 3 * 32 * 32 / 4  # rows of the packed projections, a head's quarter
+    (term,) = plan.budgets[-1].terms
+    assert term.cost == 3 * 32 * 32 / 4  # rows of the packed projections, a head's quarter
     only = _session(model, groups, op_types=None, op_names=[name]).plan
     assert list(only.masks) == [name]
     with pytest.raises(TargetError, match=r"self_attention.*no weight to mask"):

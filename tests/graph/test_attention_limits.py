@@ -52,7 +52,7 @@ def test_heads_whose_weights_are_returned_are_not_exact() -> None:
 
 
 class _NormedQueries(nn.Module):
-    """Like Hugging Face's Llama, but queries are normalised: over each head, or over all of them."""
+    """Like Hugging Face's Llama, but queries are normalized: over each head, or over all of them."""
 
     def __init__(self, over_heads: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The judge by itself, without the trial that follows it: what it lets through, what it stops, and what it says."""
+"""The analysis by itself, without the check that follows it: what it lets through, what it stops, and what it says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gumbel_plugin.graph.exactness.channel_labels import Dyes, tight, varying
+from gumbel_plugin.graph.exactness.channel_labels import ChannelLabels, tight, varying
 from gumbel_torch_pruning import find_groups
 
 Forward = Callable[[nn.Module, Tensor], Any]
@@ -39,7 +39,7 @@ def written_into_a_part(net: nn.Module, y: Tensor) -> Tensor:
 
 
 def by_position(net: nn.Module, y: Tensor) -> Tensor:
-    """Windows of 4×4 positions as tokens, normalised over positions, and back."""
+    """Windows of 4×4 positions as tokens, normalized over positions, and back."""
     tokens = y.view(2, 8, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(8, 16, 8)
     tokens = torch.softmax(tokens.roll(3, dims=1), dim=1) + tokens.cumsum(1)
     return tokens.view(2, 2, 2, 4, 4, 8).permute(0, 5, 1, 3, 2, 4).reshape(2, 8, 8, 8)
@@ -67,7 +67,7 @@ STOPPED: dict[str, tuple[Forward, str, int]] = {
     "normed over channels": (lambda net, y: F.normalize(y, dim=1), "norm mixes", 8),
     "softmax over channels": (lambda net, y: y.softmax(1), "aten::_softmax mixes", 8),
     "sum so far": (lambda net, y: y.cumsum(1), "aten::cumsum mixes", 8),
-    "neighbouring channels": (lambda net, y: F.avg_pool3d(y[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0], "mixes", 8),
+    "neighboring channels": (lambda net, y: F.avg_pool3d(y[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0], "mixes", 8),
     "layer norm of a map": (lambda net, y: F.layer_norm(y, y.shape[1:]), "aten::native_layer_norm mixes", 8),
     "flipped": (lambda net, y: y.flip(1), "changes the order", 8),
     "rolled": (lambda net, y: y.roll(1, dims=1), "changes the order", 8),
@@ -92,14 +92,14 @@ STOPPED: dict[str, tuple[Forward, str, int]] = {
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], dict[str, tuple[str, str]]]:
-    """Return what the judge alone says of each group."""
+    """Return what the analysis alone says of each group."""
 
-    def judge(model: nn.Module) -> dict[str, tuple[str, str]]:
+    def analysis(model: nn.Module) -> dict[str, tuple[str, str]]:
         monkeypatch.setattr("gumbel_plugin.graph.dependency_groups.tried", lambda *_: {})
         torch.manual_seed(0)
         return {group.name: (group.safety, group.reason) for group in find_groups(model, torch.randn(2, 3, 8, 8))}
 
-    return judge
+    return analysis
 
 
 @pytest.mark.parametrize("case", PASSES)
@@ -146,31 +146,31 @@ def test_outputs_in_a_dataclass_are_outputs(judged: Any) -> None:
 
 def test_dyes_unite_like_a_graph() -> None:
     generator = torch.Generator().manual_seed(0)
-    dyes = Dyes()
-    every = dyes.fresh(60)
-    component = {int(dye): {int(dye)} for dye in every}
+    labels = ChannelLabels()
+    every = labels.fresh(60)
+    component = {int(label): {int(label)} for label in every}
     for _ in range(10):
         first, second = every[torch.randint(0, 60, (2, 4), generator=generator)]
-        dyes.unite(first, second)
+        labels.unite(first, second)
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
             both = component[a] | component[b]
             component.update(dict.fromkeys(both, both))
-        colours = dyes.colours(every)
+        roots = labels.roots(every)
         for a in range(60):
-            same = {int(dye) for dye in every[colours == colours[a]]}
+            same = {int(label) for label in every[roots == roots[a]]}
             assert same == component[int(every[a])]
 
 
 def test_nothing_is_united_with_no_channel() -> None:
-    dyes = Dyes()
-    one, other = dyes.fresh(2)
-    dyes.unite(torch.stack([one, one * 0]), torch.stack([other * 0, other]))
-    assert dyes.colours(one) != dyes.colours(other)
+    labels = ChannelLabels()
+    one, other = labels.fresh(2)
+    labels.unite(torch.stack([one, one * 0]), torch.stack([other * 0, other]))
+    assert labels.roots(one) != labels.roots(other)
 
 
 def test_tight_dyes_hold_one_of_equal_ones() -> None:
-    dyes = torch.arange(1, 4).reshape(1, 3, 1).expand(2, 3, 5).contiguous()
-    small = tight(dyes)
-    assert torch.equal(small, dyes)
+    labels = torch.arange(1, 4).reshape(1, 3, 1).expand(2, 3, 5).contiguous()
+    small = tight(labels)
+    assert torch.equal(small, labels)
     assert varying(small) == (1,)
     assert small.untyped_storage().nbytes() == 3 * 8

@@ -20,11 +20,11 @@ from gumbel_torch_pruning import DependencyGroups, find_groups
 class Net(nn.Module):
     """A network whose forward is given, over named layers and parameters."""
 
-    def __init__(self, function: Callable[[Any, Tensor], Any], **members: nn.Module | nn.Parameter) -> None:
+    def __init__(self, function: Callable[[Any, Tensor], Any], **terms: nn.Module | nn.Parameter) -> None:
         super().__init__()
         self.function = function
-        for name, member in members.items():
-            setattr(self, name, member)
+        for name, term in terms.items():
+            setattr(self, name, term)
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)

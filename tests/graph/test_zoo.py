@@ -88,7 +88,7 @@ def shrunk(request: pytest.FixtureRequest) -> tuple[str, Closed]:
     torch.manual_seed(0)
     inputs = torch.randn(2, 3, 64, 64)
     model = BUILDS[request.param]().eval()
-    zoo.randomise(model, torch.Generator().manual_seed(0))
+    zoo.randomize(model, torch.Generator().manual_seed(0))
     groups = find_groups(model, inputs)
     masked = masked_copy(model, zoo.close_half(model, groups, seed=0))
     return request.param, (masked, remove_dead_units(masked, inputs), inputs, groups)

@@ -38,7 +38,7 @@ def loader(count: int = 48) -> DataLoader[Any]:
 
 
 def module(package: str, **options: Any) -> Any:
-    """Return somebody's module: automatic optimisation, all its parameters in one optimizer."""
+    """Return somebody's module: automatic optimization, all its parameters in one optimizer."""
     base = importlib.import_module(package).LightningModule
 
     class Classifier(base):  # type: ignore[misc, valid-type]

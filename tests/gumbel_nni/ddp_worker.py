@@ -70,7 +70,7 @@ def train_by_hand(rank: int, **more: Any) -> dict[str, Any]:
     learnt["scales"] = torch.stack([p.detach() for p in session.scale_parameters()])
     masks = session.extract()
     session.detach()
-    return {"masks": masks, "weights": tensors_of(model), "learnt": learnt, "samples": torch.stack(samples)}
+    return {"masks": masks, "weights": tensors_of(model), "learned": learnt, "samples": torch.stack(samples)}
 
 
 def train_with_nni(rank: int) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def train_with_nni(rank: int) -> dict[str, Any]:
     _, masks = pruner.compress(max_steps=STEPS)
     learnt = {"logit": torch.cat([p.detach() for p in pruner.session.gate_parameters()])}
     pruner.unwrap_model()
-    return {"masks": masks, "weights": tensors_of(model), "learnt": learnt}
+    return {"masks": masks, "weights": tensors_of(model), "learned": learnt}
 
 
 def train_with_torch_pruning(rank: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def train_with_torch_pruning(rank: int) -> dict[str, Any]:
         optimizer.step()
     learnt = {"logit": torch.cat([p.detach() for p in pruner.gate_parameters()])}
     pruner.step()
-    return {"masks": pruner.masks(), "weights": tensors_of(model), "learnt": learnt}
+    return {"masks": pruner.masks(), "weights": tensors_of(model), "learned": learnt}
 
 
 def main(rank: int, world: int, folder: Path) -> None:

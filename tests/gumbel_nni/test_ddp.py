@@ -46,13 +46,13 @@ def flat(result: Result, *keys: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", ["same", "own", "nni", "groups"])
 def test_masks_weights_and_gates_are_the_same_on_both_ranks(case: str, ranks: list[Result]) -> None:
-    first, second = (flat(rank[case], "masks", "weights", "learnt") for rank in ranks)
+    first, second = (flat(rank[case], "masks", "weights", "learned") for rank in ranks)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
     masks = [tensor for name, tensor in first.items() if name.startswith("masks") and name.endswith("weight")]
     assert [float(mask.mean()) for mask in masks] == [0.5, 0.5]
-    assert len(first["learnt.logit."].unique()) > 20, "gates have learnt, each for itself"
+    assert len(first["learned.logit."].unique()) > 20, "gates have learned, each for itself"
 
 
 def test_ranks_draw_the_same_samples_unless_asked_for_their_own(ranks: list[Result]) -> None:
@@ -60,7 +60,7 @@ def test_ranks_draw_the_same_samples_unless_asked_for_their_own(ranks: list[Resu
     assert torch.equal(first, second)
     first, second = (rank["own"]["samples"] for rank in ranks)
     assert not torch.equal(first, second)
-    assert torch.equal(first[:2], second[:2]), "open, before they are learnt"
+    assert torch.equal(first[:2], second[:2]), "open, before they are learned"
     assert torch.equal(first[-2:], second[-2:]), "decided"
 
 

@@ -210,7 +210,7 @@ def test_frozen_weights_learn_masks_and_a_scale_only():
     pruner = GumbelPruner(model, config, evaluator_for(model, (20,)))
     pruner.compress(max_steps=60)
     masks = pruner.get_masks()
-    scales = {name: float(site.scale.detach()) for name, site in pruner.session.plan.sites.items()}
+    scales = {name: float(gated.scale.detach()) for name, gated in pruner.session.plan.gated_layers.items()}
     pruner.unwrap_model()
     for name, targets in masks.items():
         weight = model.get_submodule(name).weight

@@ -265,7 +265,7 @@ def test_schedulers_lead_from_nothing_to_the_target(scheduler: type) -> None:
     pruner = scheduler(gumbel, interval_steps=3, total_times=3)
     ratios = []
     guard = gumbel.session.guard
-    gumbel.session.guard = lambda loss: ratios.append(gumbel.session.plan.scopes[0].ratio) or guard(loss)
+    gumbel.session.guard = lambda loss: ratios.append(gumbel.session.plan.budgets[0].ratio) or guard(loss)
     _, masks = pruner.compress(STEPS, None)
     expected = [i / 3 for i in range(4)] if scheduler is LinearPruner else [1 - (1 - i / 3) ** 3 for i in range(4)]
     torch.testing.assert_close(ratios, [0.5 * value for value in expected for _ in range(3)])

@@ -1,4 +1,4 @@
-"""NNI's three evaluators on today's torch, Lightning and Transformers: each trains, and the masks are learnt."""
+"""NNI's three evaluators on today's torch, Lightning and Transformers: each trains, and the masks are learned."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_the_loss_falls_and_masks_are_learnt(name: str, tmp_path: Path) -> None:
     pruner.compress(max_steps=STEPS)
     logits = torch.cat([parameter.detach() for parameter in pruner.session.gate_parameters()])
     assert pruner.session.steps == STEPS
-    assert len(logits.unique()) == len(logits), "every gate has learnt for itself"
+    assert len(logits.unique()) == len(logits), "every gate has learned for itself"
     assert all(float(targets["weight"].mean()) == 0.5 for targets in pruner.get_masks().values())
     assert loss() < 0.6 * before
     small = pruner.speedup()

@@ -49,7 +49,7 @@ class TestConstruction:
         ("rules", "message"),
         [
             ([None], r"config_list\.0 is a NoneType; each entry must be a mapping"),
-            ([{**RULE, "target_names": ["bias"]}], "learnt masks cover 'weight' and follow on 'bias'"),
+            ([{**RULE, "target_names": ["bias"]}], "learned masks cover 'weight' and follow on 'bias'"),
         ],
     )
     def test_entries(self, rules: list[Any], message: str) -> None:

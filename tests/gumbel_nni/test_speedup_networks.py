@@ -67,12 +67,12 @@ def consumer_columns(model: nn.Module, example_input: Tensor, seed: int = 0, wit
     generator = torch.Generator().manual_seed(seed)
     masks: Masks = {}
     for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
-        members = [(item.dep.target.module, item.dep.handler) for item in group.items]
-        if any(isinstance(m, _NEVER_GATED) or (m is last and handler in _OUT_PRUNERS) for m, handler in members):
+        terms = [(item.dep.target.module, item.dep.handler) for item in group.items]
+        if any(isinstance(m, _NEVER_GATED) or (m is last and handler in _OUT_PRUNERS) for m, handler in terms):
             continue
         is_open = torch.rand(len(group.items[0].idxs), generator=generator) < 0.5
         is_open[0] = True
-        for item, (module, handler) in zip(group.items, members, strict=True):
+        for item, (module, handler) in zip(group.items, terms, strict=True):
             values = is_open[item.root_idxs]
             if handler in _IN_PRUNERS and getattr(module, "groups", 1) == 1:
                 close(masks, names[module], module, 1, item.idxs, values)

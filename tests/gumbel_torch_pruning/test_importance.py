@@ -1,4 +1,4 @@
-"""Learnt gates as an importance for Torch-Pruning's own pruners."""
+"""Learned gates as an importance for Torch-Pruning's own pruners."""
 
 from __future__ import annotations
 

@@ -194,10 +194,10 @@ def test_ignored_layers_keep_their_widths():
 def test_isomorphic_groups_share_a_ratio():
     model = make()
     pruner = next(prune(model, pruning_ratio=0.5, global_pruning=True, isomorphic=True))
-    scopes = [{member.name for member in scope.members} for scope in pruner.session.plan.scopes]
+    budgets = [{term.name for term in budget.terms} for budget in pruner.session.plan.budgets]
     inner = {"layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.1.conv1"}
-    assert inner in scopes
-    assert len(scopes) == 3  # the inner groups, and each residual stream: their shortcuts differ
+    assert inner in budgets
+    assert len(budgets) == 3  # the inner groups, and each residual stream: their shortcuts differ
     assert sum(width for name, width in widths(model).items() if name in inner) == (20 + 30 + 28 + 36) // 2
     assert widths(model)["conv1"] == 8
     assert widths(model)["layer2.0.conv2"] == 12

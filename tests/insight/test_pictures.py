@@ -80,7 +80,7 @@ def test_pathways_of_two_parts() -> None:
     ]
     order = sorted(range(len(widths)), key=lambda number: weights[number])
     assert [widths[number] for number in order] == sorted(widths)  # the heavier, the wider
-    assert len({tuple(colour) for part in lines for colour in part.get_colors()}) == 2  # one for each part
+    assert len({tuple(color) for part in lines for color in part.get_colors()}) == 2  # one for each part
     low = {y for (x, y) in (segment[0] for part in lines for segment in part.get_segments()) if x == 0}
     assert len(low) == 4
 

@@ -134,7 +134,7 @@ def test_compact_windows_stay_near_torchvisions_under_autocast() -> None:
     torch.manual_seed(1)
     original = _random(ShiftedWindowAttentionV2(12, [4, 4], [2, 2], 3))
     compact = CompactWindowAttention(copy.deepcopy(original))
-    x = torch.randn(2, 6, 6, 12)  # padded: there the keys are 0, and normalised
+    x = torch.randn(2, 6, 6, 12)  # padded: there the keys are 0, and normalized
     expected = original(x)
     with torch.autocast("cpu", torch.bfloat16):
         output = compact(x)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks import METHODS, method_named
-from gumbel_plugin.masks.base import LearntMask, MaskOptions, NoiseSource, Phase
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource, Phase
 from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, Granularity
 
 
-class Loud(LearntMask):
+class Loud(LearnedMask):
     """A mask whose gates are the noise itself, and that counts how often it was asked."""
 
     def __init__(self, shape: tuple[int, ...], granularity: Granularity | None = None, stream: int = 0) -> None:
@@ -31,7 +31,7 @@ class Loud(LearntMask):
         return torch.sigmoid(self.latent)
 
 
-def learning(mask: LearntMask) -> LearntMask:
+def learning(mask: LearnedMask) -> LearnedMask:
     mask.phase = Phase.LEARNING
     return mask
 
@@ -145,7 +145,7 @@ def test_a_method_is_found_by_its_name() -> None:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("granularity", [None, ELEMENT, OUT_CHANNEL])
 def test_every_method_keeps_the_contract(name: str, granularity: Granularity | None) -> None:
-    """Gates of the mask's shape, in [0, 1]; decided gates are bool; what is learnt has a gradient."""
+    """Gates of the mask's shape, in [0, 1]; decided gates are bool; what is learned has a gradient."""
     torch.manual_seed(0)
     weight = torch.randn(6, 4, requires_grad=True)
     shape = (6,) if granularity is None else granularity.gate_shape(weight.shape)

@@ -18,11 +18,11 @@ from gumbel_plugin.sparsity.types import ELEMENT, WHOLE
 LAYER = nn.Identity()
 
 
-def make(units: int = 4, randomise: bool = True, **options: object) -> ConsensusMask:
+def make(units: int = 4, randomize: bool = True, **options: object) -> ConsensusMask:
     """Return a mask that learns, with a gating module (float64) on which samples disagree."""
     mask = ConsensusMask((units,), ConsensusOptions(**options), NoiseSource(), 0).double()
     mask.phase = Phase.LEARNING
-    if randomise:
+    if randomize:
         generator = torch.Generator().manual_seed(1)
         for parameter in mask.parameters():
             nn.init.normal_(parameter, generator=generator)
@@ -52,7 +52,7 @@ def ask(mask: ConsensusMask, inputs: Tensor, layer: nn.Module = LAYER) -> Tensor
 
 
 def test_every_gate_starts_open_for_every_sample() -> None:
-    mask = make(randomise=False, initial_logit=0.5)
+    mask = make(randomize=False, initial_logit=0.5)
     assert bool((ask(mask, 100 * features(50)) == 1).all())
     assert bool(mask.decide(None).all())
 
@@ -243,7 +243,7 @@ def test_asking_outside_of_training_leaves_the_votes_alone() -> None:
     constant_votes(mask, [[True, False]])
     before = mask.votes.clone()
     mask.eval()
-    mask.polled = True
+    mask.evaluated_per_sample = True
     assert mask.follows_samples
     mask.noise.forward += 1
     constant_votes(mask, [[False, True]])
@@ -255,7 +255,7 @@ def test_asking_outside_of_training_leaves_the_votes_alone() -> None:
 
 def test_votes_that_are_equal_are_ranked_by_confidence() -> None:
     mask = make(3)
-    mask.adopt(torch.tensor([1.0, 1.0, 0.9]), torch.tensor([0.7, 0.99, 0.9]))
+    mask.set_consensus(torch.tensor([1.0, 1.0, 0.9]), torch.tensor([0.7, 0.99, 0.9]))
     assert torch.argsort(mask.scores(None)).tolist() == [2, 0, 1]
 
 

@@ -19,7 +19,7 @@ _UNITS = {"unstructured": ELEMENT, "kernel": KERNEL, "filter": FILTERS}
 
 
 def make(shape: tuple[int, ...], hamiltonian: str, sparsity: float = 0.5, **options: object) -> GibbsMask:
-    """Return a mask that is being learnt over a weight of this shape."""
+    """Return a mask that is being learned over a weight of this shape."""
     granularity = _UNITS[hamiltonian]
     chosen = GibbsOptions(hamiltonian=hamiltonian, **options)
     mask = GibbsMask(granularity.gate_shape(shape), chosen, NoiseSource(5), 0, granularity)
@@ -131,7 +131,7 @@ def test_kernels_are_sampled_as_an_enumeration_of_all_masks_says(
 
 
 def test_large_kernels_are_sampled_exactly_too() -> None:
-    """25 weights have too many masks to enumerate; means and pairs against a long single-site Gibbs chain."""
+    """25 weights have too many masks to enumerate; means and pairs against a long single-gated layer Gibbs chain."""
     torch.manual_seed(2)
     kernel, replicas, beta, coupling = torch.randn(5, 5) * 0.5, 20_000, 0.5, 0.02
     layer = kernels_like(kernel, replicas)
@@ -139,10 +139,10 @@ def test_large_kernels_are_sampled_exactly_too() -> None:
     means = layer.double().square().flatten(1).mean(1).sort().values
     fields = kernel.flatten().square() - float((means[1] + means[2]) / 2)
     chain = torch.ones(replicas, 25)
-    for _, site in itertools.product(range(30), range(25)):
-        others = chain.sum(1) - chain[:, site]
-        odds = 2 * beta * (fields[site] + 2 * coupling * others)
-        chain[:, site] = torch.where(torch.rand(replicas) < torch.sigmoid(odds), 1.0, -1.0)
+    for _, gated in itertools.product(range(30), range(25)):
+        others = chain.sum(1) - chain[:, gated]
+        odds = 2 * beta * (fields[gated] + 2 * coupling * others)
+        chain[:, gated] = torch.where(torch.rand(replicas) < torch.sigmoid(odds), 1.0, -1.0)
     x = 2 * gates[:-2].flatten(1) - 1
     tolerance = 4 * math.sqrt(2 / replicas)  # four standard deviations of a difference of two means of ±1
     torch.testing.assert_close(x.mean(0), chain.mean(0), atol=tolerance, rtol=0)

@@ -79,7 +79,7 @@ class TestRun:
         assert lines[-2].endswith(f"everything is in {Path('runs/good')}")
         assert lines[-1] == f"report: {Path('runs/good/report.html')}"
         assert "epoch 2/2: loss" in result.stderr
-        assert "\x1b" not in result.output  # no colours, no progress bar where nobody is at a terminal
+        assert "\x1b" not in result.output  # no colors, no progress bar where nobody is at a terminal
         assert "\r" not in result.output
 
     def test_quiet_prints_the_result_only(self) -> None:
@@ -246,7 +246,7 @@ class TestTable:
     def test_wide_numbers_are_whole(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setenv("COLUMNS", "80")
         huge = Profile(10**15, 10**15, 10**15, 10**15, {1: Latency(123456.789, 0.0, 1)})
-        columns = dict.fromkeys(("dense", "masked", "small"), run_module.Column(huge, 99.99))
+        columns = dict.fromkeys(("dense", "masked", "small"), run_module.NetworkMetrics(huge, 99.99))
         result = run_module.RunResult(columns, None, 0.0, 0.0, [], nn.Identity(), None)  # type: ignore[arg-type]
         assert Console().width == 80
         cli._print_table(cli.result_table(result))

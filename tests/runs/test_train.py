@@ -151,7 +151,7 @@ class TestFrozenWeights:
         assert evaluate(model, points()) == learnt > accuracy + 20
 
     def test_on_digits(self) -> None:
-        """Method A on real data: an untrained network's subnetwork recognises digits, without one weight learnt."""
+        """Method A on real data: an untrained network's subnetwork recognizes digits, without one weight learned."""
         config = PruningConfig.load({"data": {"name": "digits"}, "pruning": {"config_list": [ELEMENTS]}})
         train, _, test = loaders(config)
         torch.manual_seed(0)

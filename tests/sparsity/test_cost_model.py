@@ -15,8 +15,8 @@ from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.weights import plain_copy
-from gumbel_plugin.sparsity.budget import Member
-from gumbel_plugin.sparsity.cost_model import CostModel, CostScope, LayerCost, Width, count_cost
+from gumbel_plugin.sparsity.budget import BudgetTerm
+from gumbel_plugin.sparsity.cost_model import CostBudget, CostModel, LayerCost, Width, count_cost
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 from gumbel_plugin.training.plan import Plan
 from gumbel_torch_pruning import DependencyGroups
@@ -126,37 +126,37 @@ def test_weights_of_a_unit_that_no_producer_has_are_counted():
 # The cut --------------------------------------------------------------------------------------------------------------
 
 
-def scope_of(network, unit: str, ratio: float, **bounds: float) -> CostScope:
+def scope_of(network, unit: str, ratio: float, **bounds: float) -> CostBudget:
     plan = Plan(network.model, PruningSection(), seed=0)
-    members = [plan.gate_group(group) for group in network.groups().values()]
+    terms = [plan.gate_group(group) for group in network.groups().values()]
     generator = torch.Generator().manual_seed(0)
-    for member in members:
-        member.mask.logit.data.copy_(torch.randn(member.units, generator=generator))
+    for term in terms:
+        term.mask.logit.data.copy_(torch.randn(term.units, generator=generator))
         for name, value in bounds.items():
-            setattr(member, name, value)
-    return CostScope("test", members, ratio, model=cost_of(network, unit))
+            setattr(term, name, value)
+    return CostBudget("test", terms, ratio, model=cost_of(network, unit))
 
 
-def cost_after(scope: CostScope, gates: dict[str, Tensor]) -> float:
-    return float(scope.model({name: gate.double() for name, gate in gates.items()}))
+def cost_after(budget: CostBudget, gates: dict[str, Tensor]) -> float:
+    return float(budget.model({name: gate.double() for name, gate in gates.items()}))
 
 
 @pytest.mark.parametrize("unit", COUNTS)
 def test_the_cut_meets_the_budget_and_no_closed_unit_fits_any_more(network, unit):
-    scope = scope_of(network, unit, 0.4)
-    gates, budget = scope.cut(), scope.total * 0.6
-    assert cost_after(scope, gates) <= budget
+    budget = scope_of(network, unit, 0.4)
+    gates, budget = budget.cut(), budget.total * 0.6
+    assert cost_after(budget, gates) <= budget
     for name, gate in gates.items():
         assert bool(gate.any())
         for closed in torch.nonzero(~gate).flatten():
             more = {**gates, name: gate.index_fill(0, closed, True)}
-            assert cost_after(scope, more) > budget
+            assert cost_after(budget, more) > budget
 
 
 def test_the_lowest_scores_go_first(make_network):
-    scope = scope_of(make_network("residual"), "macs", 0.5)
-    gates = scope.cut()
-    logits = {member.name: member.mask.logit.detach() for member in scope.members}
+    budget = scope_of(make_network("residual"), "macs", 0.5)
+    gates = budget.cut()
+    logits = {term.name: term.mask.logit.detach() for term in budget.terms}
     lowest_kept = min(float(logits[name][gate].min()) for name, gate in gates.items())
     closed = torch.cat([logits[name][~gate] for name, gate in gates.items()])
     assert int((closed > lowest_kept).sum()) <= 2  # what is reopened at the edge
@@ -164,13 +164,13 @@ def test_the_lowest_scores_go_first(make_network):
 
 def test_limits_and_multiples_are_kept(make_network):
     network = make_network("residual")
-    scope = scope_of(network, "parameters", 0.4, multiple=2, max_ratio=0.7)
-    gates = scope.cut()
-    assert cost_after(scope, gates) <= scope.total * 0.6
-    for member in scope.members:
-        kept = int(gates[member.name].sum())
+    budget = scope_of(network, "parameters", 0.4, multiple=2, max_ratio=0.7)
+    gates = budget.cut()
+    assert cost_after(budget, gates) <= budget.total * 0.6
+    for term in budget.terms:
+        kept = int(gates[term.name].sum())
         assert kept % 2 == 0
-        assert kept >= 0.3 * member.units
+        assert kept >= 0.3 * term.units
 
 
 def test_a_budget_below_the_floor_names_what_sets_it(make_network):
@@ -178,48 +178,48 @@ def test_a_budget_below_the_floor_names_what_sets_it(make_network):
     with pytest.raises(ConfigError, match="largest possible ratio is") as caught:
         scope_of(network, "macs", 0.99)
     ratio = float(str(caught.value).rpartition(" ")[2])
-    scope = scope_of(network, "macs", ratio - 1e-3)
-    assert cost_after(scope, scope.cut()) <= scope.total * (1 - ratio + 1e-3)
+    budget = scope_of(network, "macs", ratio - 1e-3)
+    assert cost_after(budget, budget.cut()) <= budget.total * (1 - ratio + 1e-3)
     assert "largest gated layer left is" in str(caught.value)
     with pytest.raises(ConfigError, match=r"7\d\.\d% stay"):
         scope_of(network, "macs", 0.9, max_ratio=0.2)
 
 
 def test_density_counts_hard_gates_and_slopes_like_the_mean(make_network):
-    scope = scope_of(make_network("conv_bn_relu"), "macs", 0.5)
-    density = scope.density()
-    open_gates = {member.name: (member.mask.logit >= 0).detach() for member in scope.members}
-    assert float(density.detach()) == pytest.approx(cost_after(scope, open_gates) / scope.total, rel=1e-6)
+    budget = scope_of(make_network("conv_bn_relu"), "macs", 0.5)
+    density = budget.density()
+    open_gates = {term.name: (term.mask.logit >= 0).detach() for term in budget.terms}
+    assert float(density.detach()) == pytest.approx(cost_after(budget, open_gates) / budget.total, rel=1e-6)
     density.backward()
-    soft = {member.name: torch.sigmoid(member.mask.logit.detach()).requires_grad_() for member in scope.members}
-    scope.model(soft).backward()
-    for member in scope.members:
-        slope = soft[member.name].grad * soft[member.name].detach() * (1 - soft[member.name].detach()) / scope.total
-        torch.testing.assert_close(member.mask.logit.grad, slope)
+    soft = {term.name: torch.sigmoid(term.mask.logit.detach()).requires_grad_() for term in budget.terms}
+    budget.model(soft).backward()
+    for term in budget.terms:
+        slope = soft[term.name].grad * soft[term.name].detach() * (1 - soft[term.name].detach()) / budget.total
+        torch.testing.assert_close(term.mask.logit.grad, slope)
 
 
 def test_units_of_unequal_cost_are_reopened_where_they_fit():
     """Closing the costly unit alone would leave a gap that cheap ones, closed before it, fill again."""
     plan = Plan(nn.Sequential(nn.Linear(2, 2)), PruningSection(), seed=0)
     masks = [plan._new_mask((4,), None) for _ in range(2)]
-    members = [Member(name, mask, None) for name, mask in zip("ab", masks, strict=True)]
+    terms = [BudgetTerm(name, mask, None) for name, mask in zip("ab", masks, strict=True)]
     cheap, costly = Width(4), Width(4)
     cheap.add("a", 4, torch.arange(4))
     costly.add("b", 4, torch.arange(4))
     layers = [LayerCost("a", cheap, cheap, lambda n, _: n), LayerCost("b", costly, costly, lambda n, _: 10 * n)]
-    scope = CostScope("test", members, 0.25, model=CostModel("units", layers, 0.0))
+    budget = CostBudget("test", terms, 0.25, model=CostModel("units", layers, 0.0))
     masks[0].logit.data.copy_(torch.tensor([-4.0, -3.0, 5.0, 5.0]))
     masks[1].logit.data.copy_(torch.tensor([-2.0, 1.0, 1.0, 1.0]))
-    gates = scope.cut()  # 44 in all, 33 may stay: a's two lowest and b's lowest leave 32
+    gates = budget.cut()  # 44 in all, 33 may stay: a's two lowest and b's lowest leave 32
     assert gates["b"].tolist() == [False, True, True, True]
     assert gates["a"].tolist() == [False, True, True, True]
 
 
 def test_gates_that_were_not_learnt_close_in_every_group_alike(make_network):
-    scope = scope_of(make_network("no_bn"), "parameters", 0.5)
-    for member in scope.members:
-        member.mask.logit.data.fill_(3.0)
-    shares = [float(gate.float().mean()) for gate in scope.cut().values()]
+    budget = scope_of(make_network("no_bn"), "parameters", 0.5)
+    for term in budget.terms:
+        term.mask.logit.data.fill_(3.0)
+    shares = [float(gate.float().mean()) for gate in budget.cut().values()]
     assert max(shares) - min(shares) < 0.15
 
 

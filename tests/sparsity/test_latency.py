@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gumbel_plugin import GumbelGroupPruner
 from gumbel_plugin.errors import ConfigError, DataError, TargetError
 from gumbel_plugin.layers.geometry import layer_channels
-from gumbel_plugin.sparsity.latency import LatencyTable, LayerGrid, latency_cost, measure_table
 from gumbel_plugin.sparsity import latency as latency_module
+from gumbel_plugin.sparsity.latency import LatencyTable, LayerGrid, latency_cost, measure_table
 
 INPUTS = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -216,7 +216,7 @@ def test_layers_that_are_not_gated_count_at_their_widths():
     table = synthetic(model)
     everything = GumbelGroupPruner(chain(), INPUTS, target="latency", latency_table=table)
     part = GumbelGroupPruner(model, INPUTS, target="latency", latency_table=table, ignored_layers=[model[2]])
-    totals = [pruner.session.plan.scopes[0].total for pruner in (everything, part)]
+    totals = [pruner.session.plan.budgets[0].total for pruner in (everything, part)]
     assert totals[0] == pytest.approx(totals[1])
 
 
@@ -228,8 +228,8 @@ def test_the_budget_is_met_in_terms_of_the_table(ratio, steps):
     pruner = GumbelGroupPruner(
         model, INPUTS, target="latency", latency_table=table, pruning_ratio=ratio, iterative_steps=steps
     )
-    scope = pruner.session.plan.scopes[0]
-    dense, one_unit = scope.total, max(0.0, *(0.01 * (3 + 20) + 0.1, 0.01 * (16 + 12) + 0.1, 0.01 * (20 + 4) + 0.1))
+    budget = pruner.session.plan.budgets[0]
+    dense, one_unit = budget.total, max(0.0, *(0.01 * (3 + 20) + 0.1, 0.01 * (16 + 12) + 0.1, 0.01 * (20 + 4) + 0.1))
     for number in range(steps):
         generator = torch.Generator().manual_seed(number)
         for parameter in pruner.gate_parameters():
@@ -246,10 +246,10 @@ def _no_gates() -> list[tuple[str, Tensor]]:
 
 def test_the_table_is_measured_where_none_is_given():
     pruner = GumbelGroupPruner(chain(), INPUTS, target="latency", pruning_ratio=0.0)
-    scope = pruner.session.plan.scopes[0]
-    assert scope.total > 0
-    assert [layer.name for layer in scope.model.layers] == ["0", "2", "4", "6"]
-    assert float(scope.density().detach()) == pytest.approx(1.0)
+    budget = pruner.session.plan.budgets[0]
+    assert budget.total > 0
+    assert [layer.name for layer in budget.model.layers] == ["0", "2", "4", "6"]
+    assert float(budget.density().detach()) == pytest.approx(1.0)
 
 
 def test_a_latency_below_what_stays_is_refused():

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gumbel_plugin.sparsity.ranking import cut_point, keep_highest, portion, removed_count
+from gumbel_plugin.sparsity.ranking import count_to_prune, cut_point, keep_highest, removed_count
 
 _scores = st.lists(st.integers(-3, 3), min_size=1, max_size=30)  # few values: ties are common
 _ratios = st.integers(0, 99).map(lambda percent: percent / 100)
@@ -15,7 +15,7 @@ def test_the_highest_stay_and_of_equal_ones_the_last(values: list[int], ratio: f
     """The oracle is a stable sort, as in a budget's final cut."""
     scores = torch.tensor(values, dtype=torch.float32)
     expected = torch.ones(len(values), dtype=torch.bool)
-    expected[torch.argsort(scores, stable=True)[: min(portion(len(values), ratio), len(values) - 1)]] = False
+    expected[torch.argsort(scores, stable=True)[: min(count_to_prune(len(values), ratio), len(values) - 1)]] = False
     assert torch.equal(keep_highest(scores, ratio), expected)
 
 

@@ -51,29 +51,29 @@ def element_session(pruning: Callable[..., PruningSection]) -> Callable[..., Mas
 
 
 @pytest.fixture
-def group_session(section: Callable[..., PruningSection], randomise_logits: Any) -> Callable[..., MaskingSession]:
+def group_session(section: Callable[..., PruningSection], randomize_logits: Any) -> Callable[..., MaskingSession]:
     """Return the function that starts a session on all groups of a network, with random logits."""
 
     def start(network: Any, seed: int = 0, **keys: Any) -> MaskingSession:
         config = section(network.model, **keys)
         session = MaskingSession(network.model, config, list(network.groups().values()), seed)
         session.start()
-        randomise_logits(session)
+        randomize_logits(session)
         return session
 
     return start
 
 
 @pytest.fixture
-def randomise_logits() -> Callable[..., None]:
+def randomize_logits() -> Callable[..., None]:
     """Return the function that leaves about half of a session's gates closed, never all of one mask."""
 
     @torch.no_grad()
-    def randomise(session: MaskingSession, seed: int = 0) -> None:
+    def randomize(session: MaskingSession, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         for mask in session.plan.masks.values():
             nn.init.normal_(mask.logit, generator=generator)
             mask.logit.view(-1)[0] = 1.0
             mask.logit.view(-1)[-1] = -1.0
 
-    return randomise
+    return randomize

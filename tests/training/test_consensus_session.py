@@ -20,7 +20,7 @@ from gumbel_plugin.masks import ConsensusMask, Phase
 from gumbel_plugin.runs.models import CifarResNet
 from gumbel_plugin.shrinking.mask_file import load_masks, save_masks
 from gumbel_plugin.sparsity.counting import count_macs
-from gumbel_plugin.training.agreement import adopt_consensus, measure_agreement
+from gumbel_plugin.training.agreement import measure_agreement, set_consensus_from
 from gumbel_plugin.training.session import MaskingSession
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -70,12 +70,12 @@ def ask(session: MaskingSession, inputs: Tensor) -> tuple[Tensor, dict[str, Tens
     """Return the outputs under each sample's own gates in eval mode, and these gates."""
     model = session.model
     for mask in session.plan.masks.values():
-        mask.polled = True
+        mask.evaluated_per_sample = True
     training = model.training
     outputs = model.eval()(inputs).detach()
     found = {name: mask.last_votes() for name, mask in session.plan.masks.items()}
     for mask in session.plan.masks.values():
-        mask.polled = False
+        mask.evaluated_per_sample = False
     model.train(training)
     return outputs, {name: votes[0] for name, votes in found.items() if votes is not None}
 
@@ -222,28 +222,28 @@ def test_gates_of_recomputed_layers_have_the_same_gradient(
 def test_a_block_costs_the_macs_that_its_removal_saves() -> None:
     model = resnet()
     session = block_session(model)
-    (scope,) = session.plan.scopes
-    assert [member.name for member in scope.members] == ["stage1.0", "stage1.1", "stage2.1", "stage3.1"]
-    for member in scope.members:
+    (budget,) = session.plan.budgets
+    assert [term.name for term in budget.terms] == ["stage1.0", "stage1.1", "stage2.1", "stage3.1"]
+    for term in budget.terms:
         smaller = copy.deepcopy(model)
-        parent, _, child = member.name.rpartition(".")
+        parent, _, child = term.name.rpartition(".")
         setattr(smaller.get_submodule(parent), child, nn.Identity())
-        assert member.cost == count_macs(model, IMAGES) - count_macs(smaller, IMAGES)
+        assert term.cost == count_macs(model, IMAGES) - count_macs(smaller, IMAGES)
 
 
 def test_without_example_inputs_a_block_costs_its_weights() -> None:
     model = resnet()
-    for member in block_session(model, example=None).plan.scopes[0].members:
-        block = model.get_submodule(member.name)
-        assert member.cost == sum(p.numel() for p in block.parameters() if p.dim() > 1)
+    for term in block_session(model, example=None).plan.budgets[0].terms:
+        block = model.get_submodule(term.name)
+        assert term.cost == sum(p.numel() for p in block.parameters() if p.dim() > 1)
 
 
 def test_channels_that_share_a_budget_cost_the_macs_of_what_computes_them(make_network: Any, section: Any) -> None:
     network = make_network("flatten_linear")
     config = section(network.model, method="consensus", sparse_ratio=0.5, global_group_id="all")
     groups = list(network.groups().values())
-    (scope,) = MaskingSession(network.model, config, groups, example_inputs=network.inputs).plan.scopes
-    assert {member.name: member.cost for member in scope.members} == {"0": 64 * 27, "5": 96}
+    (budget,) = MaskingSession(network.model, config, groups, example_inputs=network.inputs).plan.budgets
+    assert {term.name: term.cost for term in budget.terms} == {"0": 64 * 27, "5": 96}
 
 
 def test_the_loss_of_a_session_is_usage_and_polarisation() -> None:
@@ -254,7 +254,7 @@ def test_the_loss_of_a_session_is_usage_and_polarisation() -> None:
     assert float(session.loss()) == 0  # before any forward
     model(IMAGES)
     means = torch.stack([mask.last_votes()[0].mean() for mask in session.plan.masks.values()])
-    costs = torch.tensor([member.cost for member in session.plan.scopes[0].members], dtype=torch.float64)
+    costs = torch.tensor([term.cost for term in session.plan.budgets[0].terms], dtype=torch.float64)
     usage = (means * costs).sum() / costs.sum()
     expected = 3.0 * (usage - 0.75) ** 2 + 0.5 * (means * (1 - means)).mean()
     torch.testing.assert_close(session.loss().detach().double(), expected)
@@ -278,7 +278,7 @@ def test_the_losses_lead_to_the_budget_and_to_agreement() -> None:
         for optimizer in optimizers:
             optimizer.step()
         session.step()
-    adopt_consensus(session, [IMAGES])
+    set_consensus_from(session, [IMAGES])
     assert session.status().sparsity == 0.5
     agreement = measure_agreement(session, [IMAGES])
     assert agreement.unanimous == 1.0
@@ -408,7 +408,7 @@ def test_the_consensus_over_some_data_is_the_majority_of_its_samples() -> None:
     session = block_session(model)
     session.start(10)
     disagree(session)
-    adopt_consensus(session, [IMAGES[:1], IMAGES[1:]])
+    set_consensus_from(session, [IMAGES[:1], IMAGES[1:]])
     _, gates = ask(session, IMAGES)
     for name, own in gates.items():
         torch.testing.assert_close(session.plan.masks[name].votes.flatten(), own.mean(0))

@@ -10,7 +10,7 @@ from gumbel_plugin.graph.channel_groups import ChannelSlice
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.gumbel_softmax import GumbelSoftmaxMask, GumbelSoftmaxOptions
 from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, Granularity
-from gumbel_plugin.training.gated_layer import ColumnGates, SiteHooks, WeightSite
+from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer, GatedLayerHooks
 
 LAYERS = {
     "linear": (lambda: nn.Linear(4, 6), (3, 4)),
@@ -33,16 +33,16 @@ def mask_of(shape: tuple[int, ...], granularity: Granularity | None = None, stre
     return mask
 
 
-def column_site(layer: nn.Module, size: int = 4) -> WeightSite:
+def column_site(layer: nn.Module, size: int = 4) -> GatedLayer:
     columns = ColumnGates.join(
         layer, [(mask_of((size,)), ChannelSlice("layer", torch.arange(size), torch.arange(size)))]
     )
-    return WeightSite("layer", layer, layer, columns=columns)
+    return GatedLayer("layer", layer, layer, columns=columns)
 
 
-def element_site(layer: nn.Module, granularity: Granularity = ELEMENT, **keys: object) -> WeightSite:
+def element_site(layer: nn.Module, granularity: Granularity = ELEMENT, **keys: object) -> GatedLayer:
     mask = mask_of(granularity.gate_shape(layer.weight.shape), granularity)
-    return WeightSite("layer", layer, layer, mask=mask, **keys)
+    return GatedLayer("layer", layer, layer, mask=mask, **keys)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -52,12 +52,12 @@ def test_masking_the_input_is_masking_the_weights_columns(kind: str, dtype: torc
     build, shape = LAYERS[kind]
     torch.manual_seed(0)
     layer, inputs = build().to(dtype), torch.randn(shape, dtype=dtype, requires_grad=True)
-    site = column_site(layer)
-    (mask,) = site.columns.masks
+    gated = column_site(layer)
+    (mask,) = gated.columns.masks
     gates = mask.gates()
     assert 0 < gates.sum() < 4
     results = []
-    for masked_input, weight in ((site.apply_to_input(inputs), layer.weight), (inputs, site.apply(layer.weight))):
+    for masked_input, weight in ((gated.apply_to_input(inputs), layer.weight), (inputs, gated.apply(layer.weight))):
         output = torch.func.functional_call(layer, {"weight": weight}, (masked_input,))
         upstream = torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)
         wanted = [layer.weight, mask.logit, inputs]
@@ -84,30 +84,32 @@ def test_a_site_is_the_product_of_its_gates_and_its_scale(granularity: Granulari
     torch.manual_seed(0)
     layer = nn.Linear(4, 6)
     scale = nn.Parameter(torch.tensor(1.7)) if rescale == "learned" else None
-    site = element_site(layer, granularity, rescale=rescale, scale=scale)
-    site.columns = column_site(layer).columns
-    gates = site.mask.spread(site.mask.gates(), layer.weight) * site.columns.vector()
+    gated = element_site(layer, granularity, rescale=rescale, scale=scale)
+    gated.columns = column_site(layer).columns
+    gates = gated.mask.spread(gated.mask.gates(), layer.weight) * gated.columns.vector()
     factor = {"none": 1.0, "learned": 1.7, "dynamic": 24 / gates.expand(6, 4).sum()}[rescale]
-    torch.testing.assert_close(site.apply(layer.weight), layer.weight * gates * factor)
-    torch.testing.assert_close(site.multiplier(layer.weight).expand(6, 4), gates.expand(6, 4))
+    torch.testing.assert_close(gated.apply(layer.weight), layer.weight * gates * factor)
+    torch.testing.assert_close(gated.multiplier(layer.weight).expand(6, 4), gates.expand(6, 4))
 
 
 def test_the_dynamic_scale_has_a_gradient() -> None:
     layer = nn.Linear(4, 6)
-    site = element_site(layer, rescale="dynamic")
-    mask = site.mask
+    gated = element_site(layer, rescale="dynamic")
+    mask = gated.mask
     gates = mask.gates(layer.weight)
     expected = (layer.weight * gates * (24 / gates.sum())).square().sum()
-    ours = torch.autograd.grad(site.apply(layer.weight).square().sum(), mask.logit)[0]
+    ours = torch.autograd.grad(gated.apply(layer.weight).square().sum(), mask.logit)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(expected, mask.logit)[0])
 
 
 @pytest.mark.parametrize("rescale", ["none", "learned", "dynamic"])
 def test_before_the_gates_act_the_weight_is_itself(rescale: str) -> None:
     layer = nn.Linear(4, 6)
-    site = element_site(layer, rescale=rescale, scale=nn.Parameter(torch.tensor(3.0)) if rescale == "learned" else None)
-    site.mask.phase = Phase.OPEN
-    assert site.apply(layer.weight) is layer.weight
+    gated = element_site(
+        layer, rescale=rescale, scale=nn.Parameter(torch.tensor(3.0)) if rescale == "learned" else None
+    )
+    gated.mask.phase = Phase.OPEN
+    assert gated.apply(layer.weight) is layer.weight
 
 
 @pytest.mark.parametrize("rescale", ["none", "learned", "dynamic"])
@@ -115,18 +117,20 @@ def test_folding_changes_the_storage_and_nothing_else(rescale: str) -> None:
     """Bit-exact: s (w m) and (s w) m are the same floating-point numbers, also when it is applied or folded again."""
     torch.manual_seed(0)
     layer, inputs = nn.Linear(8, 6), torch.randn(5, 8)
-    site = element_site(layer, rescale=rescale, scale=nn.Parameter(torch.tensor(1.3)) if rescale == "learned" else None)
-    site.mask.fix(site.mask.decide(None))
-    assert site.phases == {Phase.FIXED}
-    hooks = SiteHooks(site)
+    gated = element_site(
+        layer, rescale=rescale, scale=nn.Parameter(torch.tensor(1.3)) if rescale == "learned" else None
+    )
+    gated.mask.fix(gated.mask.decide(None))
+    assert gated.phases == {Phase.FIXED}
+    hooks = GatedLayerHooks(gated)
     hooks.attach()
     before = layer(inputs)
-    applied = site.apply(layer.weight).detach().clone()
-    site.fold()
+    applied = gated.apply(layer.weight).detach().clone()
+    gated.fold()
     assert torch.equal(layer.weight, applied)
-    assert torch.equal(layer.weight == 0, ~site.mask.hard)
+    assert torch.equal(layer.weight == 0, ~gated.mask.hard)
     assert torch.equal(layer(inputs), before)
-    site.fold()
+    gated.fold()
     assert torch.equal(layer.weight, applied)
     hooks.detach()
     assert torch.equal(layer(inputs), before)
@@ -140,9 +144,9 @@ def test_the_hooks_mask_where_it_is_cheaper_and_the_result_is_the_same(batch: in
     """A small batch is masked itself, a large one meets masked weights."""
     torch.manual_seed(0)
     layer, inputs = nn.Linear(4, 6), torch.randn(batch, 4)
-    site = column_site(layer)
-    expected = nn.functional.linear(inputs, site.apply(layer.weight), layer.bias)
-    hooks = SiteHooks(site)
+    gated = column_site(layer)
+    expected = nn.functional.linear(inputs, gated.apply(layer.weight), layer.bias)
+    hooks = GatedLayerHooks(gated)
     hooks.attach()
     seen = []
     layer.register_forward_hook(lambda module, args, output: seen.append(args[0]))
@@ -153,17 +157,17 @@ def test_the_hooks_mask_where_it_is_cheaper_and_the_result_is_the_same(batch: in
 
 def test_a_keyword_input_is_gated_too() -> None:
     layer, inputs = nn.Linear(4, 6), torch.randn(1, 4)
-    site = column_site(layer)
-    expected = nn.functional.linear(inputs, site.apply(layer.weight), layer.bias)
-    SiteHooks(site).attach()
+    gated = column_site(layer)
+    expected = nn.functional.linear(inputs, gated.apply(layer.weight), layer.bias)
+    GatedLayerHooks(gated).attach()
     torch.testing.assert_close(layer(input=inputs), expected)
 
 
 @pytest.mark.parametrize("where", ["forward", "pre-hook", "hook"])
 def test_an_error_in_a_forward_leaves_no_masked_weight_behind(where: str) -> None:
     layer = nn.Linear(4, 6)
-    site = element_site(layer)
-    SiteHooks(site).attach()
+    gated = element_site(layer)
+    GatedLayerHooks(gated).attach()
 
     def fail(*args: object) -> None:
         raise RuntimeError("on purpose")
@@ -182,7 +186,7 @@ def test_detached_hooks_leave_nothing() -> None:
     layer, inputs = nn.Linear(4, 6), torch.randn(3, 4)
     expected = layer(inputs)
     before = copy.copy(vars(layer))
-    hooks = SiteHooks(element_site(layer))
+    hooks = GatedLayerHooks(element_site(layer))
     hooks.attach()
     assert not torch.equal(layer(inputs), expected)
     hooks.detach()
@@ -204,8 +208,8 @@ class Twice(nn.Module):
 def test_a_layer_that_is_used_twice_sees_one_sample(kind: str) -> None:
     torch.manual_seed(0)
     model, inputs = Twice(), torch.randn(20, 4)
-    site = element_site(model.layer) if kind == "element" else column_site(model.layer)
-    SiteHooks(site).attach()
-    weight = site.apply(model.layer.weight)
+    gated = element_site(model.layer) if kind == "element" else column_site(model.layer)
+    GatedLayerHooks(gated).attach()
+    weight = gated.apply(model.layer.weight)
     expected = nn.functional.linear(nn.functional.linear(inputs, weight, model.layer.bias), weight, model.layer.bias)
     torch.testing.assert_close(model(inputs), expected)

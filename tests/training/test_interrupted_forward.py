@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gumbel_plugin import GumbelPruner, MaskingSession, PruningConfig
 from gumbel_plugin.layers.weights import plain_copy
-from gumbel_plugin.training.loop import GuestSession
+from gumbel_plugin.training.loop import MaskingLoop
 from gumbel_torch_pruning import find_groups
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -83,7 +83,7 @@ def test_an_interrupted_model_can_be_copied_and_called_again(monkeypatch: pytest
     with interrupted(monkeypatch, KeyboardInterrupt):
         session.model(X)
     plain = plain_copy(session.model)
-    assert torch.equal(plain[0].weight, session.plan.sites["0"].weight)
+    assert torch.equal(plain[0].weight, session.plan.gated_layers["0"].weight)
     session.model.eval()
     expected = session.model(X)
     assert torch.equal(session.model(X), expected)
@@ -136,12 +136,12 @@ def test_an_input_that_is_gated_next_meets_the_weight_itself(monkeypatch: pytest
 
 def test_a_checkpoint_holds_the_plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Sometimes()
-    guest = GuestSession(model, [{"op_names": ["first"], "granularity": "element", "sparse_ratio": 0.5}])
-    guest.start(10)
-    expected = guest.plain_state()
+    loop = MaskingLoop(model, [{"op_names": ["first"], "granularity": "element", "sparse_ratio": 0.5}])
+    loop.start(10)
+    expected = loop.plain_state()
     with interrupted(monkeypatch, KeyboardInterrupt):
         model(X)
-    for name, tensor in guest.plain_state().items():
+    for name, tensor in loop.plain_state().items():
         assert torch.equal(tensor, expected[name])
 
 

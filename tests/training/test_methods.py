@@ -171,7 +171,7 @@ def test_the_budget_is_met_exactly_and_the_extracted_network_is_the_masked_one(c
 
 
 def test_the_loss_falls(case: Case) -> None:
-    """The hard network that comes out solves the problem, or at least, where nothing is learnt about it, did before."""
+    """The hard network that comes out solves the problem, or at least, where nothing is learned about it, did before."""
     model = build(case)
     session = case.session(model, 0.5, phases={} if "weights" in case.keys else {"fixed": 0.25})
     losses = learn(model, session, 240)
@@ -229,8 +229,8 @@ def test_gates_follow_a_ratio_that_changes_while_they_are_learnt(name: str) -> N
     session = case.session(model, 0.2)
     session.start()
     for ratio in (0.2, 0.8):
-        for scope in session.plan.scopes:
-            scope.ratio = ratio
+        for budget in session.plan.budgets:
+            budget.ratio = ratio
         assert session.status().sparsity == pytest.approx(ratio, abs=0.03)
 
 
@@ -247,10 +247,10 @@ def test_limits_of_a_layer_bound_what_its_gates_close() -> None:
 def test_a_method_with_a_way_of_its_own_gets_no_budget_loss() -> None:
     for case in CASES.values():
         session = case.session(build(case))
-        steers_itself = METHODS[case.method].steers_itself
-        assert (session.controller.scopes == []) == steers_itself
+        manages_own_sparsity = METHODS[case.method].manages_own_sparsity
+        assert (session.controller.budgets == []) == manages_own_sparsity
         session.start()
-        expected = not steers_itself or case.method == "reparametrization"
+        expected = not manages_own_sparsity or case.method == "reparametrization"
         assert (session.controller.loss(1.0) is not None) == expected
 
 
@@ -334,7 +334,7 @@ def test_scaled_weights_are_drawn_larger() -> None:
 # Errors, before anything is trained ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.steers_itself and not m.per_sample])
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.manages_own_sparsity and not m.per_sample])
 def test_a_method_with_a_way_of_its_own_needs_a_ratio(method: str) -> None:
     for entry in ({}, {"sparse_threshold": 0.3}):
         with pytest.raises(ConfigError, match=f"sparse_ratio of '0' is missing: method '{method}'"):

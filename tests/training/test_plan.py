@@ -136,10 +136,10 @@ def test_a_layers_gates_have_the_granularitys_shape(granularity: Any, shape: tup
     made = plan(model, element(op_names=["conv1"], granularity=granularity))
     mask = made.masks["conv1"]
     assert mask.shape == shape
-    assert made.sites["conv1"].mask is mask
-    assert made.sites["conv1"].columns is None
-    (member,) = made.scopes[0].members
-    assert member.cost * member.units == model.conv1.weight.numel()
+    assert made.gated_layers["conv1"].mask is mask
+    assert made.gated_layers["conv1"].columns is None
+    (term,) = made.budgets[0].terms
+    assert term.cost * term.units == model.conv1.weight.numel()
 
 
 def test_a_granularity_that_does_not_fit_a_layer_is_an_error() -> None:
@@ -149,21 +149,21 @@ def test_a_granularity_that_does_not_fit_a_layer_is_an_error() -> None:
 
 def test_every_layer_has_a_budget_of_its_own_unless_they_share_one() -> None:
     alone = plan(Nested(), element(op_types=["Linear"]))
-    assert [(scope.name, len(scope.members), scope.ratio) for scope in alone.scopes] == [
+    assert [(budget.name, len(budget.terms), budget.ratio) for budget in alone.budgets] == [
         ("fc1", 1, 0.5),
         ("fc2", 1, 0.5),
     ]
     entries = [element(op_types=["Linear"], global_group_id=0), element(op_types=["Conv2d"], global_group_id=0)]
     shared = plan(Nested(), *entries)
-    assert [len(scope.members) for scope in shared.scopes] == [6]
-    assert "0" in shared.scopes[0].name
+    assert [len(budget.terms) for budget in shared.budgets] == [6]
+    assert "0" in shared.budgets[0].name
 
 
 def test_limits_reach_the_members() -> None:
     made = plan(Nested(), element(op_types=["Linear"], max_sparse_ratio=0.75, min_sparse_ratio=0.25))
-    assert [(m.min_ratio, m.max_ratio) for scope in made.scopes for m in scope.members] == [(0.25, 0.75)] * 2
+    assert [(m.min_ratio, m.max_ratio) for budget in made.budgets for m in budget.terms] == [(0.25, 0.75)] * 2
     threshold = plan(Nested(), {"op_types": ["Linear"], "granularity": "element", "sparse_threshold": 0.3})
-    assert [(scope.ratio, scope.threshold) for scope in threshold.scopes] == [(None, 0.3)] * 2
+    assert [(budget.ratio, budget.threshold) for budget in threshold.budgets] == [(None, 0.3)] * 2
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_layers_with_one_dependency_group_id_share_their_gates() -> None:
         element(op_names=["2", "4"], dependency_group_id="a", global_group_id=1),
         element(op_names=["6"], global_group_id=1),
     )
-    assert made.sites["2"].mask is made.sites["4"].mask is made.masks["2"]
+    assert made.gated_layers["2"].mask is made.gated_layers["4"].mask is made.masks["2"]
     assert "4" not in made.masks
-    assert [(m.name, m.cost) for m in made.scopes[0].members] == [("2", 2.0), ("6", 1.0)]  # one gate, two weights
+    assert [(m.name, m.cost) for m in made.budgets[0].terms] == [("2", 2.0), ("6", 1.0)]  # one gate, two weights
 
 
 def test_tied_entries_may_be_two() -> None:
@@ -236,13 +236,13 @@ def test_groups_with_one_dependency_group_id_share_their_gates() -> None:
     made = plan(
         twins(), {"op_names": ["0", "2"], "dependency_group_id": "a", "sparse_ratio": 0.5}, inputs=torch.randn(2, 4)
     )
-    assert len(made.masks) == len(made.groups) == len(made.scopes) == 1
+    assert len(made.masks) == len(made.groups) == len(made.budgets) == 1
     (group,) = made.groups.values()
     assert {part.module for part in group.producers} == {"0", "2"}
     assert {part.module for part in group.consumers} == {"2", "4"}
     (mask,) = made.masks.values()
-    assert made.sites["2"].columns.masks == made.sites["4"].columns.masks == [mask]
-    assert made.scopes[0].members[0].cost == 4 + 6
+    assert made.gated_layers["2"].columns.masks == made.gated_layers["4"].columns.masks == [mask]
+    assert made.budgets[0].terms[0].cost == 4 + 6
 
 
 @pytest.mark.parametrize(
@@ -280,18 +280,18 @@ def test_every_group_with_a_selected_producer_is_gated_at_its_consumers(network:
     assert set(made.masks) == set(made.groups) == set(groups)
     assert all(made.masks[name].shape == (group.size,) for name, group in groups.items())
     consumers = {part.module for group in groups.values() for part in group.consumers}
-    assert set(made.sites) == consumers
-    for site in made.sites.values():
-        assert site.mask is None
-        feeding = {name for name, g in groups.items() if site.name in {p.module for p in g.consumers}}
-        assert {id(m) for m in site.columns.masks} == {id(made.masks[name]) for name in feeding}
+    assert set(made.gated_layers) == consumers
+    for gated in made.gated_layers.values():
+        assert gated.mask is None
+        feeding = {name for name, g in groups.items() if gated.name in {p.module for p in g.consumers}}
+        assert {id(m) for m in gated.columns.masks} == {id(made.masks[name]) for name in feeding}
 
 
 def test_a_unit_costs_the_weights_that_compute_it(make_network: Callable[..., Any]) -> None:
     network = make_network("residual")
     groups = network.groups()
     made = plan(network.model, {"op_types": ["Conv2d"]}, inputs=network.inputs)
-    costs = {m.name: m.cost for scope in made.scopes for m in scope.members}
+    costs = {m.name: m.cost for budget in made.budgets for m in budget.terms}
     tied = next(name for name, g in groups.items() if len(g.producers) == 4)
     assert costs == {tied: 3 * 9 + 8 * 9, "conv2": 6 * 9}
 
@@ -327,7 +327,7 @@ def test_excluded_from_one_entry_to_have_one_of_its_own() -> None:
         {"op_names": ["conv1"], "sparse_ratio": 0.3},
     ]
     made = plan(Nested(), *entries)
-    ratios = {scope.name: scope.ratio for scope in made.scopes}
+    ratios = {budget.name: budget.ratio for budget in made.budgets}
     assert ratios["conv1"] == 0.3
     assert ratios["conv10"] == 0.5
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from gumbel_plugin.training.rescale import dynamic_scale, initialise_weight
+from gumbel_plugin.training.rescale import dynamic_scale, initialize_weight
 
 
 def initialised(how: str, shape: tuple[int, ...] = (64, 32, 3, 3), seed: int = 0) -> torch.Tensor:
     weight = nn.Parameter(torch.full(shape, 7.0))
-    initialise_weight(weight, how, torch.Generator().manual_seed(seed))
+    initialize_weight(weight, how, torch.Generator().manual_seed(seed))
     return weight.detach()
 
 
@@ -46,7 +46,7 @@ def test_the_seed_decides_and_nothing_else(how: str) -> None:
 
 def test_the_same_numbers_in_every_precision() -> None:
     double = nn.Parameter(torch.empty(8, 4, dtype=torch.float64))
-    initialise_weight(double, "kaiming_normal", torch.Generator().manual_seed(0))
+    initialize_weight(double, "kaiming_normal", torch.Generator().manual_seed(0))
     assert torch.equal(double.detach().float(), initialised("kaiming_normal", (8, 4)))
 
 

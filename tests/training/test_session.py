@@ -104,7 +104,7 @@ def test_a_method_may_add_a_penalty(monkeypatch: pytest.MonkeyPatch, mlp: Any, e
     session = element_session(mlp(4, 8, 3))
     for mask in session.plan.masks.values():
         monkeypatch.setattr(mask, "penalty", lambda weight: weight.detach().square().sum())
-    weights = [site.weight for site in session.plan.sites.values()]
+    weights = [gated.weight for gated in session.plan.gated_layers.values()]
     torch.testing.assert_close(session.loss(), sum(w.detach().square().sum() for w in weights))
 
 
@@ -234,12 +234,12 @@ def test_the_state_is_remembered_now_and_then(mlp: Any, element_session: Any) ->
 # Masks from outside -------------------------------------------------------------------------------------------------
 
 
-def test_element_masks_leave_the_bias_alone(mlp: Any, element_session: Any, randomise_logits: Any) -> None:
+def test_element_masks_leave_the_bias_alone(mlp: Any, element_session: Any, randomize_logits: Any) -> None:
     torch.manual_seed(0)
     model = mlp(4, 8, 3)
     biases = [model[0].bias.detach().clone(), model[2].bias.detach().clone()]
     session = element_session(model, sparse_ratio=0.75)
-    randomise_logits(session)
+    randomize_logits(session)
     masks = session.extract()
     assert {name: set(targets) for name, targets in masks.items()} == {"0": {"weight"}, "2": {"weight"}}
     for name, bias in zip(("0", "2"), biases, strict=True):
@@ -250,11 +250,11 @@ def test_element_masks_leave_the_bias_alone(mlp: Any, element_session: Any, rand
 
 
 def test_fixed_masks_fix_the_others_open_and_are_extracted_as_given(
-    mlp: Any, element_session: Any, randomise_logits: Any
+    mlp: Any, element_session: Any, randomize_logits: Any
 ) -> None:
     model = mlp(4, 8, 3)
     session = element_session(model)
-    randomise_logits(session)
+    randomize_logits(session)
     given = (torch.rand(8, 4) < 0.5).float()
     session.fix_masks({"0": {"weight": given}})
     assert {mask.phase for mask in session.plan.masks.values()} == {Phase.FIXED}

@@ -136,7 +136,7 @@ def test_masks_go_round_through_fix_masks(network: Any, group_session: Any) -> N
         assert GATES in name or torch.equal(ours, theirs)
 
 
-def test_producers_of_a_part_have_their_part_of_the_mask(pruning: Any, randomise_logits: Any, parts: Any) -> None:
+def test_producers_of_a_part_have_their_part_of_the_mask(pruning: Any, randomize_logits: Any, parts: Any) -> None:
     torch.manual_seed(0)
     model, inputs = parts, torch.randn(2, 3, 4, 4)
     groups = [group for group in find_groups(model, inputs) if group.safety == "exact"]
@@ -146,7 +146,7 @@ def test_producers_of_a_part_have_their_part_of_the_mask(pruning: Any, randomise
         for duplicate in (model, copy.deepcopy(model))
     )
     session.start()
-    randomise_logits(session)
+    randomize_logits(session)
     masks = session.extract()
     rows = {name: targets["weight"].flatten(1)[:, 0] for name, targets in masks.items()}
     assert torch.equal(torch.cat([rows["left"], rows["right"]]), rows["whole"])
@@ -231,10 +231,10 @@ def test_a_copied_session_lets_go_of_its_own_model(mlp: Any, element_session: An
     assert session.model[0]._forward_pre_hooks
 
 
-def test_an_attached_model_can_be_pickled(mlp: Any, element_session: Any, randomise_logits: Any) -> None:
+def test_an_attached_model_can_be_pickled(mlp: Any, element_session: Any, randomize_logits: Any) -> None:
     torch.manual_seed(0)
     model, inputs = mlp(4, 8, 3), torch.randn(3, 4)
-    randomise_logits(element_session(model))
+    randomize_logits(element_session(model))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.training.agreement import adopt_consensus, measure_agreement
-from gumbel_plugin.training.loop import GuestSession
+from gumbel_plugin.training.agreement import measure_agreement, set_consensus_from
+from gumbel_plugin.training.loop import MaskingLoop
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_torch_pruning import find_groups
 
@@ -71,14 +71,14 @@ class TestStates:
 
     def test_the_length_may_be_told_later(self) -> None:
         rules = [{"op_types": ["Linear"], "granularity": "element"}]
-        guest = GuestSession(layer(), {"pruning": {"config_list": rules, "phases": {"dense": 0.5}}})
-        guest.start(None)
-        assert guest.session.status().phase == "learning"
-        guest.session.expect(10)
-        assert guest.session.status().phase == "open"
+        loop = MaskingLoop(layer(), {"pruning": {"config_list": rules, "phases": {"dense": 0.5}}})
+        loop.start(None)
+        assert loop.session.status().phase == "learning"
+        loop.session.expect(10)
+        assert loop.session.status().phase == "open"
         for _ in range(5):
-            guest.session.step()
-        assert guest.session.status().phase == "learning"
+            loop.session.step()
+        assert loop.session.status().phase == "learning"
 
 
 class TestLimits:
@@ -167,7 +167,7 @@ def test_votes_are_counted_by_rows_and_agreement_by_samples() -> None:
     session.start(10)
     (mask,) = session.plan.masks.values()
     nn.init.normal_(mask.output, generator=torch.Generator().manual_seed(0))
-    adopt_consensus(session, [x, x[:2]])
+    set_consensus_from(session, [x, x[:2]])
     assert 0 < float(mask.votes.max()) <= 1
     agreement = measure_agreement(session, [x, x[:2]])
     assert agreement.samples == 7

@@ -42,10 +42,10 @@ def test_one_seed_one_run(granularity: str, samples: Any) -> None:
     assert not torch.equal(first[0], first[1])
 
 
-def test_evaluating_in_between_changes_nothing(mlp: Any, element_session: Any, randomise_logits: Any) -> None:
+def test_evaluating_in_between_changes_nothing(mlp: Any, element_session: Any, randomize_logits: Any) -> None:
     torch.manual_seed(0)
     model, inputs = mlp(6, 20, 3), torch.randn(5, 6)
-    randomise_logits(element_session(model))
+    randomize_logits(element_session(model))
     duplicate = copy.deepcopy(model)
     first = [model(inputs), model(inputs)]
     second = [duplicate(inputs)]
@@ -73,7 +73,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("what", ["blocks", "model"])
 @pytest.mark.parametrize("rescale", ["none", "dynamic"])
 def test_activation_checkpointing_sees_the_same_sample(
-    granularity: str, what: str, rescale: str, randomise_logits: Any, pruning: Any
+    granularity: str, what: str, rescale: str, randomize_logits: Any, pruning: Any
 ) -> None:
     """Whether blocks or the whole model are recomputed, gradients are those without checkpointing."""
     gradients = []
@@ -84,7 +84,7 @@ def test_activation_checkpointing_sees_the_same_sample(
         config = pruning({"op_types": ["Linear"], "granularity": granularity}, rescale=rescale)
         session = MaskingSession(model, config, groups)
         session.start()
-        randomise_logits(session)
+        randomize_logits(session)
         for _ in range(2):
             out = checkpoint(model, inputs, use_reentrant=False) if mode == "model" else model(inputs)
             out.square().sum().backward()
@@ -144,7 +144,7 @@ def test_method_a_learns_with_frozen_weights(rescale: str, mlp: Any, element_ses
 
 
 def test_channels_are_learnt_with_their_weights_down_to_the_ratio(mlp: Any, pruning: Any) -> None:
-    """Half of the inputs say nothing: three quarters of the hidden units go, and the task is still learnt."""
+    """Half of the inputs say nothing: three quarters of the hidden units go, and the task is still learned."""
     torch.manual_seed(0)
     inputs = torch.randn(400, 10)
     labels = (inputs[:, 0] * inputs[:, 1] > 0).long()

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import LifecycleError, TargetError
 from gumbel_plugin.shrinking.pruned_file import save_pruned
-from gumbel_plugin.training.loop import GuestSession
+from gumbel_plugin.training.loop import MaskingLoop
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
 
-def trained(steps: int = 3, width: int = 8, **pruning: Any) -> GuestSession:
+def trained(steps: int = 3, width: int = 8, **pruning: Any) -> MaskingLoop:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
     rules = [{"op_types": ["Linear"], "granularity": "element", "sparse_ratio": 0.5}]
     pruning = {"rescale": "learned", "gate_optimizer": {"name": "adam", "lr": 0.1}, **pruning}
-    guest = GuestSession(model, {"pruning": {"config_list": rules, **pruning}})
-    guest.start(10)
+    loop = MaskingLoop(model, {"pruning": {"config_list": rules, **pruning}})
+    loop.start(10)
     for _ in range(steps):
         model(X).square().mean().backward()
-        guest.before_step()
-        guest.after_step()
-    return guest
+        loop.before_step()
+        loop.after_step()
+    return loop
 
 
 def leaves(value: Any) -> list[Any]:
@@ -92,15 +92,15 @@ def test_a_damaged_state_of_a_session(fault: str) -> None:
     damage, message = SESSION_FAULTS[fault]
     state = copy.deepcopy(trained(5).session.state_dict())
     damage(state)
-    guest = trained()
-    refused(guest, guest.session.load_state_dict, state, message)
+    loop = trained()
+    refused(loop, loop.session.load_state_dict, state, message)
 
 
 @pytest.mark.parametrize("state", [None, 3, "state.pt", [1]])
 def test_what_is_no_state_at_all(state: Any) -> None:
-    guest = trained()
-    refused(guest, guest.session.load_state_dict, state, "^a session's state is .*must be a mapping")
-    refused(guest, guest.load_state_dict, state, "^the state is .*must be a mapping")
+    loop = trained()
+    refused(loop, loop.session.load_state_dict, state, "^a session's state is .*must be a mapping")
+    refused(loop, loop.load_state_dict, state, "^the state is .*must be a mapping")
 
 
 GUEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -124,36 +124,36 @@ def test_a_damaged_state_with_optimizers(fault: str) -> None:
     damage, message = GUEST_FAULTS[fault]
     state = copy.deepcopy(trained(5).state_dict())
     damage(state)
-    guest = trained()
-    refused(guest, guest.load_state_dict, state, message)
+    loop = trained()
+    refused(loop, loop.load_state_dict, state, message)
 
 
 @pytest.mark.parametrize("keys", [{"width": 9}, {"method": "edge_popup"}, {"rescale": "none"}])
 def test_a_state_of_another_session(keys: dict[str, Any]) -> None:
-    guest, state = trained(), trained(5, **keys).session.state_dict()
-    refused(guest, guest.session.load_state_dict, state, r"has shape|is unknown here|lacks|the scales of")
+    loop, state = trained(), trained(5, **keys).session.state_dict()
+    refused(loop, loop.session.load_state_dict, state, r"has shape|is unknown here|lacks|the scales of")
 
 
-def refused(guest: GuestSession, load: Callable[[Any], None], state: Any, message: str) -> None:
+def refused(loop: MaskingLoop, load: Callable[[Any], None], state: Any, message: str) -> None:
     """Assert that a state is refused and changes nothing."""
-    before = leaves(copy.deepcopy(guest.state_dict()))
+    before = leaves(copy.deepcopy(loop.state_dict()))
     with pytest.raises(TargetError, match=message):
         load(state)
-    assert leaves(guest.state_dict()) == before
+    assert leaves(loop.state_dict()) == before
 
 
 @pytest.mark.parametrize("phases", [{}, {"dense": 0.9}, {"fixed": 0.7}])
 def test_a_state_of_any_phase_is_taken_over(phases: dict[str, float]) -> None:
     state = trained(5, phases=phases).state_dict()
-    guest = trained(1, phases=phases)
-    guest.load_state_dict(copy.deepcopy(state))
-    assert leaves(guest.state_dict()) == leaves(state)
+    loop = trained(1, phases=phases)
+    loop.load_state_dict(copy.deepcopy(state))
+    assert leaves(loop.state_dict()) == leaves(state)
 
 
 def test_a_gated_model_is_not_saved_as_a_pruned_one(tmp_path: Any) -> None:
-    guest = trained()
+    loop = trained()
     with pytest.raises(LifecycleError, match=r"still gated.*extract\(\) and detach\(\)"):
-        save_pruned(tmp_path / "small.safetensors", guest.session.model)
+        save_pruned(tmp_path / "small.safetensors", loop.session.model)
     assert not list(tmp_path.iterdir())
-    guest.finish()
-    save_pruned(tmp_path / "small.safetensors", guest.session.model)
+    loop.finish()
+    save_pruned(tmp_path / "small.safetensors", loop.session.model)

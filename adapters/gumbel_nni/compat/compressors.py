@@ -57,7 +57,7 @@ def masks_of_unknown_modules() -> bool:
 
 
 def slim_factors_in_weights() -> bool:
-    """Let SlimPruner's learnt factors outlive its wrappers.
+    """Let SlimPruner's learned factors outlive its wrappers.
 
     Cause (a gap, whatever the versions): the network is trained with weight times factor, but unwrapping gives back
     the weight alone: another network. Remedy: unwrapping multiplies the factor in, and leaves ones.
@@ -176,7 +176,7 @@ def _fusion_compress(self: Any, max_steps: int | None, max_epochs: int | None) -
 
 
 def with_slim_factor(wrapper: Any, target: str, tensor: Tensor) -> Tensor:
-    """Return a tensor times the factor that a SlimPruner has learnt for it, if there is one."""
+    """Return a tensor times the factor that a SlimPruner has learned for it, if there is one."""
     from gumbel_nni.compat.stacking import spaces_of
 
     factor = getattr(wrapper, f"{target}_slim_factor", None)

@@ -42,7 +42,7 @@ def untraced_optimizers() -> bool:
 def optimizers_of_another_model() -> bool:
     """Refuse an optimizer whose parameters are not the model's.
 
-    Cause (a gap, whatever the versions): NNI rebuilds it with the parameters that it recognises, and trains the others
+    Cause (a gap, whatever the versions): NNI rebuilds it with the parameters that it recognizes, and trains the others
     no more, without a word; that is what an optimizer made on a wrapped model comes to.
     """
     from nni.compression.utils.constructor_helper import OptimizerConstructHelper

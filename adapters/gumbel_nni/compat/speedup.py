@@ -53,7 +53,7 @@ def values_last_used_by_size() -> bool:
 def pytree_nodes_of_fx() -> bool:
     """Give torch back its own registration of fx's immutable list and dict.
 
-    Cause: speedup registers them as pytree nodes over torch's own registration, without key paths and serialised names.
+    Cause: speedup registers them as pytree nodes over torch's own registration, without key paths and serialized names.
     ``tree_flatten_with_path`` and ``treespec_dumps``, which torch.export uses, then fail in the whole process.
     """
     from torch.fx import immutable_collections as fx

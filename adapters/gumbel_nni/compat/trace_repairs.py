@@ -24,7 +24,7 @@ def tensor_methods_in_tracer() -> bool:
     (every version this project supports). Methods then stay unpatched, and builtins without a module fail: "'NoneType'
     object has no attribute 'startswith'". Remedy: say in the tracer's own table where each method is to be patched.
     Static constructors (``_make_subclass``) never see a proxy and leave the table; what torch.Tensor overrides in
-    Python is filed under the override, which is what the tracer made of it when it recognised the class.
+    Python is filed under the override, which is what the tracer made of it when it recognized the class.
     """
     if torch._C._TensorBase.__qualname__ == "_TensorBase":
         return False

@@ -1,11 +1,11 @@
 """Which channel groups can be cut exactly.
 
-`judge` follows a dye for every channel through one forward: `layers` knows the layers, `flow` the operations between
-them, `dyes` keeps the books. `trial` removes units from a copy of the model, for what a forward does not show.
+`analysis` follows a label for every channel through one forward: `layers` knows the layers, `flow` the operations between
+them, `labels` keeps the books. `check` removes units from a copy of the model, for what a forward does not show.
 """
 
-from gumbel_plugin.graph.exactness.analysis import Cut, Judge, Treatment
+from gumbel_plugin.graph.exactness.analysis import Cut, ExactnessAnalysis, Treatment
 from gumbel_plugin.graph.exactness.channel_labels import Safety
-from gumbel_plugin.graph.exactness.empirical_check import tried
+from gumbel_plugin.graph.exactness.empirical_check import check_empirically
 
-__all__ = ["Cut", "Judge", "Safety", "Treatment", "tried"]
+__all__ = ["Cut", "ExactnessAnalysis", "Safety", "Treatment", "check_empirically"]

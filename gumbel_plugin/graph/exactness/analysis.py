@@ -1,4 +1,4 @@
-"""Which channel groups are exact: every layer's channels are dyed, and the dyes are followed through one forward."""
+"""Which channel groups are exact: every layer's channels are dyed, and the labels are followed through one forward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Cut = tuple[Side, Tensor, Tensor]
 """What a group would remove on one side of a layer: channel numbers, and the group's unit that each belongs to."""
 
 
-class Judge:
+class ExactnessAnalysis:
     """Knows where every channel of a model goes.
 
     Torch-Pruning's graph says which channels a group removes. This says, independently, which channels meet, who reads
@@ -41,20 +41,20 @@ class Judge:
         """
         layers = Layers(treatments)
         for parameter, (name, dim) in parameters.items():
-            layers.dye_parameter(parameter, name, dim)
+            layers.label_parameter(parameter, name, dim)
         with _plain_attention(), layers.watched(model), observing(model), layers.flow:
             output = call_model(model, example_inputs)
-        layers.remark([tensor for _, tensor in named_tensors(output)], "unsupported", "it reaches the network's output")
-        layers.refuse_strays(model)
+        layers.note([tensor for _, tensor in named_tensors(output)], "unsupported", "it reaches the network's output")
+        layers.reject_external_uses(model)
         self._blocks = layers.blocks
-        dyes = layers.flow.dyes
-        self._sides = {side: dyes.colours(channels) for side, channels in layers.sides.items()}
-        self._places, self._verdicts = dyes.verdicts()
+        labels = layers.flow.labels
+        self._sides = {side: labels.roots(channels) for side, channels in layers.sides.items()}
+        self._places, self._verdicts = labels.results()
         everything = torch.cat([torch.zeros(0, dtype=torch.int64), *self._sides.values()])
         self._uses = torch.bincount(everything, minlength=len(self._places))
 
-    def verdict(self, cuts: Sequence[Cut]) -> tuple[Safety, str]:
-        """Judge a group by all that it would remove.
+    def result(self, cuts: Sequence[Cut]) -> tuple[Safety, str]:
+        """ExactnessAnalysis a group by all that it would remove.
 
         Args:
             cuts: Every side of every layer and parameter that loses channels.
@@ -73,35 +73,35 @@ class Judge:
         return safety, reason
 
     def _follow(self, side: Side, positions: Tensor, units: Tensor, unit_of: Tensor) -> bool:
-        """Give the colours of some channels their units; return whether that is possible."""
+        """Give the root labels of some channels their units; return whether that is possible."""
         channels = self._sides.get(side)
         if channels is None or not bool((positions < len(channels)).all()):
             return False
-        colours = channels[positions]
-        known = unit_of[colours]
-        unit_of[colours] = units
-        contradicted = ((known >= 0) & (known != units)) | (unit_of[colours] != units) | (colours == 0)
+        roots = channels[positions]
+        known = unit_of[roots]
+        unit_of[roots] = units
+        contradicted = ((known >= 0) & (known != units)) | (unit_of[roots] != units) | (roots == 0)
         if bool(contradicted.any()):
             return False
         blocks = self._blocks.get(side, 1)
         if blocks == 1:
             return True
-        members = torch.full_like(channels, -1)
-        members[positions] = units
-        members = members.reshape(blocks, -1)
-        return bool(((members == members[0]) & (members >= 0)).all())
+        terms = torch.full_like(channels, -1)
+        terms[positions] = units
+        terms = terms.reshape(blocks, -1)
+        return bool(((terms == terms[0]) & (terms >= 0)).all())
 
     def _forgotten(self, cuts: Sequence[Cut], removed: Tensor) -> list[str]:
-        """Return what has channels of these colours but does not lose them."""
+        """Return what has channels of these root labels but does not lose them."""
         if int(self._uses[removed].sum()) == sum(len(positions) for _, positions, _ in cuts):
             return []
         listed = {side: len(positions) for side, positions, _ in cuts}
         sides = self._sides.items()
-        return [side[0] for side, colours in sides if int(removed[colours].sum()) != listed.get(side, 0)]
+        return [side[0] for side, roots in sides if int(removed[roots].sum()) != listed.get(side, 0)]
 
 
-def _severity(verdict: tuple[Safety, str]) -> int:
-    return ("exact", "inexact", "unsupported").index(verdict[0])
+def _severity(result: tuple[Safety, str]) -> int:
+    return ("exact", "inexact", "unsupported").index(result[0])
 
 
 @contextmanager
@@ -115,4 +115,4 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-__all__ = ["Cut", "Judge", "Treatment"]
+__all__ = ["Cut", "ExactnessAnalysis", "Treatment"]

@@ -1,6 +1,6 @@
-"""A trial: units are removed from a copy of the model, which must run and return what it returned before.
+"""A check: units are removed from a copy of the model, which must run and return what it returned before.
 
-The judge knows what the forward does to channels, but not what its code takes for granted: a size written into a
+The analysis knows what the forward does to channels, but not what its code takes for granted: a size written into a
 reshape, a scale that depends on the number of channels.
 """
 
@@ -29,7 +29,7 @@ class Removable(Protocol):
         """Remove units of groups, by name."""
 
 
-def tried(
+def check_empirically(
     copies: Callable[[], Removable], example_inputs: Any, groups: Sequence[ChannelGroup]
 ) -> dict[str, ChannelGroup]:
     """Try groups together, and where that fails half of them at a time.
@@ -42,16 +42,16 @@ def tried(
     Returns:
         By name, the groups whose units cannot be removed exactly, marked.
     """
-    safety, reason = _trial(copies(), example_inputs, groups) if groups else ("exact", "")
+    safety, reason = _check(copies(), example_inputs, groups) if groups else ("exact", "")
     if safety == "exact":
         return {}
     if len(groups) == 1:
         return {groups[0].name: replace(groups[0], safety=safety, reason=reason)}
     halves = groups[: len(groups) // 2], groups[len(groups) // 2 :]
-    return {name: group for half in halves for name, group in tried(copies, example_inputs, half).items()}
+    return {name: group for half in halves for name, group in check_empirically(copies, example_inputs, half).items()}
 
 
-def _trial(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup]) -> tuple[Safety, str]:
+def _check(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup]) -> tuple[Safety, str]:
     """Remove about half of the units of some groups; return how safe that is, and why it is not exact."""
     generator = torch.Generator().manual_seed(0)
     _shake(copy.model, generator)

@@ -28,11 +28,11 @@ _Effect = Callable[[str, Any, Sequence[Tensor], Any], None]
 
 
 class Layers:
-    """Dyes what the layers of a model compute, and notes what they read.
+    """Labels what the layers of a model compute, and notes what they read.
 
     Attributes:
-        flow: Follows the dyes between the layers.
-        sides: The dyes of the channels of every layer and parameter, on each side that a group may cut.
+        flow: Follows the labels between the layers.
+        sides: The labels of the channels of every layer and parameter, on each side that a group may cut.
         blocks: Into how many equal parts the channels of a side fall that must lose the same members.
     """
 
@@ -46,30 +46,30 @@ class Layers:
             ((nn.Linear,), self._linear),
             ((nn.modules.conv._ConvNd,), self._convolution),
             (_CHANNELWISE, self._treat_each),
-            (_OVER_CHANNELS, self._normalise_over),
+            (_OVER_CHANNELS, self._normalize_over),
             ((nn.Embedding,), self._embed),
             ((nn.MultiheadAttention, nn.RNNBase), self._refuse),
         )
 
-    def dye_parameter(self, parameter: nn.Parameter, name: str, dim: int) -> None:
-        """Dye a parameter that belongs to no layer along the dimension in which it can be cut."""
-        self._dye((name, False), parameter, dim)
+    def label_parameter(self, parameter: nn.Parameter, name: str, dim: int) -> None:
+        """Label a parameter that belongs to no layer along the dimension in which it can be cut."""
+        self._label((name, False), parameter, dim)
 
-    def remark(self, tensors: Any, safety: Safety, reason: str) -> None:
+    def note(self, tensors: Any, safety: Safety, reason: str) -> None:
         """Note why the channels that some tensors carry are not exact."""
         for leaf in tree_leaves(tensors):
-            dyes = self.flow.of(leaf) if isinstance(leaf, Tensor) else None
-            if dyes is not None:
-                self.flow.dyes.remark(core(dyes), safety, reason)
+            labels = self.flow.of(leaf) if isinstance(leaf, Tensor) else None
+            if labels is not None:
+                self.flow.labels.note(core(labels), safety, reason)
 
-    def refuse_strays(self, model: nn.Module) -> None:
+    def reject_external_uses(self, model: nn.Module) -> None:
         """Note which layers' parameters were used outside of the layers: to cut them would change that, too."""
         for name, module in model.named_modules():
             for parameter in module.parameters(recurse=False):
                 for side in ((name, True), (name, False)):
                     if parameter in self.flow.met and side in self.sides:
                         reason = f"{self.flow.met[parameter]} uses a parameter of {name} outside of it"
-                        self.flow.dyes.remark(self.sides[side], "unsupported", reason)
+                        self.flow.labels.note(self.sides[side], "unsupported", reason)
 
     @contextmanager
     def watched(self, model: nn.Module) -> Iterator[None]:
@@ -99,7 +99,7 @@ class Layers:
         def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.flow.muted == 1:  # not a part of another layer
                 tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-                with _disable_current_modes():  # what is done to dyes is not to be followed
+                with _disable_current_modes():  # what is done to labels is not to be followed
                     effect(name, module, tensors, output)
             self.flow.muted -= 1
 
@@ -109,7 +109,7 @@ class Layers:
 
     def _linear(self, name: str, module: nn.Linear, inputs: Sequence[Tensor], output: Tensor) -> None:
         self._read((name, True), inputs[0], -1)
-        self._dye((name, False), output, -1)
+        self._label((name, False), output, -1)
         self._check_weight(name, module, inputs[0], output)
 
     def _convolution(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
@@ -119,10 +119,10 @@ class Layers:
             self._pass_on(inputs[0], output)
         else:
             self._read((name, True), inputs[0], dim)
-            self._dye((name, False), output, dim)
+            self._label((name, False), output, dim)
             self.blocks[name, True] = self.blocks[name, False] = module.groups
         if module.groups > 1 and (module.transposed or module.groups == module.out_channels != module.in_channels):
-            self.remark((inputs, output), "unsupported", f"{name} has groups that Torch-Pruning cannot cut")
+            self.note((inputs, output), "unsupported", f"{name} has groups that Torch-Pruning cannot cut")
         self._check_weight(name, module, inputs[0], output)
 
     def _treat_each(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor, dim: int = 1) -> None:
@@ -131,59 +131,59 @@ class Layers:
             self._read((name, False), inputs[0], dim)
         self._pass_on(inputs[0], output)
 
-    def _normalise_over(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
-        self.remark(inputs, "inexact", f"{type(module).__name__} {name} computes statistics over these channels")
-        dyes = self.flow.of(inputs[0])
-        along = () if dyes is None else varying(dyes)
+    def _normalize_over(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
+        self.note(inputs, "inexact", f"{type(module).__name__} {name} computes statistics over these channels")
+        labels = self.flow.of(inputs[0])
+        along = () if labels is None else varying(labels)
         usual = -1 if isinstance(module, nn.LayerNorm) else 1
         self._treat_each(name, module, inputs, output, along[0] if len(along) == 1 else usual)
 
     def _embed(self, name: str, module: nn.Embedding, inputs: Sequence[Tensor], output: Tensor) -> None:
-        self._dye((name, False), output, -1)
+        self._label((name, False), output, -1)
 
     def _refuse(self, name: str, module: nn.Module, inputs: Sequence[Tensor], output: Any) -> None:
         kind = "a recurrent layer" if isinstance(module, nn.RNNBase) else "an attention layer"
-        self.remark(inputs, "unsupported", f"{name} is {kind} over these channels")
+        self.note(inputs, "unsupported", f"{name} is {kind} over these channels")
 
     def _leave(self, name: str, module: nn.Module, inputs: Sequence[Tensor], output: Any) -> None:
-        # Its user says how to cut it; whether it keeps channels apart is for the trial to find out.
+        # Its user says how to cut it; whether it keeps channels apart is for the check to find out.
         self._treat_each(name, module, inputs, output)
 
     def _check_weight(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """A layer that computes its weight from other numbers may compute another one when some of them are gone."""
         forwards = (type(module).forward, getattr(type(module), "_conv_forward", nn.Linear.forward))
         if not all(forward.__module__.startswith("torch.nn.") for forward in forwards):
-            self.remark((x, output), "inexact", f"{name} has a forward of its own")
+            self.note((x, output), "inexact", f"{name} has a forward of its own")
         if module._parameters.get("weight") is None:
-            self.remark((x, output), "unsupported", f"the weight of {name} is computed from other parameters")
+            self.note((x, output), "unsupported", f"the weight of {name} is computed from other parameters")
 
-    # Dyes ------------------------------------------------------------------------------------------------------------
+    # Labels ------------------------------------------------------------------------------------------------------------
 
-    def _dye(self, side: Side, tensor: Tensor, dim: int) -> None:
-        """Let a tensor carry this side's dyes along a dimension: new ones when it is met for the first time."""
+    def _label(self, side: Side, tensor: Tensor, dim: int) -> None:
+        """Let a tensor carry this side's labels along a dimension: new ones when it is met for the first time."""
         if side not in self.sides:
-            self.sides[side] = self.flow.dyes.fresh(tensor.shape[dim])
+            self.sides[side] = self.flow.labels.fresh(tensor.shape[dim])
         shape = [1] * tensor.dim()
         shape[dim] = -1
         self.flow.put(tensor, self.sides[side].reshape(shape).expand(tensor.shape))
 
     def _read(self, side: Side, tensor: Tensor, dim: int) -> None:
-        """Note a tensor's dyes along a dimension; whatever else is read in the same place leaves with them."""
-        dyes = self.flow.of(tensor)
-        if dyes is None:
-            dyes = torch.zeros((), dtype=torch.int64).expand(tensor.shape)
-        rows = core(dyes).movedim(dim, 0).flatten(1)
+        """Note a tensor's labels along a dimension; whatever else is read in the same place leaves with them."""
+        labels = self.flow.of(tensor)
+        if labels is None:
+            labels = torch.zeros((), dtype=torch.int64).expand(tensor.shape)
+        rows = core(labels).movedim(dim, 0).flatten(1)
         first = rows.amax(1)
-        self.flow.dyes.unite(first[:, None].expand_as(rows), rows)
+        self.flow.labels.unite(first[:, None].expand_as(rows), rows)
         first = first.expand(tensor.shape[dim])
         known = self.sides.get(side, first)
-        self.flow.dyes.unite(known, first)
+        self.flow.labels.unite(known, first)
         self.sides[side] = torch.where(known > 0, known, first)
 
     def _pass_on(self, x: Tensor, output: Any) -> None:
-        """Let an output carry the input's dyes, if it has the same channels."""
-        dyes = self.flow.of(x)
-        if dyes is None or not isinstance(output, Tensor) or output.dim() != x.dim():
+        """Let an output carry the input's labels, if it has the same channels."""
+        labels = self.flow.of(x)
+        if labels is None or not isinstance(output, Tensor) or output.dim() != x.dim():
             return
-        if all(output.shape[dim] == x.shape[dim] for dim in varying(dyes)):
-            self.flow.put(output, core(dyes).expand(output.shape))
+        if all(output.shape[dim] == x.shape[dim] for dim in varying(labels)):
+            self.flow.put(output, core(labels).expand(output.shape))

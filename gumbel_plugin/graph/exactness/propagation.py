@@ -1,6 +1,6 @@
-"""Where channels go: dyes are followed through one forward, operation by operation.
+"""Where channels go: labels are followed through one forward, operation by operation.
 
-An operation lets dyes through only if it is known here what it does to channels. Whatever else touches a dyed channel
+An operation lets labels through only if it is known here what it does to channels. Whatever else touches a dyed channel
 makes it unsupported, so that a group which is called exact is one whose every use was understood.
 """
 
@@ -16,34 +16,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gumbel_plugin.graph.exactness.channel_labels import Dyes, Safety, core, tight, varying
+from gumbel_plugin.graph.exactness.channel_labels import ChannelLabels, Safety, core, tight, varying
 
 
 class Flow(TorchDispatchMode):
-    """Follows dyes through tensor operations.
+    """Follows labels through tensor operations.
 
     Attributes:
-        dyes: The dyes, and what was remarked on them.
+        labels: The labels, and what was remarked on them.
         muted: While it is positive nothing is followed: a layer is at work whose effect is known as a whole.
         met: Parameters that operations outside of such layers used.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.dyes = Dyes()
+        self.labels = ChannelLabels()
         self.muted = 0
         self.met: dict[nn.Parameter, str] = {}
         self._carried = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """Return the colours that a tensor carries, of its shape and tight, on the CPU; None if it carries none."""
-        dyes: Tensor | None = self._carried.get(tensor)  # type: ignore[no-untyped-call]
-        return None if dyes is None else tight(self.dyes.colours(core(dyes)).expand(dyes.shape))
+        """Return the root labels that a tensor carries, of its shape and tight, on the CPU; None if it carries none."""
+        labels: Tensor | None = self._carried.get(tensor)  # type: ignore[no-untyped-call]
+        return None if labels is None else tight(self.labels.roots(core(labels)).expand(labels.shape))
 
-    def put(self, tensor: Tensor, dyes: Tensor) -> None:
-        """Let a tensor carry dyes of its shape."""
+    def put(self, tensor: Tensor, labels: Tensor) -> None:
+        """Let a tensor carry labels of its shape."""
         if tensor.numel():
-            self._carried[tensor] = tight(dyes)
+            self._carried[tensor] = tight(labels)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -51,7 +51,7 @@ class Flow(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = [] if self.muted else [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.met.update((tensor, func._schema.name) for tensor in inputs if isinstance(tensor, nn.Parameter))
-        dyed = {id(tensor): dyes for tensor in inputs if (dyes := self.of(tensor)) is not None}
+        dyed = {id(tensor): labels for tensor in inputs if (labels := self.of(tensor)) is not None}
         result = func(*args, **kwargs)
         if dyed:
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -74,7 +74,7 @@ class _Step:
 
     @property
     def source(self) -> Tensor:
-        """The dyes of the first dyed input."""
+        """The labels of the first dyed input."""
         return next(iter(self.dyed.values()))
 
     def argument(self, name: str, default: Any = None) -> Any:
@@ -82,19 +82,19 @@ class _Step:
         names = [argument.name for argument in self.func._schema.arguments]
         return {**dict(zip(names, self.args, strict=False)), **self.kwargs}.get(name, default)
 
-    def put_all(self, dyes: Tensor) -> None:
-        """Let every output carry these dyes, stretched where they do not vary."""
+    def put_all(self, labels: Tensor) -> None:
+        """Let every output carry these labels, stretched where they do not vary."""
         for output in self.outputs:
-            self.flow.put(output, core(dyes).expand(output.shape))
+            self.flow.put(output, core(labels).expand(output.shape))
 
-    def remark(self, safety: Safety, what: str, dyes: Tensor | None = None) -> None:
+    def note(self, safety: Safety, what: str, labels: Tensor | None = None) -> None:
         """Note that this operation does something to its inputs' channels (or to these ones)."""
-        for affected in self.dyed.values() if dyes is None else (dyes,):
-            self.flow.dyes.remark(core(affected), safety, f"{self.func._schema.name} {what}")
+        for affected in self.dyed.values() if labels is None else (labels,):
+            self.flow.labels.note(core(affected), safety, f"{self.func._schema.name} {what}")
 
 
 def _unknown(step: _Step) -> None:
-    step.remark("unsupported", "is not known to keep these channels apart")
+    step.note("unsupported", "is not known to keep these channels apart")
 
 
 def _nothing(step: _Step) -> None:
@@ -112,21 +112,21 @@ def _pointwise(step: _Step) -> None:
     """Elements meet: the channels on both sides leave together."""
     shape = step.outputs[0].shape
     result = torch.zeros((1,) * len(shape), dtype=torch.int64)
-    for dyes in step.dyed.values():
-        ours, theirs = core(result), core(dyes)
+    for labels in step.dyed.values():
+        ours, theirs = core(result), core(labels)
         common = torch.broadcast_shapes(ours.shape, theirs.shape)  # type: ignore[no-untyped-call]
         ours, theirs = ours.expand(common), theirs.expand(common)
-        step.flow.dyes.unite(ours, theirs)
+        step.flow.labels.unite(ours, theirs)
         if core(result).any():
-            step.remark("unsupported", "joins them with what no layer computes", theirs * (ours == 0))
-            step.remark("unsupported", "joins them with what no layer computes", ours * (theirs == 0))
+            step.note("unsupported", "joins them with what no layer computes", theirs * (ours == 0))
+            step.note("unsupported", "joins them with what no layer computes", ours * (theirs == 0))
         result = torch.where(ours != 0, ours, theirs)
     result = tight(result.expand(shape))
     undyed = [tensor for tensor in step.inputs if id(tensor) not in step.dyed]
     if step.func._schema.is_mutable and any(tensor is step.args[0] and tensor._is_view() for tensor in undyed):
-        step.remark("unsupported", "writes them into a part of another tensor", result)
+        step.note("unsupported", "writes them into a part of another tensor", result)
     elif any(_differs_along(tensor, dim - len(shape)) for tensor in undyed for dim in varying(result)):
-        step.remark("unsupported", "joins them with a tensor per channel that is no parameter", result)
+        step.note("unsupported", "joins them with a tensor per channel that is no parameter", result)
     step.put_all(result)
 
 
@@ -136,7 +136,7 @@ def _differs_along(tensor: Tensor, dim: int) -> bool:
 
 
 def _move(step: _Step) -> None:
-    """Elements change places: run the same operation on the dyes, and see whether channels stayed whole."""
+    """Elements change places: run the same operation on the labels, and see whether channels stayed whole."""
     if step.dyed.get(id(step.args[0])) is not step.source or len(step.dyed) > 1:
         return _unknown(step)
     args, kwargs = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (step.args, step.kwargs))
@@ -146,12 +146,12 @@ def _move(step: _Step) -> None:
         moved: Any = step.source.reshape(step.outputs[0].shape)
     else:
         moved = step.func(step.source, *args[1:], **kwargs)
-    for output, dyes in zip(step.outputs, tree_leaves(moved), strict=True):
-        dyes = tight(dyes)
-        fault = _fault(step.source, dyes)
+    for output, labels in zip(step.outputs, tree_leaves(moved), strict=True):
+        labels = tight(labels)
+        fault = _fault(step.source, labels)
         if fault:
-            step.remark("unsupported", fault)
-        step.flow.put(output, dyes)
+            step.note("unsupported", fault)
+        step.flow.put(output, labels)
     return None
 
 
@@ -164,7 +164,7 @@ def _fault(before: Tensor, after: Tensor) -> str:
         return "takes these channels apart"
     if len(varying(before)) == len(varying(after)) == 1:
         # A flattened map repeats each channel (1 1 2 2) or, channels last, all of them (1 2 1 2); both stay right.
-        first, second = (torch.unique_consecutive(dyes.flatten()) for dyes in (old, new))
+        first, second = (torch.unique_consecutive(labels.flatten()) for labels in (old, new))
         if len(second) % len(first) or not bool((second.reshape(-1, len(first)) == first).all()):
             return "changes the order of these channels"
     return ""
@@ -203,7 +203,7 @@ def _window(step: _Step) -> None:
     name = _name(step.func)
     trailing = next((count for count in (1, 2, 3) if f"{count}d" in name), 0)
     if any(dim >= step.source.dim() - trailing for dim in varying(step.source)):
-        step.remark("inexact", "mixes these channels")
+        step.note("inexact", "mixes these channels")
         if step.outputs[0].shape == step.source.shape:
             step.put_all(step.source)
     elif trailing:
@@ -215,7 +215,7 @@ def _window(step: _Step) -> None:
 def _reduce(step: _Step) -> None:
     dims = _dimensions(step)
     if dims & set(varying(step.source)):
-        step.remark("inexact", "mixes these channels")
+        step.note("inexact", "mixes these channels")
     elif len(step.dyed) > 1:
         _unknown(step)
     elif step.outputs[0].dim() == step.source.dim():
@@ -228,14 +228,14 @@ def _reduce(step: _Step) -> None:
 
 
 def _mix(step: _Step) -> None:
-    """Normalise or accumulate along some dimensions, and keep the shape."""
+    """Normalize or accumulate along some dimensions, and keep the shape."""
     if _dimensions(step) & set(varying(step.source)):
-        step.remark("inexact", "mixes these channels")
+        step.note("inexact", "mixes these channels")
     step.flow.put(step.outputs[0], step.source)
 
 
 def _dimensions(step: _Step) -> set[int]:
-    """Return the dimensions that a reduction or normalisation runs over, counted from the front."""
+    """Return the dimensions that a reduction or normalization runs over, counted from the front."""
     rank = step.source.dim()
     if _name(step.func) == "native_layer_norm":
         return set(range(rank - len(step.argument("normalized_shape")), rank))
