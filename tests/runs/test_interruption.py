@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ import yaml
 from safetensors.torch import load_file
 
 from gumbel_plugin.runs.interruption import Interruption
+
+@pytest.fixture(autouse=True)
+def _sigint_interrupts() -> Iterator[None]:
+    """Let Ctrl-C interrupt, also where the suite runs in the background: a shell starts such jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 RUN: dict[str, Any] = {
     "seed": 3,
