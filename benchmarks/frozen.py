@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 
 ASLP = {"method": "gumbel_softmax", "options": {"initial_logit": 0.0}}
 SUPERMASK = {**ASLP, "method": "supermask"}
@@ -42,7 +42,7 @@ def measure(method: str, seed: int, epochs: int) -> dict[str, Any]:
     rule: dict[str, Any] = {"op_types": ["Linear"], "granularity": "element"}
     if "edge-popup" in method:
         rule["sparse_ratio"] = 0.5
-    config = PruningConfig.load(
+    config = RunConfig.load(
         {
             "seed": seed,
             "model": {"name": "lenet300"},

@@ -19,8 +19,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.runs.train import evaluate, load_config_data, loaders
 from gumbel_plugin.training.session import MaskingSession
 
@@ -70,7 +70,7 @@ PER_LAYER = ("gibbs", "edge_popup")
 class BeforeTheCut(pl.Callback):  # type: ignore[misc]
     """Scores the network with sampled and with hard masks one step before the masks are decided."""
 
-    def __init__(self, config: PruningConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.scores: dict[str, float] = {}
         self._config = config
         self._test = loaders(config, load_config_data(config))[2]
@@ -105,7 +105,7 @@ def sampling(session: MaskingSession) -> Iterator[None]:
         noise.forward = before
 
 
-def config_of(task: str, method: str, kept: float, seed: int) -> PruningConfig:
+def config_of(task: str, method: str, kept: float, seed: int) -> RunConfig:
     """Return the run of one method at one sparsity."""
     own = METHODS.get(method, {"method": "magnitude", "phases": PHASES})  # NNI's pruners take the phases from it
     rule = {"op_types": ["Linear"], "granularity": "element", "sparse_ratio": 1 - kept}
@@ -113,7 +113,7 @@ def config_of(task: str, method: str, kept: float, seed: int) -> PruningConfig:
         rule["global_group_id"] = "network"
     report = {"html": False, "tensorboard": False, "latency_batches": ()}
     pruning = {**TASKS[task].get("pruning", {}), **own, "config_list": [rule]}
-    return PruningConfig.load({**TASKS[task], "seed": seed, "report": report, "pruning": pruning})
+    return RunConfig.load({**TASKS[task], "seed": seed, "report": report, "pruning": pruning})
 
 
 def measure(task: str, method: str, kept: float, seed: int) -> dict[str, float]:

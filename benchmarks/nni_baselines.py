@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import gumbel_nni  # noqa: F401  (repairs NNI on today's torch)
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.runs.models import build_model
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.runs.train import evaluate, load_config_data, loaders, make_loss
 from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.sparsity.counting import count_nonzero
@@ -30,7 +30,7 @@ BASELINES = ("NNI Level, AGP, global", "NNI Level, AGP, per layer", "NNI Movemen
 class Baseline:
     """One run: dense epochs, a pruning schedule, and epochs with fixed masks."""
 
-    def __init__(self, config: PruningConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         """Load the data and build the network.
 
         Args:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import GumbelPluginError
 from gumbel_plugin.runs.run import RunResult, run
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.storage.versions import library_versions
 
 COLUMNS = {
@@ -33,7 +33,7 @@ COLUMNS = {
 FORMATS = {"macs_ratio": ".3f", "nonzero_ratio": ".4f", "error": ".1e", "seconds": ".1f"}
 
 
-def measure(config: PruningConfig, seed: int) -> dict[str, float]:
+def measure(config: RunConfig, seed: int) -> dict[str, float]:
     """Run a configuration with another seed and return its numbers."""
     training = config.training.model_copy(update={"dense_baseline": True})
     result = run(config.model_copy(update={"seed": seed, "training": training}), say=say)
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write all numbers there, as JSON")
     arguments = parser.parse_args()
     try:
-        config = PruningConfig.load(arguments.config)
+        config = RunConfig.load(arguments.config)
         rows: dict[str, dict[str, float]] = {}
         for seed in arguments.seeds:
             say(f"seed {seed}")

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import GumbelPluginError
 from gumbel_plugin.insight.interpret import disjoint_parts, pathways, symmetries
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.storage.versions import library_versions
 
 CONFIG = Path(__file__).parent.parent / "configs" / "papers" / "joint_toy.yaml"
@@ -27,7 +27,7 @@ PARTS = [((0, 1), (0,)), ((2, 3), (1,))]
 PAIRS = {((0, 1), (1, -1)), ((2, 3), (1, 1))}
 
 
-def measure(config: PruningConfig, seed: int) -> dict[str, Any]:
+def measure(config: RunConfig, seed: int) -> dict[str, Any]:
     """Run the toy with a seed and say what its network shows; inputs and outputs are counted from 0."""
     result = run(config.model_copy(update={"seed": seed}), say=lambda line: None)
     graph = pathways(result.small, {})
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write all numbers there, as JSON")
     arguments = parser.parse_args()
     try:
-        config = PruningConfig.load(CONFIG)
+        config = RunConfig.load(CONFIG)
         rows = {}
         for seed in arguments.seeds:
             print(f"seed {seed}", file=sys.stderr, flush=True)

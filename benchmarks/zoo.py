@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
@@ -140,7 +140,7 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
 def close_half(model: nn.Module, groups: Sequence[ChannelGroup], seed: int) -> dict[str, dict[str, Tensor]]:
     """Let a masking session close about half of the units of every exact group at random; return its masks."""
     rule = {"op_names": [group.name for group in groups if group.safety == "exact"]}
-    session = MaskingSession(model, PruningConfig.load([rule]).pruning, groups, seed=seed)
+    session = MaskingSession(model, RunConfig.load([rule]).pruning, groups, seed=seed)
     session.start()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -14,13 +14,14 @@ from gumbel_plugin.errors import GumbelPluginError, MissingExtraError  # noqa: E
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence  # noqa: E402
 from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned  # noqa: E402
 from gumbel_plugin.shrinking.shrink import shrink  # noqa: E402
+from gumbel_plugin.storage.versions import VERSION  # noqa: E402
 from gumbel_plugin.training.session import MaskingSession  # noqa: E402
 
 if TYPE_CHECKING:
     from gumbel_nni import GumbelPruner
     from gumbel_torch_pruning import GumbelGroupPruner
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # What lives in an adapter: (its package, the package that must be installed, the extra that installs it).
 _ADAPTERS = {

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 import gumbel_nni  # noqa: F401  (repairs NNI before any test module imports it)
 import gumbel_plugin  # noqa: F401  (makes torchvision, and with it nni and torch_pruning, importable)
-from gumbel_plugin.config import LayerRule, PruningSection
+from gumbel_plugin.config import PruningSection
+from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_torch_pruning import find_groups
 

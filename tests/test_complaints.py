@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin import MaskingSession, PruningConfig, load_pruned, save_pruned, shrink
+from gumbel_plugin import MaskingSession, load_pruned, save_pruned, shrink
 from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.layers.weights import plain_copy
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 from gumbel_torch_pruning import find_groups
 
@@ -221,7 +222,7 @@ def test_the_onnx_file_is_the_dense_one(tmp_path: Path) -> None:
         "pruning": {"config_list": [{"op_names": ["fc1", "fc2"], "sparse_ratio": 0.5}]},
         "report": {"html": False, "tensorboard": False, "latency_batches": []},
     }
-    result = run(PruningConfig.load(config), tmp_path / "run")
+    result = run(RunConfig.load(config), tmp_path / "run")
     file, error = export_run(tmp_path / "run", "onnx")
     sizes = [tuple(tensor.dims) for tensor in onnx.load(file).graph.initializer if len(tensor.dims) == 2]
     assert sorted(map(sorted, sizes)) == sorted(map(sorted, [(64, 150), (150, 50), (50, 10)]))
@@ -233,4 +234,4 @@ def test_a_misspelt_layer_name_is_ignored() -> None:
     with pytest.raises(TargetError, match=r"'conv1' matches no module"):
         started(rule={"op_names": ["conv1"], "sparse_ratio": 0.5})
     with pytest.raises(ConfigError, match="did you mean 'op_names'"):
-        PruningConfig.load([{"op_name": ["0"], "sparse_ratio": 0.5}])
+        RunConfig.load([{"op_name": ["0"], "sparse_ratio": 0.5}])

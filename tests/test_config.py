@@ -12,8 +12,11 @@ from nni.compression.base.config import default_config_schema
 from nni.compression.base.wrapper import register_wrappers
 from torch import nn
 
-from gumbel_plugin.config import LayerRule, OptimizerConfig, PruningConfig, PruningSection
+from gumbel_nni.gumbel_pruner import _nni_entry
+from gumbel_plugin.config import OptimizerConfig, PruningSection
+from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.sparsity.schedules import Schedule
 from gumbel_plugin.sparsity.types import granularity_of
 from gumbel_plugin.storage.yaml_files import apply_overrides, read_yaml
@@ -42,7 +45,7 @@ FULL: dict[str, Any] = {
 
 
 def pruning(**keys: Any) -> PruningSection:
-    return PruningConfig.load({"pruning": {"config_list": [ENTRY], **keys}}).pruning
+    return RunConfig.load({"pruning": {"config_list": [ENTRY], **keys}}).pruning
 
 
 def rule(**keys: Any) -> LayerRule:
@@ -53,43 +56,43 @@ def rule(**keys: Any) -> LayerRule:
 
 
 def test_a_file_a_dict_a_config_list_and_a_config_say_the_same(tmp_path: Path) -> None:
-    as_dict = PruningConfig.load({"pruning": {"config_list": [ENTRY]}})
+    as_dict = RunConfig.load({"pruning": {"config_list": [ENTRY]}})
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"pruning": {"config_list": [ENTRY]}}))
     as_list_in_file = tmp_path / "list.yaml"
     as_list_in_file.write_text(yaml.safe_dump([ENTRY]))
-    assert PruningConfig.load([ENTRY]) == as_dict
-    assert PruningConfig.load(path) == as_dict
-    assert PruningConfig.load(str(path)) == as_dict
-    assert PruningConfig.load(as_list_in_file) == as_dict
-    assert PruningConfig.load(as_dict) is as_dict
+    assert RunConfig.load([ENTRY]) == as_dict
+    assert RunConfig.load(path) == as_dict
+    assert RunConfig.load(str(path)) == as_dict
+    assert RunConfig.load(as_list_in_file) == as_dict
+    assert RunConfig.load(as_dict) is as_dict
 
 
 def test_reading_leaves_the_callers_values_alone() -> None:
     values = copy.deepcopy(FULL)
-    PruningConfig.load(values)
+    RunConfig.load(values)
     assert values == FULL
 
 
 @pytest.mark.parametrize("values", [FULL, {"pruning": {"config_list": [ENTRY]}}], ids=["full", "least"])
 def test_a_resolved_config_reads_back_as_itself(values: dict[str, Any], tmp_path: Path) -> None:
-    config = PruningConfig.load(values)
+    config = RunConfig.load(values)
     path = tmp_path / "resolved.yaml"
     path.write_text(config.to_yaml())
-    assert PruningConfig.load(path) == config
-    assert PruningConfig.load(path).to_yaml() == config.to_yaml()
+    assert RunConfig.load(path) == config
+    assert RunConfig.load(path).to_yaml() == config.to_yaml()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_configs_are_valid(path: Path) -> None:
-    config = PruningConfig.load(path)
-    assert PruningConfig.load(yaml.safe_load(config.to_yaml())) == config
+    config = RunConfig.load(path)
+    assert RunConfig.load(yaml.safe_load(config.to_yaml())) == config
 
 
 @pytest.mark.parametrize("config", [None, 5, 0.5])
 def test_what_is_no_config_is_an_error(config: Any) -> None:
     with pytest.raises(ConfigError, match="it must be a YAML file's path, a dict, an NNI config list"):
-        PruningConfig.load(config)
+        RunConfig.load(config)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_a_file_of_another_encoding_is_an_error(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"'nowhere\.yaml' does not exist"):
-        PruningConfig.load("nowhere.yaml")
+        RunConfig.load("nowhere.yaml")
 
 
 # Rules ------------------------------------------------------------------------------------------------------------
@@ -141,7 +144,7 @@ def test_a_missing_file_is_an_error() -> None:
 )
 def test_errors_name_the_key_the_value_and_the_rule(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PruningConfig.load({"pruning": {"config_list": [ENTRY]}, **values})
+        RunConfig.load({"pruning": {"config_list": [ENTRY]}, **values})
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_wrong_entries_are_named(keys: dict[str, Any], message: str) -> None:
 
 def test_the_second_entry_is_named_by_its_number() -> None:
     with pytest.raises(ConfigError, match=r"pruning\.config_list\.1\.sparse_ratio = 2"):
-        PruningConfig.load([ENTRY, {**ENTRY, "sparse_ratio": 2}])
+        RunConfig.load([ENTRY, {**ENTRY, "sparse_ratio": 2}])
 
 
 def test_settings_of_the_weight_may_stand_under_target_settings() -> None:
@@ -278,7 +281,7 @@ ENTRIES = [
 
 @pytest.mark.parametrize("keys", ENTRIES)
 def test_nni_accepts_what_as_nni_says(keys: dict[str, Any]) -> None:
-    entry = rule(**keys).as_nni()
+    entry = _nni_entry(rule(**keys))
     assert default_config_schema("pruning").validate(entry) == entry
     assert "sparse_ratio" in entry or "sparse_ratio" not in {
         **keys,
@@ -288,7 +291,7 @@ def test_nni_accepts_what_as_nni_says(keys: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("keys", [{"op_names": ["a"]}, {"op_names_re": ["a.*"]}])
 def test_nni_accepts_other_selections(keys: dict[str, Any]) -> None:
-    entry = PruningConfig.load([{**keys, "sparse_ratio": 0.5}]).pruning.config_list[0].as_nni()
+    entry = _nni_entry(RunConfig.load([{**keys, "sparse_ratio": 0.5}]).pruning.config_list[0])
     assert default_config_schema("pruning").validate(entry) == {**keys, "sparse_ratio": 0.5, "granularity": "default"}
 
 
@@ -297,10 +300,8 @@ def test_nni_accepts_other_selections(keys: dict[str, Any]) -> None:
     "layer", [nn.Conv2d(4, 8, 2), nn.Linear(4, 8), nn.Conv1d(4, 8, 2)], ids=lambda x: type(x).__name__
 )
 def test_nni_sees_the_same_units(granularity: Any, layer: nn.Module) -> None:
-    entry = PruningConfig.load([{"op_types": [type(layer).__name__], "granularity": granularity}]).pruning.config_list[
-        0
-    ]
-    wrappers, spaces = register_wrappers(nn.Sequential(copy.deepcopy(layer)), [entry.as_nni()], "pruning")
+    entry = RunConfig.load([{"op_types": [type(layer).__name__], "granularity": granularity}]).pruning.config_list[0]
+    wrappers, spaces = register_wrappers(nn.Sequential(copy.deepcopy(layer)), [_nni_entry(entry)], "pruning")
     register_scalers(spaces, lambda space: "out_channel")
     shrunk = wrappers["0"].pruning_target_spaces["weight"]._scaler.shrink(layer.weight, keepdim=True)
     assert granularity_of(entry.granularity).gate_shape(layer.weight.shape) == tuple(shrunk.shape)
@@ -348,11 +349,11 @@ def test_wrong_overrides_are_named(setting: str, message: str) -> None:
 
 def test_an_overridden_config_is_still_checked() -> None:
     with pytest.raises(ConfigError, match=r"seed = 'x'"):
-        PruningConfig.load(apply_overrides(FULL, ["seed=x"]))
+        RunConfig.load(apply_overrides(FULL, ["seed=x"]))
 
 
 def test_sections_do_not_change() -> None:
-    config = PruningConfig.load(FULL)
+    config = RunConfig.load(FULL)
     attempt: Callable[[], None] = lambda: setattr(config, "seed", 3)  # noqa: E731
     with pytest.raises(ValueError, match="frozen"):
         attempt()

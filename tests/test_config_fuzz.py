@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, GumbelPluginError
 from gumbel_plugin.runs.run import prepare
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.storage.yaml_files import parse_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 TEXTS = [path.read_text(encoding="utf-8") for path in CONFIGS]
-RESOLVED = [PruningConfig.load(path).model_dump(mode="json") for path in CONFIGS]
+RESOLVED = [RunConfig.load(path).model_dump(mode="json") for path in CONFIGS]
 ENTRY = {"op_types": ["Linear"], "sparse_ratio": 0.5, "granularity": "default", "sparse_threshold": None}
 RUNNABLE = {
     "model": {"name": "lenet300", "num_classes": 10, "in_channels": None, "options": {"in_features": 64}},
@@ -45,7 +45,7 @@ NASTY_VALUES: tuple[Any, ...] = (
     "", "0.5", "50%", "1e-3", "true", "x" * 5000, "a\0b", "\ud800", "a:b", "conv(", "(?P<x>a)(?P<x>b)", "[[a]",
     ["a{9999999999}"], ["[[a]"], "~nobody-is-this/x", b"x", [], {}, [[]], [None], {"": 0}, {1: 2}, {"x": {"y": [1]}},
     (1, 2), {1, 2}, object(), [0], [-1, -1], ["Linear"], ["fc1"], {"start": 1, "end": 0}, {"start": "x"}, Path("x"),
-    PruningConfig,
+    RunConfig,
 )  # fmt: skip
 
 PLAUSIBLE_VALUES: tuple[Any, ...] = (
@@ -144,16 +144,16 @@ def bounded(kind: type[Exception]) -> Iterator[None]:
     assert len(message) <= 2000
 
 
-def loaded(config: Any) -> PruningConfig | None:
+def loaded(config: Any) -> RunConfig | None:
     """Return the configuration, or None after an error as it must be."""
     with bounded(ConfigError):
-        return PruningConfig.load(config)
+        return RunConfig.load(config)
     return None
 
 
-def assert_reads_back(config: PruningConfig) -> None:
+def assert_reads_back(config: RunConfig) -> None:
     text = config.to_yaml()
-    again = PruningConfig.load(parse_yaml(text))
+    again = RunConfig.load(parse_yaml(text))
     assert again == config
     assert again.to_yaml() == text
 
@@ -193,4 +193,4 @@ def test_damaged_runs_are_refused_before_they_begin(values: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_undamaged_files_read_back(path: Path) -> None:
-    assert_reads_back(PruningConfig.load(path))
+    assert_reads_back(RunConfig.load(path))

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gumbel_plugin.config import LayerRule, PruningConfig, PruningSection
+from gumbel_plugin.config import PruningSection
+from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.config_values import MAX_DEPTH, MAX_VALUES
 from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.sparsity.schedules import Schedule
 
 ENTRY = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
 
 
-def load(**sections: Any) -> PruningConfig:
-    return PruningConfig.load({"pruning": {"config_list": [ENTRY]}, **sections})
+def load(**sections: Any) -> RunConfig:
+    return RunConfig.load({"pruning": {"config_list": [ENTRY]}, **sections})
 
 
 def nested(depth: int) -> Any:
@@ -51,11 +53,11 @@ def shared(levels: int) -> Any:
 
 PLACES: dict[str, Callable[[Any], Any]] = {
     "model.options": lambda value: load(model={"name": "lenet5", "options": {"width": value}}),
-    "pruning.options": lambda value: PruningConfig.load({"pruning": {"options": {"initial_logit": value}}}),
+    "pruning.options": lambda value: RunConfig.load({"pruning": {"options": {"initial_logit": value}}}),
     "data": lambda value: load(data={"name": "digits", "samples": value}),
     "seed": lambda value: load(seed=value),
     "an unknown key": lambda value: load(unknown=value),
-    "a list": lambda value: PruningConfig.load([ENTRY, value]),
+    "a list": lambda value: RunConfig.load([ENTRY, value]),
 }
 
 
@@ -97,7 +99,7 @@ def test_what_is_no_plain_data_is_an_error(place: str, value: Any, message: str)
 )
 def test_what_is_no_config_is_an_error(config: Any) -> None:
     with pytest.raises(ConfigError):
-        PruningConfig.load(config)
+        RunConfig.load(config)
 
 
 @pytest.mark.parametrize("size", [10**5, 10**7])
@@ -117,13 +119,13 @@ def test_a_long_value_makes_no_long_message(size: int) -> None:
     ]
     for values in wrong:
         with pytest.raises(ConfigError) as error:
-            PruningConfig.load({"pruning": {"config_list": [ENTRY]}, **values})
+            RunConfig.load({"pruning": {"config_list": [ENTRY]}, **values})
         assert len(str(error.value)) <= 2000
 
 
 def test_many_errors_are_counted() -> None:
     with pytest.raises(ConfigError, match=r"config_list\.7\.sparse_ratio = 2: .*; and 1992 more$"):
-        PruningConfig.load([{**ENTRY, "sparse_ratio": 2}] * 2000)
+        RunConfig.load([{**ENTRY, "sparse_ratio": 2}] * 2000)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_many_errors_are_counted() -> None:
 )
 def test_a_ratio_is_a_number(ratio: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PruningConfig.load([{**ENTRY, "sparse_ratio": ratio}])
+        RunConfig.load([{**ENTRY, "sparse_ratio": ratio}])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_a_ratio_is_a_number(ratio: Any, message: str) -> None:
 )
 def test_numbers_in_disguise_are_refused_everywhere(values: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as error:
-        PruningConfig.load({"pruning": {"config_list": [ENTRY]}, **values})
+        RunConfig.load({"pruning": {"config_list": [ENTRY]}, **values})
     assert f"{key}: " in str(error.value)
 
 
@@ -188,6 +190,6 @@ def test_sections_and_schedules_may_be_objects() -> None:
     section = PruningSection(
         config_list=(LayerRule(op_types=("Conv2d",), sparse_ratio=0.5),), options={"temperature": Schedule(2.0, 1.0)}
     )
-    config = PruningConfig.load(UserDict(pruning=section))
+    config = RunConfig.load(UserDict(pruning=section))
     assert config.pruning.method_options() == section.method_options()
     assert config.pruning.config_list == section.config_list

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import DataError
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.run import Prepared, prepare, run
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.storage.yaml_files import read_yaml
 from gumbel_plugin.training.session import MaskingSession
 
@@ -23,8 +23,8 @@ def is_downloaded(name: str) -> bool:
     return name.endswith(("cifar10", "_mnist")) and not name.endswith("fashion_mnist")
 
 
-def load(name: str) -> PruningConfig:
-    return PruningConfig.load(CONFIGS / f"{name}.yaml")
+def load(name: str) -> RunConfig:
+    return RunConfig.load(CONFIGS / f"{name}.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_there_are_some() -> None:
 def test_round_trip(name: str, tmp_path: Path) -> None:
     config = load(name)
     (tmp_path / "again.yaml").write_text(config.to_yaml())
-    assert PruningConfig.load(tmp_path / "again.yaml") == config
+    assert RunConfig.load(tmp_path / "again.yaml") == config
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("papers/") and is_downloaded(name)])

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gumbel_plugin import load_pruned
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import DataError, GumbelPluginError
 from gumbel_plugin.insight.report_data import agreement_rows, comparison_rows, latency_warnings, result_rows
 from gumbel_plugin.runs.checkpoint import read_checkpoint
@@ -26,6 +25,7 @@ from gumbel_plugin.runs.folder import GATES, LOG, MASKS, SMALL, SUMMARY
 from gumbel_plugin.runs.reporting import read_result
 from gumbel_plugin.runs.result_files import read_gates, read_log
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.mask_file import load_masks
 
 RUN: dict[str, Any] = {
@@ -55,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
             if line.startswith("epoch 2"):
                 shutil.copy(place / "run" / CHECKPOINT, place)
 
-        run(PruningConfig.load(RUN), place / "run", say=keep)
+        run(RunConfig.load(RUN), place / "run", say=keep)
         shutil.copy(place / CHECKPOINT, place / "run")
         yield place / "run"
 

@@ -15,7 +15,7 @@ from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError
 from gumbel_plugin.layers.example_inputs import inputs_following
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.shrinking.shrink import Backend, shrink
-from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
 from gumbel_plugin.training.settling import settled
 

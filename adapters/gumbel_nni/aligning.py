@@ -11,7 +11,7 @@ from nni.compression.pruning.tools import sparse_gen
 from torch import nn
 
 from gumbel_plugin.errors import TargetError, nearest
-from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.storage.mask_format import Masks
 
 TargetSpaces = Mapping[str, Mapping[str, PruningTargetSpace]]
 

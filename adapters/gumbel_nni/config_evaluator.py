@@ -1,4 +1,4 @@
-"""An NNI evaluator from a configuration, for compressors that train what a YAML file describes."""
+"""What trains as a YAML file describes: the one place of the adapter that imports the application, when it is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 
 from gumbel_plugin.config import ConfigLike, OptimizerConfig, PruningConfig
-from gumbel_plugin.runs.train import Loader, evaluate, loaders, make_loss
+from gumbel_plugin.runs.run_config import RunConfig
+from gumbel_plugin.training.session import MaskingSession
 
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -30,7 +31,9 @@ def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluato
         ConfigError: If the configuration has no data section.
         DataError: If the data is not there.
     """
-    resolved = PruningConfig.load(config)
+    from gumbel_plugin.runs.train import evaluate, loaders, make_loss
+
+    resolved = RunConfig.load(config)
     train, _, test = loaders(resolved)
     loss = make_loss(resolved.training)
 
@@ -55,7 +58,7 @@ def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluato
     )
 
 
-def _batches(loader: Loader, max_steps: int | None, max_epochs: int) -> Iterator[Any]:
+def _batches(loader: Any, max_steps: int | None, max_epochs: int) -> Iterator[Any]:
     left = max_steps if max_steps is not None else max_epochs * len(loader)
     while left > 0:
         for batch in loader:
@@ -71,3 +74,38 @@ def _traced_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.opti
         options["momentum"] = settings.momentum
     made: torch.optim.Optimizer = nni.trace(_OPTIMIZERS[settings.name])(model.parameters(), **options)
     return made
+
+
+def epochs_of(config: PruningConfig) -> int:
+    """Return for how many epochs a configuration trains."""
+    return RunConfig.load(config).training.max_epochs
+
+
+def first_inputs(config: PruningConfig) -> Tensor:
+    """Return two inputs of a configuration's training data."""
+    from gumbel_plugin.runs.train import loaders
+
+    batch: Tensor = next(iter(loaders(RunConfig.load(config))[0]))[0]
+    return batch[:2]
+
+
+def train_from_config(
+    model: nn.Module, session: MaskingSession, config: PruningConfig, max_steps: int | None, max_epochs: int | None
+) -> None:
+    """Train a wrapped model and its gates on a configuration's data.
+
+    Args:
+        model: The model, whose wrappers call the gated layers.
+        session: Its session.
+        config: A configuration with a ``data`` section.
+        max_steps: Optimizer steps, instead of epochs.
+        max_epochs: Epochs.
+    """
+    from gumbel_plugin.runs.train import fit, loaders
+
+    resolved = RunConfig.load(config)
+    training = (
+        resolved.training if max_epochs is None else resolved.training.model_copy(update={"max_epochs": max_epochs})
+    )
+    train, validation, _ = loaders(resolved)
+    fit(model, session, training, train, validation, max_steps=max_steps, hooks=False)

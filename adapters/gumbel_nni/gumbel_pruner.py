@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
+from gumbel_nni.config_evaluator import epochs_of
 from gumbel_nni.planned_steps import PlannedSteps, SparsityTargets
 from gumbel_nni.pruner_arguments import check_compressor, check_evaluator, inputs_to_trace, load_config
 from gumbel_nni.unremovable import warn_if_nothing_left
 from gumbel_nni.unwrapping import GATED_LAYER, unwrapped_copy, wrappers_of
 from gumbel_plugin.config import ConfigLike, PruningSection
+from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
 from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.shrink import Backend, shrink
-from gumbel_plugin.sparsity.mask_format import Masks, check_format
+from gumbel_plugin.storage.mask_format import Masks, check_format
 from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.plan import Plan, needs_groups
 from gumbel_plugin.training.session import MaskingSession
@@ -194,7 +196,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             raise LifecycleError("the masks were decided already; a new GumbelPruner learns new ones")
         max_steps, max_epochs = checked_length("max_steps", max_steps), checked_length("max_epochs", max_epochs)
         if max_steps is None and max_epochs is None:
-            max_epochs = self.config.training.max_epochs
+            max_epochs = epochs_of(self.config)
         if self.evaluator is not None:
             super().compress(max_steps, max_epochs)
         elif self.config.data is not None:
@@ -207,13 +209,9 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         return self.bound_model, self.get_masks()
 
     def _compress_from_config(self, max_steps: int | None, max_epochs: int | None) -> None:
-        from gumbel_plugin.runs.train import fit, loaders
+        from gumbel_nni.config_evaluator import train_from_config
 
-        training = self.config.training
-        if max_epochs is not None:
-            training = training.model_copy(update={"max_epochs": max_epochs})
-        train, validation, _ = loaders(self.config)
-        fit(self.bound_model, self.session, training, train, validation, max_steps=max_steps, hooks=False)
+        train_from_config(self.bound_model, self.session, self.config, max_steps, max_epochs)
         self._take_over_masks()
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
@@ -364,4 +362,13 @@ def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
     """Return the config list for NNI, which masks a residual block at its branch's last layer."""
     if pruning.method_options().gates_blocks:
         return [{"op_names": list(plan.gated_layers)}]
-    return [rule.as_nni() for rule in pruning.config_list]
+    return [_nni_entry(rule) for rule in pruning.config_list]
+
+
+def _nni_entry(rule: LayerRule) -> dict[str, Any]:
+    """Return an entry of a config list in words that NNI's schema accepts."""
+    entry = rule.model_dump(exclude_defaults=True, exclude={"target_settings", "granularity", "apply_method"})
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
+    words: dict[str, Any] = {"element": [1], "kernel": [[1, 1], "back", -1]}
+    granularity = rule.granularity if isinstance(rule.granularity, str) else list(rule.granularity)
+    return {**lists, "granularity": words.get(str(granularity), granularity)}

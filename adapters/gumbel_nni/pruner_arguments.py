@@ -70,10 +70,9 @@ def inputs_to_trace(config: PruningConfig, evaluator: Evaluator | None, given: A
     if dummy is not None:
         return dummy
     if config.data is not None:
-        from gumbel_plugin.runs.train import loaders
+        from gumbel_nni.config_evaluator import first_inputs
 
-        batch = next(iter(loaders(config)[0]))
-        return batch[0][:2]
+        return first_inputs(config)
     if needs_groups(config.pruning):
         raise ConfigError(
             "removing whole channels needs inputs to trace the model with: pass example_inputs=, or example_shape in "

@@ -17,6 +17,7 @@ from gumbel_plugin.graph.attention_heads import kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import DependencyGroups, check_forward, mark_outputs
 from gumbel_plugin.graph.history import replay
+from gumbel_plugin.graph.kept import kept_after, kept_of, note_kept
 from gumbel_plugin.graph.optimizer_state import ParameterChanges, tracked
 from gumbel_plugin.graph.prunable_heads import find_heads_to_prune
 from gumbel_plugin.graph.record import Record
@@ -24,9 +25,8 @@ from gumbel_plugin.graph.removal import closed_units
 from gumbel_plugin.graph.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
 from gumbel_plugin.layers.example_inputs import call_model, dtype_of, inputs_following
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.shrinking.kept import kept_after, kept_of, note_kept
 from gumbel_plugin.sparsity.latency import LatencyTable, measure_table
-from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gate_gradients import GateGradNormalizer
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.session import MaskingSession
@@ -206,7 +206,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         plan = self.session.plan
         self._unfinished = True  # until the end of this: an error, or a loop that stops early, leaves units half gone
         self._detach()
-        closed = closed_units(self.model, plan)
+        closed = closed_units(self.model, plan.groups, {name: mask.hard for name, mask in plan.masks.items()})
         if not self._record.masks:
             self._record.start(self.model, plan.groups, masks)
         self._record.remove(closed)

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import LifecycleError
-from gumbel_plugin.masks.base import LearnedMask
-from gumbel_plugin.shrinking.kept import Kept, indices_left
+from gumbel_plugin.graph.kept import Kept, indices_left
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ParameterChanges:
         """Note parameters that are gone."""
         self.gone.extend(parameters)
 
-    def add_gates(self, old: LearnedMask, new: LearnedMask | None, gone: Tensor | None) -> None:
+    def add_gates(self, old: Any, new: Any, gone: Tensor | None) -> None:
         """Let the gates of the units that stayed go on where they were, in the optimizer too; the others leave it.
 
         Args:

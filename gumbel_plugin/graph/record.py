@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.geometry import output_dimension
-from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.storage.mask_format import Masks
 
 
 class Record:

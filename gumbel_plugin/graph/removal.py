@@ -20,7 +20,6 @@ from torch_pruning.dependency import index_mapping
 from gumbel_plugin.graph.attention_heads import remove_heads
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.geometry import input_channels, output_dimension
-from gumbel_plugin.training.plan import Plan
 
 _logger = logging.getLogger(__name__)
 
@@ -183,19 +182,24 @@ def removable_units(modules: Mapping[str, nn.Module], group: ChannelGroup, units
     return torch.nonzero(gone).flatten()
 
 
-def closed_units(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+def closed_units(model: nn.Module, groups: Mapping[str, ChannelGroup], hard: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the units that go because their gates are closed, by group.
+
+    Args:
+        model: The model.
+        groups: The gated groups, by name.
+        hard: Their decided gates, 0 or 1.
 
     What the weights alone leave unread stays, or a ratio, its limits and ``round_to`` would not hold.
     """
     modules, units = dict(model.named_modules()), {}
-    for name, mask in plan.masks.items():
-        closed = torch.nonzero(mask.hard.cpu() == 0).flatten()
-        prunable_range = removable_units(modules, plan.groups[name], closed)
-        if len(prunable_range) < len(closed):
+    for name, gates in hard.items():
+        closed = torch.nonzero(gates.cpu() == 0).flatten()
+        removed = removable_units(modules, groups[name], closed)
+        if len(removed) < len(closed):
             _logger.warning("group %s: a closed unit stays, because a layer would have no channel left", name)
-        if len(prunable_range):
-            units[name] = prunable_range
+        if len(removed):
+            units[name] = removed
     return units
 
 

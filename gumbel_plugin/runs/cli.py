@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, GumbelPluginError, shorten, shown_path
 from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, agreement_line, result_rows
 from gumbel_plugin.runs.folder import CONFIG, SUMMARY
 from gumbel_plugin.runs.interruption import Interruption
 from gumbel_plugin.runs.lock import locked
 from gumbel_plugin.runs.reporting import warnings_of
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.storage.yaml_files import apply_overrides, read_yaml
 
 if TYPE_CHECKING:  # the commands import these themselves: help is quick, and a missing extra is an error like others
@@ -248,11 +248,11 @@ def _print_table(table: Table) -> None:
     Console(width=max(needed, Console().width)).print(table)
 
 
-def _load(path: Path, settings: list[str] | None) -> PruningConfig:
+def _load(path: Path, settings: list[str] | None) -> RunConfig:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"config {shown_path(path)} must be a mapping with a pruning section to be run")
-    return PruningConfig.load(apply_overrides(values, settings or []))
+    return RunConfig.load(apply_overrides(values, settings or []))
 
 
 def _fail(error: Exception) -> NoReturn:

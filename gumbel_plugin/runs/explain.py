@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.runs.data import load_data
 from gumbel_plugin.runs.folder import CONFIG, SMALL, SUMMARY, RunFolder
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.result_files import write_json
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.pruned_file import load_pruned
 from gumbel_plugin.storage.files import write_bytes
 
@@ -48,7 +48,7 @@ def explain(path: Path) -> Path:
 
     folder = RunFolder.read(path)
     folder.require(SUMMARY, CONFIG, SMALL)
-    config: PruningConfig = folder.contents[CONFIG]
+    config: RunConfig = folder.contents[CONFIG]
     model, shape = _network(path, config), _input_shape(config)
     importance = interpret.feature_importance(model, {}, shape)
     graph = interpret.pathways(model, {}, shape)
@@ -71,7 +71,7 @@ def explain(path: Path) -> Path:
     return output
 
 
-def _network(path: Path, config: PruningConfig) -> nn.Module:
+def _network(path: Path, config: RunConfig) -> nn.Module:
     model = config.model
     if model is None:
         raise ConfigError(f"{path / CONFIG}: model: required to explain a run, but missing")
@@ -80,7 +80,7 @@ def _network(path: Path, config: PruningConfig) -> nn.Module:
     )
 
 
-def _input_shape(config: PruningConfig) -> tuple[int, ...]:
+def _input_shape(config: RunConfig) -> tuple[int, ...]:
     data = config.data
     if data is None:
         raise ConfigError("data: required to explain a run, for the shape of its inputs, but missing")

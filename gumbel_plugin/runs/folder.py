@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError, shown, shown_path
 from gumbel_plugin.runs.result_files import read_gates, read_log, read_summary
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
 from gumbel_plugin.storage.files import check_writable, write_bytes
@@ -93,7 +93,7 @@ def truncate_gate_log(path: Path, epochs: int) -> None:
         write_bytes(path, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in kept).encode())
 
 
-def check_state(output: Path, config: PruningConfig, *, force: bool, resume: bool) -> None:
+def check_state(output: Path, config: RunConfig, *, force: bool, resume: bool) -> None:
     """Refuse to replace a finished run without being told to, or to go on with what cannot be gone on with.
 
     Raises:
@@ -134,7 +134,7 @@ def check_output(file: Path) -> None:
         raise ConfigError(f"{str(file)!r} cannot be written: {place.parent} is a run, which needs its own {place.name}")
 
 
-def check_resumable(output: Path, config: PruningConfig) -> None:
+def check_resumable(output: Path, config: RunConfig) -> None:
     """Refuse to go on with a run that is none, is finished, or has another configuration.
 
     Raises:
@@ -192,7 +192,7 @@ def create(output: Path) -> None:
         raise ConfigError(f"output {shown_path(output)} cannot be written: {error}") from error
 
 
-def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftovers: Iterable[str] = ()) -> None:
+def claim(output: Path, config: RunConfig, keep: Sequence[str] = (), leftovers: Iterable[str] = ()) -> None:
     """Create a run's folder without an older run's results, and note the resolved configuration in it.
 
     Args:
@@ -215,7 +215,7 @@ def claim(output: Path, config: PruningConfig, keep: Sequence[str] = (), leftove
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {
-    CONFIG: PruningConfig.load,
+    CONFIG: RunConfig.load,
     SUMMARY: read_summary,
     MASKS: load_masks,
     SMALL: read_header,

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.insight.report_data import ReportData, comparison_rows, latency_warnings
 from gumbel_plugin.runs.folder import CONFIG, GATES, LOG, REPORT, SUMMARY, RunFolder, check_output
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.storage.files import write_bytes
 
 _SCORES = {"cross_entropy": "test accuracy (%)", "mse": "test score (negative mean squared error)"}
@@ -90,7 +90,7 @@ def read_result(path: Path) -> ReportData:
     )
 
 
-def _facts(config: PruningConfig, summary: Mapping[str, Any]) -> dict[str, str]:
+def _facts(config: RunConfig, summary: Mapping[str, Any]) -> dict[str, str]:
     return {
         "network": config.model.name if config.model else "-",
         "data": config.data.name if config.data else "-",

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, OutputError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import find_groups
@@ -33,6 +32,7 @@ from gumbel_plugin.runs.lock import locked
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.provenance import provenance
 from gumbel_plugin.runs.reporting import write_report
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.runs.train import check_training, evaluate, fit, load_config_data, loaders
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
 from gumbel_plugin.shrinking.mask_file import save_masks
@@ -40,7 +40,7 @@ from gumbel_plugin.shrinking.pruned_file import save_pruned
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.sparsity.cost_model import count_cost
 from gumbel_plugin.sparsity.counting import count_macs
-from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.agreement import Agreement, measure_agreement, set_consensus_from, votes_per_sample
 from gumbel_plugin.training.session import MaskingSession
 
@@ -117,7 +117,7 @@ class Prepared:
         example: Two test inputs, to trace with.
     """
 
-    config: PruningConfig
+    config: RunConfig
     data: DataBundle
     model: nn.Module
     groups: list[ChannelGroup]
@@ -125,7 +125,7 @@ class Prepared:
     example: Tensor
 
 
-def prepare(config: PruningConfig) -> Prepared:
+def prepare(config: RunConfig) -> Prepared:
     """Build and check everything that a run needs.
 
     Raises:
@@ -146,7 +146,7 @@ def prepare(config: PruningConfig) -> Prepared:
 
 
 def run(
-    config: PruningConfig,
+    config: RunConfig,
     output: Path | None = None,
     *,
     force: bool = False,
@@ -239,7 +239,7 @@ def _check_sizes(data: DataBundle) -> None:
             raise DataError(f"data: the {name} part has {size} samples; it needs at least {least}")
 
 
-def _check_outputs(config: PruningConfig, data: DataBundle, model: nn.Module, example: Tensor) -> None:
+def _check_outputs(config: RunConfig, data: DataBundle, model: nn.Module, example: Tensor) -> None:
     """Refuse a network or a loss that does not fit the data's targets."""
     if data.is_regression != (config.training.loss == "mse"):
         kind, fitting = ("numbers", "mse") if data.is_regression else ("classes", "cross_entropy")

@@ -16,11 +16,12 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 from torch import nn
 
-from gumbel_plugin.config import LayerRule, ModelConfig, PruningConfig
+from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError, DataError, nearest
 from gumbel_plugin.masks import method_named
 from gumbel_plugin.runs.data import data_names, load_data
 from gumbel_plugin.runs.models import build_model, model_options
+from gumbel_plugin.runs.run_config import ModelConfig, RunConfig
 from gumbel_plugin.storage.files import write_bytes
 
 SCHEMA_FILE = "gumbel-prune.schema.json"
@@ -29,9 +30,9 @@ _WIDTH = 100
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a run's configuration, with the descriptions of its keys."""
-    schema = PruningConfig.model_json_schema()
-    sections: dict[str, type[BaseModel]] = {"PruningConfig": PruningConfig, **_sections(PruningConfig)}
-    for name, definition in [("PruningConfig", schema), *schema.get("$defs", {}).items()]:
+    schema = RunConfig.model_json_schema()
+    sections: dict[str, type[BaseModel]] = {"RunConfig": RunConfig, **_sections(RunConfig)}
+    for name, definition in [("RunConfig", schema), *schema.get("$defs", {}).items()]:
         documented = _documented(sections[name]) if name in sections else {}
         for key, text in documented.items():
             if key in definition.get("properties", {}):
@@ -87,12 +88,12 @@ def starter_text(method: str, model: str, data: str) -> str:
         "training": {"max_epochs": 20, **_fitting_loss(data), "dense_baseline": True},
         "seed": 0,
     }
-    PruningConfig.load(chosen)  # what is written is valid
+    RunConfig.load(chosen)  # what is written is valid
     lines = [
         f"# yaml-language-server: $schema=./{SCHEMA_FILE}",
         f"# Masks by {method} on {model} with {data}: gumbel-prune check tries this file, gumbel-prune run runs it.",
         "# What is commented out shows the default.",
-        *_lines(PruningConfig, chosen),
+        *_lines(RunConfig, chosen),
     ]
     return "\n".join(lines) + "\n"
 

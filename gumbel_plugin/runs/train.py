@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gumbel_plugin.config import PruningConfig, TrainingConfig
 from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, NonFiniteLossError, shown
 from gumbel_plugin.layers.example_inputs import observing
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import DataBundle, load_data, make_loader
+from gumbel_plugin.runs.run_config import RunConfig, TrainingConfig
 from gumbel_plugin.training.session import MaskingSession, make_optimizer
 from gumbel_plugin.training.settling import settled
 
@@ -275,7 +275,7 @@ def _trainer(training: TrainingConfig, followers: Any) -> Any:
         raise ConfigError(f"training: Lightning refuses {settings}: {error}") from error
 
 
-def loaders(config: PruningConfig, bundle: DataBundle | None = None) -> tuple[Loader, Loader | None, Loader]:
+def loaders(config: RunConfig, bundle: DataBundle | None = None) -> tuple[Loader, Loader | None, Loader]:
     """Return new loaders of a configuration's data: train, validation (if a part is set aside), test.
 
     Args:
@@ -302,7 +302,7 @@ def make_loss(training: TrainingConfig) -> Callable[[Tensor, Tensor], Tensor]:
     return nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
 
 
-def load_config_data(config: PruningConfig) -> DataBundle:
+def load_config_data(config: RunConfig) -> DataBundle:
     """Return the data of a configuration.
 
     Raises:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gumbel_plugin.errors import DataError, TargetError, shorten
-from gumbel_plugin.sparsity.mask_format import check_format
 from gumbel_plugin.storage.files import check_readable
+from gumbel_plugin.storage.mask_format import check_format
 from gumbel_plugin.storage.tensor_file import DIGEST, read_tensors, require_digest, torch_content, write_tensors
 from gumbel_plugin.storage.versions import library_versions
 

@@ -12,14 +12,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, nearest, shown
+from gumbel_plugin.graph.kept import kept_of, note_kept
 from gumbel_plugin.graph.residual_blocks import residual_block
 from gumbel_plugin.layers import compact_attention
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.layers.weights import modules_with_gates
 from gumbel_plugin.shrinking.closed_blocks import removed_blocks, replace_block
-from gumbel_plugin.shrinking.kept import kept_of, note_kept
 from gumbel_plugin.storage.json_record import Record, read_record
 from gumbel_plugin.storage.tensor_file import DIGEST, read_tensors, require_digest, write_tensors
+from gumbel_plugin.storage.versions import VERSION
 
 FORMAT = "gumbel-plugin-network-2"
 _OLD_FORMAT = "gumbel-plugin-network-1"
@@ -72,7 +73,7 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
         raise ConfigError(f"the model's state {odd!r} is no tensor; such a model cannot be written without pickle")
     kept = {name: [None if d is None else d.tolist() for d in dims] for name, dims in kept_of(model).items()}
     about = {
-        "versions": {"torch": torch.__version__, "gumbel-plugin": _own_version()},
+        "versions": {"torch": torch.__version__, "gumbel-plugin": VERSION},
         "kept": {name: dims for name, dims in kept.items() if name in state},
         "sizes": {name: sizes for name, module in model.named_modules() if (sizes := _sizes(module))},
         "blocks": list(removed_blocks(model)),
@@ -259,9 +260,3 @@ def _fit_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 if isinstance(old, nn.Parameter):
                     fresh = made.setdefault(id(old), nn.Parameter(fresh, old.requires_grad))
                 own[key] = fresh
-
-
-def _own_version() -> str:
-    from gumbel_plugin import __version__
-
-    return __version__

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, GraphError, TargetError, nearest
 from gumbel_plugin.graph.dependency_groups import DependencyGroups
+from gumbel_plugin.graph.kept import find_kept, kept_after, kept_of, note_kept
 from gumbel_plugin.layers.example_inputs import checked_inputs, random_inputs_like
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.layers.precision import dtypes_of, round_to
@@ -19,10 +20,9 @@ from gumbel_plugin.layers.weights import how_to_keep_weights, plain_copy
 from gumbel_plugin.shrinking.closed_blocks import note_removed, remove_closed_blocks
 from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
 from gumbel_plugin.shrinking.folded_constants import fold_constants
-from gumbel_plugin.shrinking.kept import find_kept, kept_after, kept_of, note_kept
 from gumbel_plugin.shrinking.merged_constants import merge_constants
 from gumbel_plugin.shrinking.unread_units import column_masks, find_dead_units
-from gumbel_plugin.sparsity.mask_format import check_format
+from gumbel_plugin.storage.mask_format import check_format
 
 _logger = logging.getLogger(__name__)
 

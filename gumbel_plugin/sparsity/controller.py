@@ -5,11 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from gumbel_plugin.config import BudgetConfig
+from gumbel_plugin.config_values import Section
 from gumbel_plugin.sparsity.budget import Budget
 from gumbel_plugin.sparsity.schedules import Schedule
+
+
+class BudgetConfig(Section):
+    """How the masks are steered towards their `sparse_ratio` while they are learned.
+
+    Attributes:
+        ramp: The part of the mask learning over which the target falls from whole to its final value.
+        strength: Weight of the quadratic term of the budget loss.
+        multiplier_rate: How fast the Lagrange multiplier follows the violation, per step; None (the default) lets it
+            come equally far however many steps the mask learning has.
+    """
+
+    ramp: float = Field(default=0.8, ge=0, le=1)
+    strength: float = Field(default=1.0, gt=0)
+    multiplier_rate: float | None = Field(default=None, ge=0)
+
 
 _FAR = 0.5
 """The distance of log densities (density at 1.65 times the target) from which on the budget's pull is constant."""

@@ -7,6 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+VERSION = "0.1.0"
+"""Of gumbel-plugin."""
+
 _LIBRARIES = ("gumbel-plugin", "torch", "torchvision", "torch-pruning", "nni", "lightning")
 
 

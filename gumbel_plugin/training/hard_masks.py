@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import TargetError, nearest, shown
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.geometry import output_dimension
-from gumbel_plugin.sparsity.mask_format import Masks, check_format
+from gumbel_plugin.storage.mask_format import Masks, check_format
 from gumbel_plugin.training.plan import Plan
 
 

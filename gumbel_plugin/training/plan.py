@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.config import LayerRule, PruningSection
+from gumbel_plugin.config import PruningSection
+from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.graph.residual_blocks import ResidualBlock, residual_block

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from gumbel_plugin.config import LayerRule
+from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import TargetError, nearest, shown
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 
@@ -31,7 +31,9 @@ def select_modules(
     _check_words(modules, rule)
     chosen = {name: module for name, module in modules.items() if _selected(name, module, rule)}
     if not chosen:
-        raise TargetError(f"config_list entry {shown(rule.as_nni())} selects no module: its keys exclude each other")
+        raise TargetError(
+            f"config_list entry {shown(rule.model_dump(exclude_defaults=True))} selects no module: its keys exclude each other"
+        )
     whole = {group.name for group in groups} if rule.structured else set()
     for name, module in chosen.items():
         if not blocks and name not in whole and not isinstance(getattr(module, "weight", None), Tensor):

@@ -16,7 +16,7 @@ from gumbel_plugin.layers.model_check import refuse_unusable
 from gumbel_plugin.layers.weights import GATES, modules_with_gates, plain_copy, remove_gates
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.controller import BudgetController
-from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.forward_hooks import SessionHooks
 from gumbel_plugin.training.gate_modules import Gates
 from gumbel_plugin.training.hard_masks import decisions_of, masks_of

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from gumbel_plugin import GumbelGroupPruner, load_pruned, save_pruned, verify_equivalence
 from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
+from gumbel_plugin.graph.kept import kept_of
 from gumbel_plugin.layers.weights import GATES, plain_copy
-from gumbel_plugin.shrinking.kept import kept_of
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import DataError
 from gumbel_plugin.runs import folder as files
 from gumbel_plugin.runs.checkpoint import read_checkpoint, write_checkpoint
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 
 OLD = Path(__file__).parents[1] / "data" / "written_by_0_1_0" / "checkpoint.pt"
 RUN: dict[str, Any] = {  # what the old checkpoint is of
@@ -42,7 +42,7 @@ def _network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def interrupted(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run(PruningConfig.load(RUN), folder, say=stop)
+        run(RunConfig.load(RUN), folder, say=stop)
     return folder
 
 
@@ -52,7 +52,7 @@ def stop(line: str) -> None:
 
 
 def resume(folder: Path) -> Any:
-    return run(PruningConfig.load(RUN), folder, resume=True)
+    return run(RunConfig.load(RUN), folder, resume=True)
 
 
 def test_every_flipped_bit_is_found(interrupted: Path) -> None:
@@ -70,11 +70,11 @@ def test_every_flipped_bit_is_found(interrupted: Path) -> None:
 
 def test_one_of_0_1_0_is_gone_on_with(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    files.claim(folder, PruningConfig.load(RUN))
+    files.claim(folder, RunConfig.load(RUN))
     shutil.copy(OLD, folder / "checkpoint.pt")
     lines: list[str] = []
     with pytest.warns(UserWarning, match=r"checkpoint\.pt was written by gumbel-plugin 0\.1\.0, without a digest"):
-        run(PruningConfig.load(RUN), folder, resume=True, say=lines.append)
+        run(RunConfig.load(RUN), folder, resume=True, say=lines.append)
     assert "going on after epoch 1" in lines
     assert (folder / "summary.json").exists()
 

@@ -12,13 +12,13 @@ import pytest
 from matplotlib.image import imread
 from typer.testing import CliRunner, Result
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import DataError
 from gumbel_plugin.insight.interpret import disjoint_parts, feature_importance, pathways, symmetries
 from gumbel_plugin.runs import run as run_module
 from gumbel_plugin.runs.cli import app
 from gumbel_plugin.runs.explain import explain
 from gumbel_plugin.runs.run import RunResult, run
+from gumbel_plugin.runs.run_config import RunConfig
 
 RUNS: dict[str, dict[str, Any]] = {
     "toy": {
@@ -71,7 +71,7 @@ class Explained:
 @pytest.fixture(scope="module", params=RUNS)
 def explained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Explained:
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    result = run(PruningConfig.load(RUNS[request.param]), folder)
+    result = run(RunConfig.load(RUNS[request.param]), folder)
     return Explained(request.param, folder, result, CliRunner().invoke(app, ["explain", str(folder)]))
 
 

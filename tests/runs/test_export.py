@@ -10,7 +10,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 from gumbel_plugin import load_pruned
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError, GraphError
 from gumbel_plugin.runs import export
 from gumbel_plugin.runs.cli import app
@@ -19,6 +18,7 @@ from gumbel_plugin.runs.folder import SUMMARY, RunFolder
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.reporting import read_result, warnings_of, write_comparison, write_report
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.pruned_file import read_header
 
 CONFIG: dict[str, Any] = {
@@ -34,7 +34,7 @@ INPUTS = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(7))
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     folder = tmp_path_factory.mktemp("export") / "run"
-    return folder, run(PruningConfig.load(CONFIG), folder).small.eval()
+    return folder, run(RunConfig.load(CONFIG), folder).small.eval()
 
 
 class TestExport:

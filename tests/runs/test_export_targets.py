@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from gumbel_plugin import save_pruned
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.runs.export import FORMATS, export_run
 from gumbel_plugin.runs.reporting import write_comparison
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.mask_file import save_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
 from gumbel_plugin.storage.files import write_bytes
@@ -42,7 +42,7 @@ FILES = [
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("targets") / "run"
-    run(PruningConfig.load(RUN), folder)
+    run(RunConfig.load(RUN), folder)
     return folder
 
 

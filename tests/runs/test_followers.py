@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import MissingExtraError
 from gumbel_plugin.runs import progress as progress_module
 from gumbel_plugin.runs.progress import ProgressBar, following
 from gumbel_plugin.runs.result_files import read_log
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 
 CONFIG: dict[str, Any] = {
     "model": {"name": "digits_cnn"},
@@ -31,7 +31,7 @@ def test_tensorboard_has_the_rows_of_the_log(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(PruningConfig.load(CONFIG), tmp_path)
+    run(RunConfig.load(CONFIG), tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     rows = read_log(tmp_path / "log.csv")
@@ -43,7 +43,7 @@ def test_tensorboard_has_the_rows_of_the_log(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of what MLflow stands on
 def test_mlflow(tmp_path: Path) -> None:
-    config = PruningConfig.load({**CONFIG, "report": {**CONFIG["report"], "mlflow": f"sqlite:///{tmp_path}/flow.db"}})
+    config = RunConfig.load({**CONFIG, "report": {**CONFIG["report"], "mlflow": f"sqlite:///{tmp_path}/flow.db"}})
     if importlib.util.find_spec("mlflow") is None:
         with pytest.raises(MissingExtraError, match=r"gumbel-plugin\[mlflow\]"):
             run(config, tmp_path / "run")
@@ -65,7 +65,7 @@ class TestProgress:
         with Progress(*whole.columns, console=console, transient=True, auto_refresh=False) as progress:
             short = {**CONFIG, "training": {"max_epochs": 4, "accelerator": "cpu"}}
             short["pruning"] = {**CONFIG["pruning"], "phases": {"fixed": 0.5}}
-            run(PruningConfig.load(short), followers=[ProgressBar(progress)])
+            run(RunConfig.load(short), followers=[ProgressBar(progress)])
         drawn = console.file.getvalue()  # type: ignore[attr-defined]
         for text in ("gates", "epoch 4/4", "loss ", "validation ", "sparsity 0.500", "MACs 451,904"):
             assert text in drawn

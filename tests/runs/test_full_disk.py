@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import OutputError
 from gumbel_plugin.runs import trackers
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 
 resource = pytest.importorskip("resource")
 
-CONFIG = PruningConfig.load(
+CONFIG = RunConfig.load(
     {
         "model": {"name": "lenet300", "options": {"in_features": 64}},
         "data": {"name": "digits", "batch_size": 256},

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.runs.cli import app
 from gumbel_plugin.runs.lock import LOCK, locked
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 
 RUN: dict[str, Any] = {
     "model": {"name": "lockable_network:build"},
@@ -69,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_second_run_is_refused_until_the_first_is_killed(training: subprocess.Popen[str], tmp_path: Path) -> None:
-    config, folder = PruningConfig.load(RUN), tmp_path / "out"
+    config, folder = RunConfig.load(RUN), tmp_path / "out"
     before = contents(folder)
     for options in ({}, {"force": True}, {"resume": True}):
         with pytest.raises(ConfigError, match=rf"output '.*out' is in use by process {training.pid} on "):
@@ -92,9 +92,9 @@ def test_a_run_that_ends_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: 
     """The folder is looked at again once it is held: the first look was before the data were loaded."""
     from gumbel_plugin.runs import run as module
 
-    config, folder, prepare = PruningConfig.load(RUN), tmp_path / "out", module.prepare
+    config, folder, prepare = RunConfig.load(RUN), tmp_path / "out", module.prepare
 
-    def slowly(config: PruningConfig) -> module.Prepared:
+    def slowly(config: RunConfig) -> module.Prepared:
         prepared = prepare(config)
         folder.mkdir()
         (folder / "summary.json").write_text("{}")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from gumbel_plugin import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, GumbelPluginError
 from gumbel_plugin.runs.data import load_data
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 
 MODULE = """
 import torch
@@ -133,6 +133,6 @@ def test_a_run_trains_on_it(tmp_path: Path) -> None:
         "report": {"html": False, "latency_batches": []},
         "pruning": {"config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]},
     }
-    result = run(PruningConfig.load(config), tmp_path / "run")
+    result = run(RunConfig.load(config), tmp_path / "run")
     assert result.sparsity == pytest.approx(0.5, abs=0.02)
     assert result.equivalence.passed

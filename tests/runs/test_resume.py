@@ -15,12 +15,12 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.runs import folder as files
 from gumbel_plugin.runs.checkpoint import read_checkpoint
 from gumbel_plugin.runs.cli import app
 from gumbel_plugin.runs.run import run
+from gumbel_plugin.runs.run_config import RunConfig
 
 import lightning.pytorch as pl  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 
@@ -57,14 +57,14 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from gumbel_plugin.config import PruningConfig
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.runs.run import run
 import gumbel_plugin.graph.dependency_groups, sklearn.datasets
 
 def child(folder):
     pid = os.fork()
     if pid == 0:
-        config = PruningConfig.load(sys.argv[1])
+        config = RunConfig.load(sys.argv[1])
         run(config, folder, resume=(folder / "config.yaml").exists(), say=lambda line: None)
         os._exit(0)
     return pid
@@ -133,7 +133,7 @@ class Killed(BaseException):
 class TestEveryWrite:
     """Stop at every single file operation in turn: before, and after it."""
 
-    CONFIG = PruningConfig.load(
+    CONFIG = RunConfig.load(
         {
             **RUN,
             # Masks are fixed after two epochs, and the best state is not the last one.
@@ -195,7 +195,7 @@ class Stopping(pl.Callback):  # type: ignore[misc]
 
 def test_other_followers_than_before(tmp_path: Path) -> None:
     """A run that was begun at a terminal goes on without one."""
-    config = PruningConfig.load({**RUN, "training": {**RUN["training"], "dense_baseline": False}})
+    config = RunConfig.load({**RUN, "training": {**RUN["training"], "dense_baseline": False}})
     run(config, tmp_path / "whole")
     with pytest.raises(Killed):
         run(config, tmp_path / "killed", followers=[Stopping()])
@@ -205,8 +205,8 @@ def test_other_followers_than_before(tmp_path: Path) -> None:
 
 
 class TestRefusals:
-    def interrupted(self, folder: Path) -> PruningConfig:
-        config = PruningConfig.load(RUN)
+    def interrupted(self, folder: Path) -> RunConfig:
+        config = RunConfig.load(RUN)
         files.claim(folder, config)
         return config
 
@@ -227,7 +227,7 @@ class TestRefusals:
             run(config, tmp_path / "run", resume=True)
 
     def test_no_run(self, tmp_path: Path) -> None:
-        config = PruningConfig.load(RUN)
+        config = RunConfig.load(RUN)
         with pytest.raises(DataError, match="does not exist"):
             run(config, tmp_path / "run", resume=True)
         (tmp_path / "run").mkdir()
@@ -251,7 +251,7 @@ class TestRefusals:
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
         with pytest.raises(ConfigError, match="1 MiB are free, the run needs"):
-            run(PruningConfig.load(RUN), tmp_path / "run")
+            run(RunConfig.load(RUN), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
 
@@ -270,7 +270,7 @@ class TestCommand:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(PruningConfig.load(short), tmp_path / "run", say=stop)
+            run(RunConfig.load(short), tmp_path / "run", say=stop)
         assert "seed: 3 there, 5 now" in self.call("run", "--resume", "run", "--set", "seed=5", code=1)
         assert "going on after epoch 1" in self.call("run", "good.yaml", "--resume", "run")
         assert "nothing to resume" in self.call("run", "--resume", "run", code=1)

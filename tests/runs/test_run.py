@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gumbel_plugin import load_pruned
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError, EquivalenceError, GraphError, NonFiniteLossError, TargetError
 from gumbel_plugin.runs import models
 from gumbel_plugin.runs import run as run_module
 from gumbel_plugin.runs.run import RunResult, prepare, run
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.sparsity.counting import count_macs, count_nonzero
 
@@ -60,7 +60,7 @@ def _registered() -> Iterator[None]:
         yield
 
 
-def config(**changes: Any) -> PruningConfig:
+def config(**changes: Any) -> RunConfig:
     """A quick run on digits; changes replace or, for mappings, update whole sections."""
     sections: dict[str, Any] = {
         "model": {"name": "test_run_dropout"},
@@ -75,7 +75,7 @@ def config(**changes: Any) -> PruningConfig:
     for name, change in changes.items():
         old = sections.get(name)
         sections[name] = {**old, **change} if isinstance(old, dict) and isinstance(change, dict) else change
-    return PruningConfig.load(sections)
+    return RunConfig.load(sections)
 
 
 def state(result: RunResult) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ class TestResult:
 
     def test_its_configuration_repeats_it(self, finished: tuple[RunResult, Path, list[str]], tmp_path: Path) -> None:
         result, folder, _ = finished
-        again = run(PruningConfig.load(folder / "config.yaml"), tmp_path)
+        again = run(RunConfig.load(folder / "config.yaml"), tmp_path)
         assert same(state(again), state(result))
         assert again.columns["dense"].score == result.columns["dense"].score
         assert same_masks(tmp_path, folder)
@@ -165,7 +165,7 @@ class TestSeed:
         self, finished: tuple[RunResult, Path, list[str]], tmp_path: Path
     ) -> None:
         result, folder, _ = finished
-        without = PruningConfig.load(folder / "config.yaml")
+        without = RunConfig.load(folder / "config.yaml")
         without = without.model_copy(update={"training": without.training.model_copy(update={"dense_baseline": False})})
         alone = run(without, tmp_path)
         assert same(state(alone), state(result))

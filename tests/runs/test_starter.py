@@ -8,23 +8,23 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks import METHODS
 from gumbel_plugin.runs.cli import app
 from gumbel_plugin.runs.run import prepare
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.runs.starter import SCHEMA_FILE, json_schema, starter_text, write_starter
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_a_run_that_can_be_prepared(method: str) -> None:
-    config = PruningConfig.load(yaml.safe_load(starter_text(method, "lenet300", "digits")))
+    config = RunConfig.load(yaml.safe_load(starter_text(method, "lenet300", "digits")))
     assert config.pruning.method == method
     prepare(config)
 
 
 def test_the_loss_fits_the_targets() -> None:
-    config = PruningConfig.load(yaml.safe_load(starter_text("gumbel_softmax", "toy_mlp", "toy_regression")))
+    config = RunConfig.load(yaml.safe_load(starter_text("gumbel_softmax", "toy_mlp", "toy_regression")))
     assert config.training.loss == "mse"
     prepare(config)
 
@@ -35,8 +35,8 @@ def test_every_comment_can_become_a_key() -> None:
     lines = [re.sub(r"^( *)# (\s*\w+:( .*)?)$", r"\1\2", line) for line in text.split("\n")]
     keys = [line for line in lines if not line.strip().startswith("#")]
     uncommented = [line for line in keys if "may also have" not in line]
-    config = PruningConfig.load(yaml.safe_load("\n".join(uncommented)))
-    before = PruningConfig.load(yaml.safe_load(text))
+    config = RunConfig.load(yaml.safe_load("\n".join(uncommented)))
+    before = RunConfig.load(yaml.safe_load(text))
     assert config.model_dump(exclude={"pruning"}) == before.model_dump(exclude={"pruning"})
     assert config.pruning.budget == before.pruning.budget
     assert config.pruning.method_options() == before.pruning.method_options()
@@ -68,7 +68,7 @@ def test_misspelt(method: str, model: str, data: str, hint: str, tmp_path: Path)
 
 def test_data_that_is_not_there_is_no_obstacle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    config = PruningConfig.load(yaml.safe_load(starter_text("supermask", "conv2", "cifar10")))
+    config = RunConfig.load(yaml.safe_load(starter_text("supermask", "conv2", "cifar10")))
     assert config.model is not None
     assert config.model.num_classes is None
 
@@ -76,7 +76,7 @@ def test_data_that_is_not_there_is_no_obstacle(monkeypatch: pytest.MonkeyPatch, 
 class TestSchema:
     def test_every_key_is_in_it(self) -> None:
         schema = json_schema()
-        assert set(schema["properties"]) == set(PruningConfig.model_fields)
+        assert set(schema["properties"]) == set(RunConfig.model_fields)
         assert schema["additionalProperties"] is False
         training = schema["$defs"]["TrainingConfig"]["properties"]
         assert training["max_epochs"]["minimum"] == 1

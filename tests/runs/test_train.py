@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from gumbel_plugin.config import PruningConfig, PruningSection, TrainingConfig
+from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError, DataError, NonFiniteLossError
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import make_loader
 from gumbel_plugin.runs.epoch_log import EpochLog
+from gumbel_plugin.runs.run_config import RunConfig, TrainingConfig
 from gumbel_plugin.runs.train import evaluate, fit, loaders, make_loss
 from gumbel_plugin.training.session import MaskingSession
 
@@ -152,7 +153,7 @@ class TestFrozenWeights:
 
     def test_on_digits(self) -> None:
         """Method A on real data: an untrained network's subnetwork recognizes digits, without one weight learned."""
-        config = PruningConfig.load({"data": {"name": "digits"}, "pruning": {"config_list": [ELEMENTS]}})
+        config = RunConfig.load({"data": {"name": "digits"}, "pruning": {"config_list": [ELEMENTS]}})
         train, _, test = loaders(config)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
@@ -422,7 +423,7 @@ class TestMakeLoss:
 
 class TestLoaders:
     def test_are_new_each_time(self) -> None:
-        config = PruningConfig.load(
+        config = RunConfig.load(
             {"data": {"name": "digits", "validation_fraction": 0.2}, "pruning": {"config_list": [ELEMENTS]}}
         )
         first, second = loaders(config), loaders(config)
@@ -434,4 +435,4 @@ class TestLoaders:
 
     def test_need_data(self) -> None:
         with pytest.raises(ConfigError, match="data: required"):
-            loaders(PruningConfig.load([ELEMENTS]))
+            loaders(RunConfig.load([ELEMENTS]))

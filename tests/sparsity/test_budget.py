@@ -8,11 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gumbel_plugin.config import BudgetConfig
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.gumbel_softmax import GumbelSoftmaxMask, GumbelSoftmaxOptions
 from gumbel_plugin.sparsity.budget import Budget, BudgetTerm, cost_to_prune, count_to_prune
-from gumbel_plugin.sparsity.controller import BudgetController
+from gumbel_plugin.sparsity.controller import BudgetConfig, BudgetController
 
 
 def term(name: str, logits: list[float], cost: float = 1.0, most: float = 1.0, least: float = 0.0) -> BudgetTerm:

@@ -18,7 +18,7 @@ from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.layers.weights import plain_copy
 from gumbel_plugin.masks import METHODS, Phase
 from gumbel_plugin.masks.reparametrization import soft_gate
-from gumbel_plugin.sparsity.mask_format import Masks
+from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.session import MaskingSession, make_optimizer
 
 FILTERS = [1, -1, -1, -1]

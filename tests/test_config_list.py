@@ -12,9 +12,9 @@ import pytest
 from nni.compression.base.config import default_config_schema, trans_legacy_config_list
 from torch import nn
 
-from gumbel_plugin import PruningConfig
-from gumbel_plugin.config import LayerRule
+from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.training.plan import build_plan
 
 # A value for each key of NNI's schema for pruning, and what is said where it has no meaning here.
@@ -74,7 +74,7 @@ def entry_without_our_words(entry: dict[str, Any]) -> dict[str, Any]:
 def warnings_of(entry: dict[str, Any], caplog: pytest.LogCaptureFixture) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        build_plan(network(), PruningConfig.load([entry]).pruning, [], seed=0)
+        build_plan(network(), RunConfig.load([entry]).pruning, [], seed=0)
     return caplog.messages
 
 
@@ -92,7 +92,7 @@ def test_every_key_is_honored_or_named_in_one_warning(key: str, caplog: pytest.L
     says = KEYS[key][1]
     if key == "align":  # a list with such entries: tests/gumbel_nni/test_gumbel_pruner.py
         with pytest.raises(ConfigError, match=says):
-            PruningConfig.load([entry])
+            RunConfig.load([entry])
         return
     found = warnings_of(entry, caplog)
     assert len(found) == (1 if says else 0)
@@ -131,7 +131,7 @@ def test_a_ratio_above_its_limit_is_a_warning(caplog: pytest.LogCaptureFixture) 
 def test_several_entries_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     rules = [{"op_names": [name], "granularity": "element", "apply_method": "add"} for name in ("0", "2")]
     with caplog.at_level(logging.WARNING):
-        build_plan(network(), PruningConfig.load(rules).pruning, [], seed=0)
+        build_plan(network(), RunConfig.load(rules).pruning, [], seed=0)
     assert len(caplog.messages) == 1
 
 
@@ -166,7 +166,7 @@ def test_a_granularity_in_nnis_nested_form(granularity: Any, expected: Any) -> N
 )
 def test_what_breaks_a_rule(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PruningConfig.load([{"op_names": ["0"], **keys}])
+        RunConfig.load([{"op_names": ["0"], **keys}])
 
 
 @pytest.mark.parametrize(
@@ -180,11 +180,11 @@ def test_what_breaks_a_rule(keys: dict[str, Any], message: str) -> None:
 )
 def test_an_entry_of_nni_2_comes_with_the_line_to_write(entry: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"is NNI 2's: write instead \{") as caught:
-        PruningConfig.load([entry])
+        RunConfig.load([entry])
     line = ast.literal_eval(re.search(r"{.*}", str(caught.value))[0])
     default_config_schema("pruning").validate(line)
     theirs = trans_legacy_config_list([entry])[0]["target_settings"]["weight"]
-    rule = PruningConfig.load([line]).pruning.config_list[0]
+    rule = RunConfig.load([line]).pruning.config_list[0]
     assert rule.sparse_ratio == theirs["sparse_ratio"]
     assert rule.max_sparse_ratio == theirs.get("max_sparse_ratio")
     assert (rule.global_group_id is None) == ("total_sparsity" not in entry)
@@ -193,7 +193,7 @@ def test_an_entry_of_nni_2_comes_with_the_line_to_write(entry: dict[str, Any]) -
 def test_an_exclusion_of_nni_2_comes_with_the_keys_to_add() -> None:
     rules = [{"op_types": ["Linear"], "sparse_ratio": 0.5}, {"op_names": ["2"], "exclude": True}]
     with pytest.raises(ConfigError, match=r"config_list\.1: exclude is NNI 2's: leave this entry out") as caught:
-        PruningConfig.load(rules)
+        RunConfig.load(rules)
     added = ast.literal_eval(re.search(r"{.*}", str(caught.value))[0])
     assert added == {"exclude_op_names": ["2"]}
-    assert PruningConfig.load([{**rules[0], **added}]).pruning.config_list[0].exclude_op_names == ("2",)
+    assert RunConfig.load([{**rules[0], **added}]).pruning.config_list[0].exclude_op_names == ("2",)

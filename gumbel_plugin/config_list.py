@@ -1,12 +1,17 @@
-"""Entries of NNI's config lists as users have them: nested settings, keys without a meaning here, NNI 2's format."""
+"""Entries of a config list, NNI's: which layers, and how much of them goes; as users have them, nested and older forms too."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field, field_validator, model_validator
+
+from gumbel_plugin.config_values import Section
 from gumbel_plugin.errors import nearest, shown
+from gumbel_plugin.sparsity.types import granularity_of
 
 _SETTINGS = (
     "sparse_ratio",
@@ -33,6 +38,99 @@ _SPELLED_OUT = {
 _RATIOS_OF_NNI_2 = ("sparsity", "sparsity_per_layer", "total_sparsity")
 _KEYS_OF_NNI_2 = (*_RATIOS_OF_NNI_2, "max_sparsity_per_layer", "op_partial_names", "exclude")
 _KEYS_OF_QUANTIZERS = ("quant_types", "quant_bits", "quant_dtype", "quant_scheme")
+
+
+class LayerRule(Section):
+    """One entry of an NNI config list: which layers, and how much of them may go.
+
+    Attributes:
+        sparse_ratio: The fraction to remove; None leaves it to the gates themselves.
+        sparse_threshold: Without a ratio: keep a unit while P(keep) is at least this (default ½).
+        granularity: NNI's words, and ``element`` and ``kernel``; ``default`` is out_channel, as in NNI.
+        global_group_id: Rules with the same id share one budget.
+        dependency_group_id: Layers with the same id share their gates, beyond what the graph ties anyway.
+        max_sparse_ratio: No layer loses more than this fraction.
+        min_sparse_ratio: No layer loses less than this fraction.
+        internal_metric_block: NNI's number of blocks that lose equally many channels. Where whole channels go, the
+            traced network says which leave together; else it has no meaning here (`without_effect`).
+        apply_method: NNI's; learned gates multiply the weight, whatever it says (`without_effect`).
+    """
+
+    op_types: tuple[str, ...] | None = None
+    op_names: tuple[str, ...] | None = None
+    op_names_re: tuple[str, ...] | None = None
+    exclude_op_types: tuple[str, ...] = ()
+    exclude_op_names: tuple[str, ...] = ()
+    exclude_op_names_re: tuple[str, ...] = ()
+    target_names: tuple[str, ...] | None = None
+    target_settings: dict[str, dict[str, Any]] | None = None
+    sparse_ratio: float | None = Field(default=None, ge=0, lt=1)
+    sparse_threshold: float | None = Field(default=None, gt=0, lt=1)
+    max_sparse_ratio: float | None = Field(default=None, gt=0, le=1)
+    min_sparse_ratio: float | None = Field(default=None, ge=0, lt=1)
+    granularity: str | tuple[int, ...] = "default"
+    global_group_id: int | str | None = None
+    dependency_group_id: int | str | None = None
+    internal_metric_block: int | None = Field(default=None, ge=1)
+    apply_method: Literal["bypass", "mul", "add"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_weight_settings(cls, values: Any) -> Any:
+        """Read NNI's nested settings; ours has one maskable target, the weight."""
+        return flatten_entry(values) if isinstance(values, Mapping) else values
+
+    @field_validator("target_names")
+    @classmethod
+    def _only_weights(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and not (set(names) <= {"weight", "bias"} and "weight" in names):
+            raise ValueError(f"target_names {shown(list(names))}: learned masks cover 'weight' and follow on 'bias'")
+        return names
+
+    @field_validator("op_names_re", "exclude_op_names_re")
+    @classmethod
+    def _are_patterns(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for pattern in patterns or ():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # "[[a]" will mean something else one day
+                    re.compile(pattern)
+            except (re.error, OverflowError, RecursionError, Warning) as error:
+                raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from error
+        return patterns
+
+    @field_validator("granularity")
+    @classmethod
+    def _known(cls, word: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        granularity_of(word)
+        return word
+
+    @model_validator(mode="after")
+    def _selects_something(self) -> LayerRule:
+        if not (self.op_types or self.op_names or self.op_names_re):
+            raise ValueError("an entry names its layers by op_types, op_names or op_names_re; it has none of them")
+        if self.sparse_ratio is not None and self.sparse_threshold is not None:
+            raise ValueError("sparse_ratio and sparse_threshold exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_leave_room(self) -> LayerRule:
+        low, high = self.min_sparse_ratio, self.max_sparse_ratio
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_sparse_ratio {low} is above max_sparse_ratio {high}")
+        return self
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole output channels go, so that the dependency graph decides what goes with them."""
+        return self.granularity in ("default", "out_channel")
+
+    def without_effect(self) -> list[str]:
+        """Return why settings of this entry that NNI's pruners take mean nothing here, one sentence each."""
+        given = self.model_dump(exclude_none=True, include={"apply_method", "target_settings"})
+        if self.internal_metric_block and not self.structured:
+            given["internal_metric_block"] = self.internal_metric_block
+        return settings_without_effect(given)
 
 
 def flatten_entry(entry: Mapping[Any, Any]) -> dict[Any, Any]:
