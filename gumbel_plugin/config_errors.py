@@ -14,7 +14,7 @@ _MOST = 8  # errors that are listed; the others are counted
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Say in one line what pydantic found.
+    """Return in one line what pydantic found.
 
     Args:
         error: What pydantic raised.

@@ -18,9 +18,10 @@ from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, agreement_lin
 from gumbel_plugin.runs.folder import CONFIG, SUMMARY
 from gumbel_plugin.runs.interruption import Interruption
 from gumbel_plugin.runs.lock import locked
+from gumbel_plugin.runs.overrides import apply_overrides
 from gumbel_plugin.runs.reporting import warnings_of
 from gumbel_plugin.runs.run_config import RunConfig
-from gumbel_plugin.storage.yaml_files import apply_overrides, read_yaml
+from gumbel_plugin.storage.yaml_files import read_yaml
 
 if TYPE_CHECKING:  # the commands import these themselves: help is quick, and a missing extra is an error like others
     from gumbel_plugin.runs.run import RunResult
