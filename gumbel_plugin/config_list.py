@@ -41,8 +41,8 @@ class LayerRule(Section):
         max_sparse_ratio: No layer loses more than this fraction.
         min_sparse_ratio: No layer loses less than this fraction.
         internal_metric_block: NNI's number of blocks that lose equally many channels. Where whole channels go, the
-            traced network says which leave together; else it has no meaning here (`without_effect`).
-        apply_method: NNI's; learned gates multiply the weight, whatever it says (`without_effect`).
+            traced network decides which are removed together; else it has no meaning here (`without_effect`).
+        apply_method: NNI's; learned gates multiply the weight in any case (`without_effect`).
     """
 
     op_types: tuple[str, ...] | None = None

@@ -55,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
             if line.startswith("epoch 2"):
                 shutil.copy(place / "run" / CHECKPOINT, place)
 
-        run(RunConfig.load(RUN), place / "run", say=keep)
+        run(RunConfig.load(RUN), place / "run", log=keep)
         shutil.copy(place / CHECKPOINT, place / "run")
         yield place / "run"
 

@@ -1,4 +1,4 @@
-"""Pictures of what a pruned network's topology says: a map of the inputs' importance, and the paths to the outputs."""
+"""Pictures of what a pruned network's topology shows: a map of the inputs' importance, and the paths to the outputs."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def run(
             from gumbel_plugin.runs.run import run as run_config
 
             resolved, again = _load(config or folder / CONFIG, settings), resume is not None
-            with following(quiet, interruption.check) as (say, followers):
-                result = run_config(resolved, folder, force=force, resume=again, say=say, followers=followers)
+            with following(quiet, interruption.check) as (log, followers):
+                result = run_config(resolved, folder, force=force, resume=again, log=log, followers=followers)
             _print_result(result, folder)
     except _USER_ERRORS as error:
         _fail(error)
@@ -74,7 +74,7 @@ def run(
 
 
 def _after_interruption(folder: Path) -> str:
-    """Say what an interrupted run left, and how to go on."""
+    """Return what an interrupted run left, and how to go on."""
     if (folder / SUMMARY).exists():
         return f"{folder} holds a finished run; gumbel-prune report {folder} writes its report anew"
     if (folder / CONFIG).exists():
@@ -132,7 +132,7 @@ def compare(
 
 @app.command()
 def explain(folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
-    """Say what the small network's topology tells: which inputs matter, along which paths, and which are alike."""
+    """Interpret the small network's topology: which inputs matter, along which paths, and which are alike."""
     try:
         from gumbel_plugin.runs.explain import explain as explain_run
 
@@ -257,6 +257,6 @@ def _load(path: Path, settings: list[str] | None) -> RunConfig:
 
 
 def _fail(error: Exception) -> NoReturn:
-    """Say in one line what is wrong, and exit with 1."""
+    """Print in one line what is wrong, and exit with 1."""
     typer.secho(f"error: {shorten(' '.join(str(error).split()))}", err=True, fg="red")
     raise typer.Exit(1)

@@ -65,7 +65,7 @@ def _expendable(track: Tracker, name: str) -> Tracker:
             return
         try:
             track(row, epoch)
-        except Exception as error:  # a full disk, a server that is gone: the log has the numbers too
+        except Exception as error:  # a full disk, a server that is down: the log has the numbers too
             failed = True
             _logger.warning(
                 "%s gets no epochs from %d on, the training goes on without it: %s", name, epoch, shown(error)

@@ -23,7 +23,7 @@ from gumbel_plugin.insight.report_data import (
     latency_warnings,
     result_rows,
 )
-from gumbel_plugin.insight.widths import layer_widths, ragged
+from gumbel_plugin.insight.widths import layer_widths, misaligned
 from gumbel_plugin.training.agreement import Agreement
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -130,7 +130,7 @@ class TestSlower:
         layers = [{"name": "conv1", "kind": "Conv2d", "before": [3, 64], "after": [3, after]}]
         return data(layers=layers, columns={**data().columns, "small": column(1, 98.0, 1.5)})
 
-    def test_ragged_widths_are_the_reason(self) -> None:
+    def test_misaligned_widths_are_the_reason(self) -> None:
         sentences = latency_warnings(self.slow(37))
         assert len(sentences) == 2
         assert sentences[0].startswith("The small network is slower at a batch of 1: 1.500 ms against 1.000 ms.")
@@ -197,7 +197,7 @@ def test_widths() -> None:
         ("2", (16, 8), (5, 8)),
         ("4", (8, 4), (8, 4)),
     ]
-    assert [w.name for w in ragged(widths)] == ["0"]
+    assert [w.name for w in misaligned(widths)] == ["0"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")

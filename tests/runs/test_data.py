@@ -101,7 +101,7 @@ class TestIdx:
             (b"\0\0\x0d\x01" + struct.pack(">I", 1) + b"1234", "not an idx file of unsigned bytes"),
             (b"\x89PNG\r\n\x1a\n1234", "not an idx file"),
             (b"\0\0\x08\x03" + struct.pack(">I", 1), "not an idx file"),
-            (b"\0\0\x08\x01" + struct.pack(">I", 5) + b"1234", r"damaged: 4 bytes follow a header that says \(5,\)"),
+            (b"\0\0\x08\x01" + struct.pack(">I", 5) + b"1234", r"damaged: 4 bytes follow a header of shape \(5,\)"),
             (b"\0\0\x08\x01" + struct.pack(">I", 3) + b"1234", "damaged"),
             (b"\0\0\x08\x01" + struct.pack(">I", 0), "damaged"),
             (b"\0\0\x08\x04" + struct.pack(">4I", *[2**32 - 1] * 4) + b"1234", "damaged"),

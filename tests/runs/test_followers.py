@@ -71,11 +71,11 @@ class TestProgress:
             assert text in drawn
 
     def test_none_in_a_log_file_and_nothing_when_quiet(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with following(quiet=False) as (say, followers):
-            say("hello")
+        with following(quiet=False) as (log, followers):
+            log("hello")
         assert followers == []
         assert capsys.readouterr().err == "hello\n"
-        with following(quiet=True) as (say, followers):
-            say("hello")
+        with following(quiet=True) as (log, followers):
+            log("hello")
         assert followers == []
         assert capsys.readouterr() == ("", "")
