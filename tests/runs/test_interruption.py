@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from gumbel_plugin.runs.interruption import Interruption
 
+
 @pytest.fixture(autouse=True)
 def _sigint_interrupts() -> Iterator[None]:
     """Let Ctrl-C interrupt, also where the suite runs in the background: a shell starts such jobs with it ignored."""
