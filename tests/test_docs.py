@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pkgutil
 import re
 import subprocess
 import sys
@@ -55,3 +56,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
+
+
+def test_how_a_channel_leaves_names_every_room_and_function_once() -> None:
+    page = (ROOT / "docs" / "how_a_channel_leaves.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(gumbel_plugin\.[\w.]+)`", page)
+    assert len(set(named)) == len(named)
+    for name in named:
+        assert pkgutil.resolve_name(name)
+    rooms = {path.parent.name for path in (ROOT / "gumbel_plugin").glob("*/__init__.py")}
+    assert rooms == {name.split(".")[1] for name in named} - {"config"}

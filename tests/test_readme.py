@@ -33,6 +33,12 @@ def test_every_config_that_the_readme_names_exists():
     assert all((ROOT / name).is_file() for name in named)
 
 
+def test_every_test_that_the_readme_names_exists():
+    named = re.findall(r"`(tests/[\w/*.]+)`", README)
+    assert named
+    assert all(list(ROOT.glob(name)) for name in named)
+
+
 def test_every_make_target_that_the_readme_names_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`?make ([a-z-]+)", README):
