@@ -28,6 +28,8 @@ from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.mask_file import load_masks
 
+pytestmark = pytest.mark.slow
+
 RUN: dict[str, Any] = {
     "model": {"name": "damaged_network:build"},
     "data": {"name": "digits", "batch_size": 512},

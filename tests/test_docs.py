@@ -25,6 +25,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code", "expected"), BLOCKS)
 def test_block_runs_and_prints_what_it_says(
     page: Path, code: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -41,6 +42,7 @@ def test_block_runs_and_prints_what_it_says(
         assert printed.getvalue() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["lightning", "transformers"])
 def test_the_example_of_a_library_runs_alone(library: str, tmp_path: Path) -> None:
     """In a fresh process nothing has been imported that the example itself does not import, in its own order."""

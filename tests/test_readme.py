@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(README.count("```python")))
 def test_block_runs_and_prints_what_it_says(number, run_block):
     run_block(ROOT / "README.md", number)

@@ -111,6 +111,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 def test_another_trainings_state(interrupted: Path) -> None:
     path = interrupted / "checkpoint.pt"
     whole = path.read_bytes()

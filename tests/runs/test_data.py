@@ -55,6 +55,7 @@ def fashion() -> DataBundle:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 class TestFashionMnist:
     def test_sizes_and_types(self, fashion: DataBundle) -> None:
         assert (len(fashion.train), len(fashion.test)) == (60_000, 10_000)

@@ -75,6 +75,7 @@ def explained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Explained(request.param, folder, result, CliRunner().invoke(app, ["explain", str(folder)]))
 
 
+@pytest.mark.slow
 def test_writes_pictures_and_a_summary(explained: Explained) -> None:
     assert explained.command.exit_code == 0, explained.command.output
     assert "explanation.md" in explained.command.stdout
@@ -110,6 +111,7 @@ def _flat(values: Any) -> list[float]:
     return [number for value in values for number in _flat(value)] if isinstance(values, list) else [values]
 
 
+@pytest.mark.slow
 def test_explains_anew(explained: Explained) -> None:
     if explained.name == "toy":
         folder = explained.folder / "explain"

@@ -38,6 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]
 
 
 class TestExport:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", FORMATS)
     def test_is_the_small_network_at_any_batch_size(self, kind: str, finished: Any, tmp_path: Path) -> None:
         folder, small = finished
@@ -114,6 +115,7 @@ class TestReading:
         assert "seed 0" in data.lead
         assert isinstance(warnings_of(folder), list)
 
+    @pytest.mark.slow
     def test_report_and_comparison(self, folder: Path, finished: Any) -> None:
         pytest.importorskip("matplotlib")
         assert "digits_cnn" in write_report(folder).read_text()

@@ -51,6 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class TestFilesOfARun:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FILES)
     def test_are_not_replaced(self, name: str, finished: Path, tmp_path: Path) -> None:
         before = contents(finished)
@@ -150,6 +151,7 @@ for name, call in calls.items():
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(finished: Path, tmp_path: Path) -> None:
     pytest.importorskip("resource")
     pytest.importorskip("matplotlib")

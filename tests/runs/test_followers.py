@@ -27,6 +27,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_rows_of_the_log(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -59,6 +60,7 @@ def test_mlflow(tmp_path: Path) -> None:
 
 
 class TestProgress:
+    @pytest.mark.slow
     def test_a_live_line_at_a_terminal(self) -> None:
         console = Console(file=io.StringIO(), force_terminal=True, width=160)
         whole = progress_module._progress()

@@ -68,6 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_until_the_first_is_killed(training: subprocess.Popen[str], tmp_path: Path) -> None:
     config, folder = RunConfig.load(RUN), tmp_path / "out"
     before = contents(folder)

@@ -127,6 +127,7 @@ class TestSteps:
         assert not model.training
 
 
+@pytest.mark.slow
 class TestFrozenWeights:
     @pytest.mark.parametrize("rescale", ["none", "learned"])
     def test_only_gates_and_scales_learn(self, rescale: str) -> None:
@@ -205,6 +206,7 @@ class TestPatience:
         rows = fit_and_read(tmp_path, network(), None, config, validation=points())
         assert len(rows) == 1 + 3  # the first epoch is the best one
 
+    @pytest.mark.slow
     def test_does_not_count_before_the_masks_are_fixed(self, tmp_path: Path) -> None:
         model = network()
         session = session_on(
@@ -214,6 +216,7 @@ class TestPatience:
         rows = fit_and_read(tmp_path, model, session, config, validation=points())
         assert len(rows) == 10 + 2  # masks are fixed at the end of epoch 10, which is the best one then
 
+    @pytest.mark.slow
     def test_does_not_count_while_the_budget_falls(self, tmp_path: Path) -> None:
         model = network()
         session = session_on(model, {"sparse_ratio": 0.5}, gate_optimizer={"lr": 1e-12}, budget={"ramp": 0.5})
@@ -221,6 +224,7 @@ class TestPatience:
         rows = fit_and_read(tmp_path, model, session, config, validation=points())
         assert len(rows) == 10 + 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("ratio", [0.9, None])
     def test_gives_the_best_settled_state_back(self, tmp_path: Path, ratio: float | None) -> None:
         """The labels turn wrong in the end, so that the last state is bad; the best of all is before the masks."""
@@ -280,6 +284,7 @@ class TestNonFiniteLoss:
 
 
 class TestLightning:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("precision", "inside"),
         [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("64-true", torch.float64)],
@@ -358,6 +363,7 @@ class TestLightning:
 
 
 class TestEpochLog:
+    @pytest.mark.slow
     def test_lines_are_few_and_plain(self, tmp_path: Path) -> None:
         lines: list[str] = []
         model = network()

@@ -17,6 +17,8 @@ from gumbel_plugin.shrinking.closed_blocks import find_closed_blocks, remove_clo
 from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
 from gumbel_plugin.sparsity.counting import count_macs
 
+pytestmark = pytest.mark.slow
+
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "resnet20": ("resnet20", {}, {"stage1.1": "bn2", "stage3.2": "bn2"}),
     "resnet20, padded": ("resnet20", {"shortcut": "pad"}, {"stage1.0": "bn2"}),

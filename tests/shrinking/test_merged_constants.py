@@ -58,6 +58,7 @@ def rows(layer: nn.Module, *closed: int, bias: bool = True) -> dict[str, Tensor]
     return masks
 
 
+@pytest.mark.slow
 @BACKENDS
 @pytest.mark.parametrize("bias", [True, False])
 def test_one_channel_carries_the_constants_of_all(backend: Any, bias: bool) -> None:
@@ -68,6 +69,7 @@ def test_one_channel_carries_the_constants_of_all(backend: Any, bias: bool) -> N
     assert {tensor.dtype for tensor in small.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_zeros_are_carried_by_nobody(backend: Any) -> None:
     model = padded(nn.ReLU)

@@ -56,6 +56,7 @@ def flags_of(model: nn.Module) -> dict[str, tuple[bool, ...]]:
 # The table of networks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_small_network_computes_what_the_gated_one_did(
@@ -78,6 +79,7 @@ def test_the_small_network_computes_what_the_gated_one_did(
             assert layer.bias.shape == (int(kept.sum()),)
 
 
+@pytest.mark.slow
 def test_both_backends_give_the_same_network(network_name: str, masked: Any) -> None:
     network, masks, _ = masked(network_name)
     first, second = (shrink(network.model, masks, network.inputs, backend) for backend in BACKENDS)
@@ -89,6 +91,7 @@ def test_both_backends_give_the_same_network(network_name: str, masked: Any) -> 
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_original_and_all_flags_are_kept(backend: Any, network_name: str, masked: Any) -> None:
     network, masks, _ = masked(network_name)
@@ -108,6 +111,7 @@ def test_the_original_and_all_flags_are_kept(backend: Any, network_name: str, ma
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
 
 
+@pytest.mark.slow
 def test_the_small_network_trains(network_name: str, masked: Any) -> None:
     network, masks, _ = masked(network_name)
     small = shrink(network.model.train(), masks, network.inputs)

@@ -42,6 +42,7 @@ def blocks(draw: st.DrawFn) -> tuple[list[int], tuple[int, ...]]:
     return steps, tuple(count * size for count, size in zip(counts, sizes, strict=True))
 
 
+@pytest.mark.slow
 @given(blocks(), st.integers(0, 5))
 def test_blocks_are_cut_as_nni_cuts_them(case: tuple[list[int], tuple[int, ...]], seed: int) -> None:
     steps, shape = case
@@ -49,6 +50,7 @@ def test_blocks_are_cut_as_nni_cuts_them(case: tuple[list[int], tuple[int, ...]]
     assert_same_as_nni(granularity_of(steps), Scaling(steps, "front", 1), shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 @given(shape=st.lists(st.integers(1, 4), min_size=2, max_size=5))
 def test_named_granularities_are_cut_as_nni_cuts_them(name: str, shape: list[int]) -> None:
