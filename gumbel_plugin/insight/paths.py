@@ -139,8 +139,8 @@ def path_gradients(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
         float64 of shape (outputs, *input_shape).
 
     Raises:
-        GraphError: If the network multiplies what it computes (attention, gates): no product of weights describes what a
-            path is worth there. Or if its forward fails, or returns something else than one tensor a sample.
+        GraphError: If the network multiplies what it computes (attention, gates): no product of weights describes what
+            a path is worth there. Or if its forward fails, or returns something else than one tensor a sample.
     """
     network = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
     first, second = (

@@ -155,17 +155,17 @@ def _untangled(graph: nx.DiGraph, columns: Mapping[int, Sequence[Node]]) -> dict
     order = sorted(columns)
     for sweep in range(_SWEEPS):
         backwards = sweep % 2 == 1
-        neighbours = graph.successors if backwards else graph.predecessors
+        neighbors = graph.successors if backwards else graph.predecessors
         for x in reversed(order) if backwards else order:
-            heights = {node: _height([ranks[other] for other in neighbours(node)], ranks[node]) for node in columns[x]}
+            heights = {node: _height([ranks[other] for other in neighbors(node)], ranks[node]) for node in columns[x]}
             by_height = sorted((heights[node], ranks[node], node) for node in columns[x])
             for rank, (_, _, node) in enumerate(by_height):
                 ranks[node] = rank
     return ranks
 
 
-def _height(neighbours: Sequence[int], own: int) -> float:
-    return sum(neighbours) / len(neighbours) if neighbours else float(own)
+def _height(neighbors: Sequence[int], own: int) -> float:
+    return sum(neighbors) / len(neighbors) if neighbors else float(own)
 
 
 def _draw_edges(axis: Axes, graph: nx.DiGraph, places: Mapping[Node, tuple[int, float]]) -> None:

@@ -16,7 +16,7 @@ from gumbel_plugin.errors import MissingExtraError, shown
 _logger = logging.getLogger(__name__)
 
 Tracker = Callable[[Mapping[str, float], int], None]
-"""Told the numbers of an epoch, and its number."""
+"""Called with the numbers of an epoch, and its number."""
 
 
 def tensorboard(folder: Path, first_epoch: int = 0) -> Tracker | None:

@@ -263,7 +263,7 @@ def test_toy_regression() -> None:
 
 
 def cifar_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
-    """Write a tiny CIFAR-10 in its own format and tell torchvision the checksums of these files."""
+    """Write a tiny CIFAR-10 in its own format and give torchvision the checksums of these files."""
     from torchvision.datasets import CIFAR10
 
     folder = root / CIFAR10.base_folder

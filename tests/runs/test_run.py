@@ -323,10 +323,10 @@ class TestFailures:
 
     @pytest.mark.slow
     def test_a_summary_with_nan_is_valid_json(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        judge = run_module.verify_equivalence
+        check = run_module.verify_equivalence
 
         def not_a_number(*args: Any) -> Any:
-            report = judge(*args)
+            report = check(*args)
             return replace(report, errors={**report.errors, "float32": math.nan})
 
         monkeypatch.setattr(run_module, "verify_equivalence", not_a_number)

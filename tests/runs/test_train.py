@@ -33,7 +33,7 @@ def network() -> nn.Module:
 
 
 def points(count: int = 48, batch_size: int = 16) -> DataLoader[Any]:
-    """Points in three classes that a linear layer can tell apart: the class is the largest of three inputs."""
+    """Points in three classes that a linear layer can separate: the class is the largest of three inputs."""
     x = torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
     return make_loader(TensorDataset(x, x[:, :3].argmax(1)), batch_size, shuffle=True, seed=0)
 
@@ -140,7 +140,7 @@ class TestFrozenWeights:
         assert all(len(magnitude) == 1 for magnitude in magnitudes)  # still one magnitude a layer, nothing closed
         scales = [scale.item() for scale in session.scale_parameters()] or [1.0, 1.0]
         assert (rescale == "learned") == (scales != [1.0, 1.0])
-        learnt = evaluate(model, points())
+        learned = evaluate(model, points())
         session.extract()
         session.detach()
         for layer, magnitude, scale in zip((model[0], model[2]), magnitudes, scales, strict=True):
@@ -150,7 +150,7 @@ class TestFrozenWeights:
         fresh = [nn.Linear(6, 12).bias, nn.Linear(12, 3).bias]
         assert all(torch.equal(a, b) for a, b in zip(biases, fresh, strict=True))
         assert all(parameter.requires_grad for parameter in model.parameters())
-        assert evaluate(model, points()) == learnt > accuracy + 20
+        assert evaluate(model, points()) == learned > accuracy + 20
 
     def test_on_digits(self) -> None:
         """Method A on real data: an untrained network's subnetwork recognizes digits, without one weight learned."""
