@@ -20,8 +20,8 @@ except ImportError as error:
 
 Rows = Sequence[Mapping[str, float]]
 
-BLUE, ORANGE, GREY, INK = "#2563eb", "#ea7317", "#b6bfcc", "#1f2937"
-COLORS = {"dense": GREY, "masked": ORANGE, "small": BLUE, "fine-tuned": "#0f9d58"}
+BLUE, ORANGE, GRAY, INK = "#2563eb", "#ea7317", "#b6bfcc", "#1f2937"
+COLORS = {"dense": GRAY, "masked": ORANGE, "small": BLUE, "fine-tuned": "#0f9d58"}
 _MOST_LAYERS = 24
 _STYLE: Any = {
     "font.family": "sans-serif",

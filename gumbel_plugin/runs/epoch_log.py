@@ -1,4 +1,4 @@
-"""What each epoch of a training brought: a row of a CSV file, and now and then a line for whoever waits."""
+"""What each epoch of a training brought: a row of a CSV file, and now and then a line."""
 
 from __future__ import annotations
 

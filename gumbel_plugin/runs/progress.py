@@ -24,7 +24,7 @@ Log = Callable[[str], None]
 
 @contextmanager
 def following(quiet: bool, check: Callable[[], None] | None = None) -> Iterator[tuple[Log, list[Any]]]:
-    """Yield what logs a line, and the callbacks that draw progress where somebody looks at a terminal.
+    """Yield what logs a line, and the callbacks that draw progress at a terminal.
 
     Args:
         quiet: Whether to show nothing.
