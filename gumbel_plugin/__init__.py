@@ -1,20 +1,17 @@
-"""Learned masks for neural networks, and the exact removal of what they close.
-
-Names are imported when they are first used: loading a pruned file needs neither the mask methods nor Torch-Pruning.
-"""
+"""Learned masks for neural networks, and the exact removal of what they close."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gumbel_plugin.errors import GumbelPluginError, MissingExtraError
 from gumbel_plugin.storage.versions import VERSION
 from gumbel_plugin.torchvision_import import make_torchvision_importable
 
 if TYPE_CHECKING:
     from gumbel_nni import GumbelPruner
     from gumbel_plugin.config import PruningConfig
+    from gumbel_plugin.errors import GumbelPluginError
     from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
     from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
     from gumbel_plugin.shrinking.shrink import shrink
@@ -24,18 +21,6 @@ if TYPE_CHECKING:
 make_torchvision_importable()
 
 __version__ = VERSION
-
-_HOMES = {
-    "EquivalenceReport": "gumbel_plugin.shrinking.equivalence",
-    "GumbelGroupPruner": "gumbel_torch_pruning",
-    "GumbelPruner": "gumbel_nni",
-    "MaskingSession": "gumbel_plugin.training.session",
-    "PruningConfig": "gumbel_plugin.config",
-    "load_pruned": "gumbel_plugin.shrinking.pruned_file",
-    "save_pruned": "gumbel_plugin.shrinking.pruned_file",
-    "shrink": "gumbel_plugin.shrinking.shrink",
-    "verify_equivalence": "gumbel_plugin.shrinking.equivalence",
-}
 
 __all__ = [
     "EquivalenceReport",
@@ -50,13 +35,27 @@ __all__ = [
     "verify_equivalence",
 ]
 
+# Where the public names live. Each is imported when it is asked for: who loads a small network needs torch and
+# safetensors only, and who has no NNI does without `GumbelPruner`.
+_PLACES = {
+    "EquivalenceReport": "gumbel_plugin.shrinking.equivalence",
+    "GumbelGroupPruner": "gumbel_torch_pruning",
+    "GumbelPluginError": "gumbel_plugin.errors",
+    "GumbelPruner": "gumbel_nni",
+    "MaskingSession": "gumbel_plugin.training.session",
+    "PruningConfig": "gumbel_plugin.config",
+    "load_pruned": "gumbel_plugin.shrinking.pruned_file",
+    "save_pruned": "gumbel_plugin.shrinking.pruned_file",
+    "shrink": "gumbel_plugin.shrinking.shrink",
+    "verify_equivalence": "gumbel_plugin.shrinking.equivalence",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as error:
-        if error.name != "nni":
-            raise
-        raise MissingExtraError("nni", "nni") from error
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
