@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks import LearnedMask, name_of
@@ -100,12 +99,6 @@ class Budget:
         """Let one more mask share the budget."""
         self.terms.append(term)
         self._sync(term)
-
-    def having(self, *terms: BudgetTerm) -> Self:
-        """Return the budget itself, with these masks added."""
-        for term in terms:
-            self.add(term)
-        return self
 
     def _sync(self, term: BudgetTerm) -> None:
         bounds = term.min_ratio, term.max_ratio

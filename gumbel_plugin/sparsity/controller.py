@@ -97,10 +97,8 @@ class BudgetController:
         return torch.stack(losses).sum() if losses else None
 
     def _steering_loss(self, progress: float) -> Tensor:
-        if self._flat is None:
-            densities = torch.stack([budget.density() for budget in self.budgets])
-        else:
-            densities = self._flat()
+        flat = self._flat
+        densities = flat() if flat else torch.stack([budget.density() for budget in self.budgets])
         densities = _at_least(densities, densities.new_tensor([0.5 / budget.total for budget in self.budgets]))
         targets = densities.new_tensor(self.targets(progress))
         violations = torch.log(densities) - torch.log(targets)

@@ -17,7 +17,7 @@ from gumbel_plugin.training.training_check import TrainingCheck
 
 
 class SessionHooks(Attached):
-    """The hooks by which a plan acts in a model: one on the model, which draws the samples, and those of all gated layers."""
+    """The hooks by which a plan acts in a model: the one on the model draws the samples."""
 
     def __init__(self, model: nn.Module, plan: Plan, check: TrainingCheck, *, on_layers: bool) -> None:
         """Start acting.

@@ -1,4 +1,4 @@
-"""Budgets in another metric than each entry's own: weights, channels, parameters, MACs or latency of a whole network."""
+"""Budgets over a whole network, in weights, channels, parameters, MACs or latency (`pruning.budget`)."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def budgets_by_metric(
         _require_channels(plan, term)
         term.cost = 1.0
     if spec.scope == "layer":
-        return [Budget(term.name, [], ratio).having(term) for term in terms]
-    return [Budget(f"the selected {metric}", [], ratio).having(*terms)]
+        return [Budget(term.name, [term], ratio) for term in terms]
+    return [Budget(f"the selected {metric}", terms, ratio)]
 
 
 def cost_model(
@@ -90,7 +90,7 @@ def _of_network(
     name = f"the network's {metric}"
     grouped = [term.name in plan.groups for term in terms]
     if all(grouped):
-        return CostBudget(name, [], ratio, model=cost_model(model, plan, metric, example_inputs)).having(*terms)
+        return CostBudget(name, list(terms), ratio, model=cost_model(model, plan, metric, example_inputs))
     if metric == "latency" or any(grouped):
         what = "zeros inside of a weight save no time" if metric == "latency" else "some entries remove whole channels"
         raise ConfigError(f"budget.metric {metric!r}: {what}; give all entries the granularity 'out_channel'")
@@ -104,7 +104,7 @@ def _of_network(
             weight = plan.weight_of(term.mask)
             term.cost *= macs.of(term.name) / (1.0 if weight is None else weight.numel())
     gated = sum(term.units * term.cost for term in terms)
-    return Budget(name, [], ratio, constant=max(0.0, total - gated)).having(*terms)
+    return Budget(name, list(terms), ratio, constant=max(0.0, total - gated))
 
 
 def _require_channels(plan: Plan, term: BudgetTerm) -> None:

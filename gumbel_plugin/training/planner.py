@@ -1,4 +1,4 @@
-"""The only planner: from a configuration, a config list or a pruner's arguments to what is gated, under which budgets."""
+"""The planner: from a configuration to what is gated, under which budgets."""
 
 from __future__ import annotations
 
