@@ -192,14 +192,15 @@ def check(config: ConfigArgument, settings: SetOption = None) -> None:
     try:
         from gumbel_plugin.runs.run import prepare
 
-        plan = prepare(_load(config, settings)).session.plan
+        prepared = prepare(_load(config, settings))
     except _USER_ERRORS as error:
         _fail(error)
+    plan, metric = prepared.session.plan, prepared.config.pruning.budget.metric or "weights"
     gates = sum(mask.hard.numel() for mask in plan.masks.values())
     typer.echo(f"{config}: ok, {gates:,} gates in {len(plan.masks)} masks, {len(plan.budgets)} budgets")
     for budget in plan.budgets:
         units = sum(term.units for term in budget.terms)
-        rule = "the gates decide" if budget.ratio is None else f"{100 * budget.ratio:g} % of the weights go"
+        rule = "the gates decide" if budget.ratio is None else f"{100 * budget.ratio:g} % of the {metric} go"
         typer.echo(f"  {budget.name}: {units:,} gates, {rule}")
 
 
