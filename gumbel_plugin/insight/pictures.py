@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from gumbel_plugin.insight.connections import INPUT, OUTPUT
 from gumbel_plugin.insight.interpret import Importance, Node
-from gumbel_plugin.insight.report_figures import BLUE, GREY, INK, ORANGE
+from gumbel_plugin.insight.report_figures import BLUE, GRAY, INK, ORANGE
 from gumbel_plugin.insight.report_figures import _style as figure_style
 
 _PARTS = (BLUE, ORANGE, "#0f9d58", "#8b5cf6", "#d63384", "#0891b2", "#a16207", "#64748b")
@@ -187,7 +187,7 @@ def _draw_edges(axis: Axes, graph: nx.DiGraph, places: Mapping[Node, tuple[int, 
                 zorder=1,
             )
         )
-    colors = (GREY, GREY) if several else (BLUE, ORANGE)
+    colors = (GRAY, GRAY) if several else (BLUE, ORANGE)
     lines = [Line2D([], [], color=colors[0], linewidth=2, label="positive weight")]
     lines.append(Line2D([], [], color=colors[1], linewidth=2, linestyle=(0, (2.0, 0.8)), label="negative weight"))
     axis.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, handlelength=3)
