@@ -28,6 +28,8 @@ from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 from gumbel_torch_pruning import find_groups
 
+pytestmark = pytest.mark.slow
+
 
 def load_benchmark() -> ModuleType:
     path = Path(__file__).parents[2] / "benchmarks" / "zoo.py"
@@ -94,13 +96,11 @@ def shrunk(request: pytest.FixtureRequest) -> tuple[str, Closed]:
     return request.param, (masked, remove_dead_units(masked, inputs), inputs, groups)
 
 
-@pytest.mark.slow
 def test_the_small_network_computes_the_same(shrunk: tuple[str, Closed]) -> None:
     _, (masked, small, inputs, _) = shrunk
     verify_equivalence(masked, small, inputs, samples=2, tolerance=1e-5).raise_for_failure()
 
 
-@pytest.mark.slow
 def test_something_of_every_exact_group_is_gone(shrunk: tuple[str, Closed]) -> None:
     _, (masked, small, inputs, groups) = shrunk
     assert count_macs(small, inputs) < count_macs(masked, inputs)

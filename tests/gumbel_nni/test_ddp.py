@@ -15,6 +15,8 @@ import torch
 from gumbel_plugin.masks.base import NoiseSource
 from gumbel_plugin.shrinking.mask_file import load_masks
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 Result = dict[str, Any]
@@ -44,7 +46,6 @@ def flat(result: Result, *keys: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["same", "own", "nni", "groups"])
 def test_masks_weights_and_gates_are_the_same_on_both_ranks(case: str, ranks: list[Result]) -> None:
     first, second = (flat(rank[case], "masks", "weights", "learned") for rank in ranks)
@@ -70,7 +71,6 @@ def test_initial_scores_do_not_depend_on_the_rank() -> None:
     assert torch.equal(*scores)
 
 
-@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     config = Path(__file__).parents[2] / "configs" / "digits.yaml"
     settings = [

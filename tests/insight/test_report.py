@@ -137,6 +137,7 @@ class TestSlower:
         layers = [{"name": "conv1", "kind": "Conv2d", "before": [3, 64], "after": [3, after]}]
         return data(layers=layers, columns={**data().columns, "small": column(1, 98.0, 1.5)})
 
+    @pytest.mark.slow
     def test_misaligned_widths_are_the_reason(self) -> None:
         sentences = latency_warnings(self.slow(37))
         assert len(sentences) == 2

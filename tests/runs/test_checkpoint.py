@@ -17,6 +17,8 @@ from gumbel_plugin.runs.checkpoint import read_checkpoint, write_checkpoint
 from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 OLD = Path(__file__).parents[1] / "data" / "written_by_0_1_0" / "checkpoint.pt"
 RUN: dict[str, Any] = {  # what the old checkpoint is of
     "model": {"name": "legacy_network:build"},
@@ -111,7 +113,6 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-@pytest.mark.slow
 def test_another_trainings_state(interrupted: Path) -> None:
     path = interrupted / "checkpoint.pt"
     whole = path.read_bytes()

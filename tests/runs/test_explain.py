@@ -20,6 +20,8 @@ from gumbel_plugin.runs.explain import explain
 from gumbel_plugin.runs.run import RunResult, run
 from gumbel_plugin.runs.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 RUNS: dict[str, dict[str, Any]] = {
     "toy": {
         "model": {"name": "toy_mlp"},
@@ -75,7 +77,6 @@ def explained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Explained(request.param, folder, result, CliRunner().invoke(app, ["explain", str(folder)]))
 
 
-@pytest.mark.slow
 def test_writes_pictures_and_a_summary(explained: Explained) -> None:
     assert explained.command.exit_code == 0, explained.command.output
     assert "explanation.md" in explained.command.stdout
@@ -111,7 +112,6 @@ def _flat(values: Any) -> list[float]:
     return [number for value in values for number in _flat(value)] if isinstance(values, list) else [values]
 
 
-@pytest.mark.slow
 def test_explains_anew(explained: Explained) -> None:
     if explained.name == "toy":
         folder = explained.folder / "explain"

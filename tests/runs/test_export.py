@@ -21,6 +21,8 @@ from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.pruned_file import read_header
 
+pytestmark = pytest.mark.slow
+
 CONFIG: dict[str, Any] = {
     "model": {"name": "digits_cnn"},
     "data": {"name": "digits", "batch_size": 256},
@@ -38,7 +40,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]
 
 
 class TestExport:
-    @pytest.mark.slow
     @pytest.mark.parametrize("kind", FORMATS)
     def test_is_the_small_network_at_any_batch_size(self, kind: str, finished: Any, tmp_path: Path) -> None:
         folder, small = finished
@@ -115,7 +116,6 @@ class TestReading:
         assert "seed 0" in data.lead
         assert isinstance(warnings_of(folder), list)
 
-    @pytest.mark.slow
     def test_report_and_comparison(self, folder: Path, finished: Any) -> None:
         pytest.importorskip("matplotlib")
         assert "digits_cnn" in write_report(folder).read_text()

@@ -21,6 +21,8 @@ from gumbel_plugin.shrinking.mask_file import save_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
 from gumbel_plugin.storage.files import write_bytes
 
+pytestmark = pytest.mark.slow
+
 RUN = {
     "model": {"name": "digits_cnn"},
     "data": {"name": "digits", "batch_size": 512},
@@ -51,7 +53,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class TestFilesOfARun:
-    @pytest.mark.slow
     @pytest.mark.parametrize("name", FILES)
     def test_are_not_replaced(self, name: str, finished: Path, tmp_path: Path) -> None:
         before = contents(finished)
@@ -151,7 +152,6 @@ for name, call in calls.items():
 """
 
 
-@pytest.mark.slow
 def test_a_full_disk(finished: Path, tmp_path: Path) -> None:
     pytest.importorskip("resource")
     pytest.importorskip("matplotlib")

@@ -17,6 +17,8 @@ from gumbel_plugin.runs import trackers
 from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 resource = pytest.importorskip("resource")
 
 CONFIG = RunConfig.load(
@@ -41,7 +43,6 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "file"), [("epoch 2", "checkpoint.pt"), ("shrinking", "masks.safetensors")])
 def test_the_run_can_be_resumed(moment: str, file: str, tmp_path: Path) -> None:
     run(CONFIG, tmp_path / "whole")
@@ -61,7 +62,6 @@ def test_the_run_can_be_resumed(moment: str, file: str, tmp_path: Path) -> None:
 
 
 class TestTrackers:
-    @pytest.mark.slow
     def test_a_training_goes_on_without_its_event_files(self, tmp_path: Path, caplog: Any) -> None:
         pytest.importorskip("tensorboard")
         (tmp_path / "tensorboard").write_text("a file where the folder would be")

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from gumbel_plugin.runs.interruption import Interruption
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _sigint_interrupts() -> Iterator[None]:
@@ -122,7 +124,6 @@ def tensors(folder: Path) -> dict[str, list[Any]]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals are tried on forked processes, which this system lacks")
 def test_at_every_phase(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))

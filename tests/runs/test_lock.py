@@ -20,6 +20,8 @@ from gumbel_plugin.runs.lock import LOCK, locked
 from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 RUN: dict[str, Any] = {
     "model": {"name": "lockable_network:build"},
     "data": {"name": "digits", "batch_size": 256},
@@ -68,7 +70,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.slow
 def test_a_second_run_is_refused_until_the_first_is_killed(training: subprocess.Popen[str], tmp_path: Path) -> None:
     config, folder = RunConfig.load(RUN), tmp_path / "out"
     before = contents(folder)

@@ -24,6 +24,8 @@ from gumbel_plugin.runs.run_config import RunConfig
 
 import lightning.pytorch as pl  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 
+pytestmark = pytest.mark.slow
+
 RUN: dict[str, Any] = {
     "seed": 3,
     "model": {"name": "resumed_network:build"},
@@ -108,7 +110,6 @@ def results(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried on forked processes, which this system lacks")
 def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
@@ -149,7 +150,6 @@ class TestEveryWrite:
         }
     )
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("before", [True, False])
     def test_each_rename(self, before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run(self.CONFIG, tmp_path / "whole")
@@ -195,7 +195,6 @@ class Stopping(pl.Callback):  # type: ignore[misc]
         return {"something": 1}
 
 
-@pytest.mark.slow
 def test_other_followers_than_before(tmp_path: Path) -> None:
     """A run that was begun at a terminal goes on without one."""
     config = RunConfig.load({**RUN, "training": {**RUN["training"], "dense_baseline": False}})
@@ -264,7 +263,6 @@ class TestCommand:
         assert result.exit_code == code, result.output
         return result.output
 
-    @pytest.mark.slow
     def test_goes_on_without_a_configuration_file(self, tmp_path: Path) -> None:
         short = {**RUN, "training": {"max_epochs": 2, "accelerator": "cpu"}, "data": {"name": "digits"}}
         (tmp_path / "good.yaml").write_text(yaml.safe_dump(short))

@@ -23,6 +23,8 @@ from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.sparsity.counting import count_macs, count_nonzero
 
+pytestmark = pytest.mark.slow
+
 RESULTS = {
     "config.yaml",
     "gates.jsonl",
@@ -100,7 +102,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, Path,
 
 
 class TestResult:
-    @pytest.mark.slow
     def test_files(self, finished: tuple[RunResult, Path, list[str]]) -> None:
         _, folder, _ = finished
         assert {path.name for path in folder.iterdir()} == RESULTS
@@ -151,7 +152,6 @@ class TestResult:
         starts = ["training the dense", "epoch 1/2", "epoch 2/2", "training with gates", "epoch 1/2", "epoch 2/2"]
         assert all(line.startswith(start) for line, start in zip(lines, [*starts, "shrinking"], strict=True))
 
-    @pytest.mark.slow
     def test_its_configuration_repeats_it(self, finished: tuple[RunResult, Path, list[str]], tmp_path: Path) -> None:
         result, folder, _ = finished
         again = run(RunConfig.load(folder / "config.yaml"), tmp_path)
@@ -162,7 +162,6 @@ class TestResult:
             assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.slow
 class TestSeed:
     def test_dense_baseline_does_not_disturb_the_gated_run(
         self, finished: tuple[RunResult, Path, list[str]], tmp_path: Path
@@ -184,7 +183,6 @@ class TestSeed:
 
 
 class TestFrozenWeights:
-    @pytest.mark.slow
     @pytest.mark.parametrize("rescale", ["none", "learned"])
     def test_from_beginning_to_end(self, rescale: str, tmp_path: Path) -> None:
         pruning = {
@@ -257,7 +255,6 @@ class TestRefusals:
         raise AssertionError(f"something was begun: {line}")
 
 
-@pytest.mark.slow
 class TestOverwriting:
     def test_force_replaces_a_finished_run(self, tmp_path: Path) -> None:
         run(config(), tmp_path)
@@ -284,7 +281,6 @@ class TestOverwriting:
         assert {path.name for path in tmp_path.iterdir()} == RESULTS
 
 
-@pytest.mark.slow
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     lines: list[str] = []
@@ -304,7 +300,6 @@ class TestFailures:
             run(exploding, tmp_path)
         assert not {"summary.json", "masks.safetensors", "small.safetensors"} & {p.name for p in tmp_path.iterdir()}
 
-    @pytest.mark.slow
     def test_a_small_network_that_is_not_equal(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def disturb(shrink: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             def disturbed(*args: Any) -> nn.Module:
@@ -321,7 +316,6 @@ class TestFailures:
         assert {path.name for path in tmp_path.iterdir()} == RESULTS
         assert json.loads((tmp_path / "summary.json").read_text())["equivalence"]["passed"] is False
 
-    @pytest.mark.slow
     def test_a_summary_with_nan_is_valid_json(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check = run_module.verify_equivalence
 
