@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.graph.channel_groups import ChannelSlice
 from gumbel_plugin.graph.residual_blocks import ResidualBlock
-from gumbel_plugin.layers.geometry import columns_view, input_channels
+from gumbel_plugin.layers.geometry import channel_dimension, columns_view, input_channels
 from gumbel_plugin.layers.weights import Attached, unhide_weight
 from gumbel_plugin.masks.base import LearnedMask, Phase
 from gumbel_plugin.training.rescale import Rescale, dynamic_scale
@@ -180,8 +180,7 @@ class GatedLayer:
         """Return the layer's input with closed channels zeroed: the same as masking the weight's columns."""
         assert self.columns is not None
         gates = self.columns.vector().to(inputs.dtype)
-        spatial = 0 if isinstance(self.module, nn.Linear) else len(self.module.kernel_size)  # type: ignore[arg-type]
-        return scale_channels(inputs, gates, spatial)
+        return scale_channels(inputs, gates, -1 - channel_dimension(self.module))
 
     @torch.no_grad()
     def fold(self) -> None:

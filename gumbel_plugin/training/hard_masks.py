@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import TargetError, nearest, shown
 from gumbel_plugin.graph.channel_groups import ChannelGroup
-from gumbel_plugin.layers.geometry import output_dimension
+from gumbel_plugin.layers.geometry import output_dimension, rows_view
 from gumbel_plugin.storage.mask_format import Masks, check_format
 from gumbel_plugin.training.plan import Plan
 
@@ -74,8 +74,7 @@ def _rows(module: nn.Module, positions: Tensor, hard: Tensor) -> dict[str, Tenso
     assert dim is not None
     channels = torch.ones(weight.shape[dim], device=weight.device)
     channels[positions] = hard.to(channels)
-    shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-    masks = {"weight": channels.reshape(shape).expand_as(weight).clone()}
+    masks = {"weight": rows_view(module, channels).expand_as(weight).clone()}
     if isinstance(getattr(module, "bias", None), Tensor):
         masks["bias"] = channels.clone()
     return masks
