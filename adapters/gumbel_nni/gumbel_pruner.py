@@ -17,6 +17,7 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
+from gumbel_nni.any_masks import Backend, engine_of
 from gumbel_nni.compat.stacking import add_space, hide, masks_of
 from gumbel_nni.config_evaluator import epochs_of
 from gumbel_nni.planned_steps import PlannedSteps, SparsityTargets
@@ -30,7 +31,7 @@ from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
-from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.storage.mask_format import Masks, check_format
 from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.plan import Plan, needs_groups
@@ -349,7 +350,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         wrappers = wrappers_of(self.bound_model)  # also those of what was fused with this pruner
         masks = masks_of(wrappers) if wrappers else self.get_masks()
         plain = unwrapped_copy(self.bound_model)
-        small = shrink(plain, masks, inputs, backend)
+        small = shrink(plain, masks, inputs, engine=engine_of(backend))
         warn_if_nothing_left(plain, small, masks, inputs)
         return small
 

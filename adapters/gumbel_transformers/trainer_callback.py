@@ -12,7 +12,7 @@ from torch import nn
 from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, MissingExtraError
 from gumbel_plugin.layers.weights import GATES
-from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
 from gumbel_plugin.training.settling import settled
@@ -57,7 +57,7 @@ class GumbelPruningCallback(TrainerCallback):
         self._model: nn.Module | None = None
         self.masks: Masks | None = None
 
-    def shrink(self, example_inputs: Any = None, backend: Backend = "torch_pruning") -> nn.Module:
+    def shrink(self, example_inputs: Any = None) -> nn.Module:
         """Return a new dense model without the closed channels and heads, verified equal to the trained one.
 
         Raises:
@@ -67,7 +67,7 @@ class GumbelPruningCallback(TrainerCallback):
         if self.masks is None or self._model is None:
             raise LifecycleError("there are no masks yet: train with this callback first")
         inputs = self._example_inputs if example_inputs is None else example_inputs
-        return shrink(self._model.cpu(), self.masks, inputs, backend)
+        return shrink(self._model.cpu(), self.masks, inputs)
 
     def detach(self) -> None:
         """Leave the plain model, its weights as they are, after a training that failed; then train again.

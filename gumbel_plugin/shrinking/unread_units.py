@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.graph.removal import removable_units
-from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension, read_channels
+from gumbel_plugin.layers.geometry import output_dimension, read_channels
 
 _logger = logging.getLogger(__name__)
 
@@ -57,23 +57,6 @@ def find_dead_units(
                 for part in group.producers:  # of the one that stays too, if nobody reads it
                     _zero_rows(modules[part.module], part, unread)
     return dead
-
-
-def column_masks(model: nn.Module, groups: Sequence[ChannelGroup], dead: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return, by consumer, the mask of its weight that closes the input channels of dead units."""
-    modules = dict(model.named_modules())
-    columns: dict[str, Tensor] = {}
-    for group in groups:
-        for part in group.consumers if group.name in dead else ():
-            module = modules[part.module]
-            open_channels = columns.setdefault(part.module, torch.ones(input_channels(module)))
-            open_channels[part.positions[torch.isin(part.units, dead[group.name])]] = 0.0
-    masks = {}
-    for name, open_channels in columns.items():
-        weight = modules[name].weight
-        assert isinstance(weight, Tensor)
-        masks[name] = columns_view(modules[name], open_channels.to(weight.device)).expand_as(weight).clone()
-    return masks
 
 
 def _zero_rows(module: nn.Module, part: ChannelSlice, units: Tensor) -> None:
