@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError
 from gumbel_plugin.layers.example_inputs import inputs_following
-from gumbel_plugin.layers.weights import GATES
+from gumbel_plugin.layers.weights import is_gate
 from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
@@ -168,7 +168,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         """Let the checkpoint hold the plain network."""
         if self._attached:
             state, prefix = checkpoint["state_dict"], self._prefix
-            for name in [name for name in state if GATES in name]:
+            for name in [name for name in state if is_gate(name)]:
                 del state[name]
             state.update({prefix + name: tensor for name, tensor in self._running.plain_state().items()})
 
@@ -271,5 +271,5 @@ def _fitting(network: nn.Module, example_inputs: Any) -> Any:
 def _keep_gates(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a plain state be loaded into a gated network: the gates stay as they are."""
     for name, tensor in module.state_dict().items():
-        if GATES in name:
+        if is_gate(name):
             state_dict.setdefault(prefix + name, tensor)

@@ -28,7 +28,8 @@ from gumbel_plugin.config import ConfigLike, PruningSection
 from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
 from gumbel_plugin.graph.dependency_groups import find_groups
-from gumbel_plugin.layers.model_check import refuse_wrapped
+from gumbel_plugin.layers.model_check import WRAPPER, refuse_wrapped
+from gumbel_plugin.layers.weights import register_weight_holder
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.shrink import shrink
@@ -50,6 +51,7 @@ def gumbel_mul(target: Tensor, target_space: PruningTargetSpace) -> Tensor:
 
 
 pruning_apply_methods[APPLY_METHOD] = gumbel_mul
+register_weight_holder(lambda layer: layer._modules.get(WRAPPER))
 # Heads of an attention layer are selected by the layer's name; NNI itself has nothing to mask there but its projection.
 PruningSetting.register("MultiheadAttention", {})
 PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
@@ -163,7 +165,6 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         space.apply_method = APPLY_METHOD
         setattr(space, GATED_LAYER, gated)
         space.before_unwrap = partial(self._let_go, gated)
-        gated.owner = space._wrapper
 
     def _wrap_weight(self, gated: GatedLayer, wrapper: ModuleWrapper | None) -> PruningTargetSpace:
         if wrapper is not None:

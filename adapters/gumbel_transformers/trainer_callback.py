@@ -11,7 +11,7 @@ from torch import nn
 
 from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, MissingExtraError
-from gumbel_plugin.layers.weights import GATES
+from gumbel_plugin.layers.weights import is_gate
 from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
@@ -104,7 +104,7 @@ class GumbelPruningCallback(TrainerCallback):
         loop.start(state.max_steps)
         self._loop = loop
         if own is not None:  # the weights are those of the checkpoint; `start` may have drawn new ones
-            model.load_state_dict({name: t for name, t in restored.items() if GATES not in name}, strict=False)
+            model.load_state_dict({name: t for name, t in restored.items() if not is_gate(name)}, strict=False)
             try:
                 loop.load_state_dict(own)
             except Exception:

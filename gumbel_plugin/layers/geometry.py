@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.layers.weights import read_weight
 
 
 def input_channels(layer: nn.Module) -> int:
@@ -79,10 +80,9 @@ def rows_view(layer: nn.Module, rows: Tensor) -> Tensor:
     Returns:
         A tensor that broadcasts against ``layer.weight``.
     """
-    weight, dimension = layer.weight, output_dimension(layer)
-    assert isinstance(weight, Tensor)
+    dimension = output_dimension(layer)
     assert dimension is not None
-    return rows.reshape([-1 if each == dimension else 1 for each in range(weight.dim())])
+    return rows.reshape([-1 if each == dimension else 1 for each in range(read_weight(layer).dim())])
 
 
 def columns_view(layer: nn.Module, columns: Tensor) -> Tensor:
@@ -108,8 +108,7 @@ def columns_view(layer: nn.Module, columns: Tensor) -> Tensor:
 
 def read_channels(layer: nn.Module) -> Tensor:
     """Return which input channels of a convolution or linear layer have a non-zero weight, bool, (in_channels,)."""
-    assert isinstance(layer.weight, Tensor)
-    nonzero = layer.weight.detach() != 0
+    nonzero = read_weight(layer).detach() != 0
     if is_transposed(layer):
         return nonzero.flatten(1).any(1)
     per_group = nonzero.reshape(groups_of(layer), -1, nonzero.shape[1], nonzero[0, 0].numel())
@@ -121,6 +120,5 @@ def written_channels(layer: nn.Module) -> Tensor | None:
     dimension = output_dimension(layer)
     if dimension is None:
         return None
-    assert isinstance(layer.weight, Tensor)
-    nonzero = (layer.weight.detach() != 0).movedim(dimension, 0)
+    nonzero = (read_weight(layer).detach() != 0).movedim(dimension, 0)
     return nonzero.reshape(len(nonzero), -1).any(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.graph.removal import removable_units
 from gumbel_plugin.layers.geometry import output_dimension, read_channels
-
-_logger = logging.getLogger(__name__)
+from gumbel_plugin.layers.weights import read_weight
 
 
 def unread_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tensor:
@@ -60,10 +58,7 @@ def find_dead_units(
 
 
 def _zero_rows(module: nn.Module, part: ChannelSlice, units: Tensor) -> None:
-    rows = part.positions[torch.isin(part.units, units)]
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dimension = output_dimension(module)
-    if weight.dim() < 2 or dimension is None:  # a normalization: nothing before it depends on its own parameters
-        return
-    weight.index_fill_(dimension, rows.to(weight.device), 0.0)
+    weight, dimension = read_weight(module), output_dimension(module)
+    if weight.dim() > 1 and dimension is not None:  # nothing before a normalization depends on its own parameters
+        rows = part.positions[torch.isin(part.units, units)]
+        weight.index_fill_(dimension, rows.to(weight.device), 0.0)
