@@ -35,8 +35,8 @@ __all__ = [
     "verify_equivalence",
 ]
 
-# Where the public names live. Each is imported when it is asked for: who loads a small network needs torch and safetensors
-# only, and who has no NNI does without `GumbelPruner`.
+# Where the public names live. Each is imported when it is asked for: who loads a small network needs torch and
+# safetensors only, and who has no NNI does without `GumbelPruner`.
 _PLACES = {
     "EquivalenceReport": "gumbel_plugin.shrinking.equivalence",
     "GumbelGroupPruner": "gumbel_torch_pruning",

@@ -61,8 +61,8 @@ def write_weight(layer: nn.Module, values: Tensor) -> None:
 
 def _stored(layer: nn.Module, name: str) -> Tensor | None:
     holders = [holder for find in _HOLDERS if (holder := find(layer)) is not None]
-    tables = [*(holder._parameters for holder in holders), layer._parameters, layer._buffers]
-    return next((table[name] for table in tables if table.get(name) is not None), None)
+    owned = (each._parameters.get(name) for each in (*holders, layer))
+    return next((parameter for parameter in owned if parameter is not None), layer._buffers.get(name))
 
 
 def is_gate(name: str) -> bool:

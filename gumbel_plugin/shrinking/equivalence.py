@@ -100,7 +100,7 @@ def verify_equivalence(
     """Compare two models on random inputs, in eval mode.
 
     Deep copies are compared: the models, their train/eval flags, dtypes and gradients, and torch's global generators
-    stay as they are. Reduced precision (TF32, casts to float32 inside a model that is judged in float64) is switched
+    stay as they are. Reduced precision (TF32, casts to float32 inside a model that is compared in float64) is switched
     off meanwhile. Outputs may be tensors, numbers, and mappings, sequences and dataclasses of them, as Hugging Face
     models return; other objects, such as their caches, are not compared. Integer and bool outputs must be equal, an
     infinity equals only itself.

@@ -16,7 +16,7 @@ from gumbel_plugin.graph.residual_blocks import residual_block
 from gumbel_plugin.layers import compact_attention
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.layers.weights import modules_with_gates
-from gumbel_plugin.shrinking.closed_blocks import removed_blocks, replace_block
+from gumbel_plugin.shrinking.closed_blocks import removed_blocks
 from gumbel_plugin.storage.json_form import read_json
 from gumbel_plugin.storage.tensor_file import DIGEST, read_tensors, require_digest, write_tensors
 from gumbel_plugin.storage.versions import VERSION
@@ -194,12 +194,11 @@ def _remove_block(model: nn.Module, name: str, path: str | Path) -> None:
     block = residual_block(modules[name]) if name in modules else "it has no such module"
     if isinstance(block, str):
         raise DataError(f"{path}: the factory's network has no residual block {shown(name)}: {block}")
-    replace_block(model, name, block)
+    model.set_submodule(name, block.remainder())
 
 
 def _replace(model: nn.Module, name: str, kind: str, path: str | Path) -> None:
     """Put the kind of attention layer in place that can have lost heads."""
-    parent, _, child = name.rpartition(".")
     layers = dict(model.named_modules())
     make = getattr(compact_attention, kind, None)
     known = isinstance(make, type) and issubclass(make, nn.Module) and make.__module__ == compact_attention.__name__
@@ -211,7 +210,7 @@ def _replace(model: nn.Module, name: str, kind: str, path: str | Path) -> None:
         layer = getattr(make, "of", make)(layers[name])
     except (AttributeError, TypeError) as error:
         raise DataError(f"{path}: the factory's {name!r} is no attention layer that {kind} replaces") from error
-    setattr(layers[parent], child, layer)
+    model.set_submodule(name, layer)
 
 
 def _add_biases(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from gumbel_plugin.errors import DataError, shown
 
 Form = Any
-"""What a value must be: ``str``, ``None``, a range of whole numbers, ``[form]`` for a list, ``{str: form}`` for a mapping
-of any names, or a tuple of forms of which one must fit."""
+"""What a value must be: ``str``, ``None``, a range of whole numbers, ``[form]`` for a list, ``{str: form}`` for a
+mapping of any names, or a tuple of forms of which one must fit."""
 
 
 def read_json(text: str, required: Mapping[str, Form], optional: Mapping[str, Form], source: str) -> dict[str, Any]:
@@ -47,10 +47,10 @@ def _misfit(value: Any, form: Form, path: str) -> str:
             return ""
         alike = next((each for each in form if type(each) is type(value)), None)
         return _problem(value, form, path) if alike is None else _misfit(value, alike, path)
-    if isinstance(form, dict | list) and type(form) is type(value):
-        inner = form[str] if isinstance(form, dict) else form[0]
-        parts = value.items() if isinstance(form, dict) else enumerate(value)
-        return next(filter(None, (_misfit(part, inner, f"{path}.{key}") for key, part in parts)), "")
+    if isinstance(form, dict) and isinstance(value, dict):
+        return next(filter(None, (_misfit(part, form[str], f"{path}.{key}") for key, part in value.items())), "")
+    if isinstance(form, list) and isinstance(value, list):
+        return next(filter(None, (_misfit(part, form[0], f"{path}.{key}") for key, part in enumerate(value))), "")
     if isinstance(form, range):
         fits = type(value) is int and value in form
     else:

@@ -48,7 +48,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and the metadata of a file, and check its digest if it has one.
 
-    Whether a file may lack a digest, only its format tells: see `require_digest`.
+    Whether a file may lack a digest depends on its format: see `require_digest`.
 
     Args:
         path: The file.

@@ -126,7 +126,7 @@ def train(wrap: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
             optimizer.step()
             optimizer.zero_grad()
         if pruner.current_step == 0:
-            learnt = pruner.gate_parameters()
-            assert not any(torch.equal(now, then) for now, then in zip(learnt, initial, strict=True))
+            learned = pruner.gate_parameters()
+            assert not any(torch.equal(now, then) for now, then in zip(learned, initial, strict=True))
             pruner.step()
     return [parameter.detach() for parameter in model.parameters()]

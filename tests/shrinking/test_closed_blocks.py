@@ -110,7 +110,7 @@ def test_a_block_inside_a_block_goes_first() -> None:
         torch.testing.assert_close(small(inputs), expected, rtol=0, atol=0)
 
 
-def test_a_network_without_blocks_travels(tmp_path: Path) -> None:
+def test_a_network_without_blocks_is_saved_and_loaded(tmp_path: Path) -> None:
     model = build("resnet20")
     small = shrink(model, masks_of(model, "resnet20"), IMAGES)
     save_pruned(tmp_path / "small", small)

@@ -80,7 +80,7 @@ class TestWhatIsFolded:
         assert model[2].bias is None
         assert small[2].bias.requires_grad
 
-    def test_a_new_bias_travels(self, tmp_path: Path) -> None:
+    def test_a_new_bias_is_saved_and_loaded(self, tmp_path: Path) -> None:
         model, inputs = mlp(bias=False), torch.randn(3, 5)
         close([2], model[0])
         small = shrink(model, {}, inputs)
@@ -174,7 +174,7 @@ class TestPadding:
         assert sum(map(len, folded.values())) == 2 * folds
         torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-12, atol=1e-12)
 
-    def test_a_depthwise_convolution_carries_a_constant(self) -> None:
+    def test_a_depthwise_convolution_passes_a_constant_on(self) -> None:
         torch.manual_seed(0)
         for padding, left in ((0, 5), (1, 6)):
             model = nn.Sequential(
