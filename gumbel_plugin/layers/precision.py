@@ -81,7 +81,7 @@ def _unround(model: nn.Module) -> None:
 class _AtLeast(TorchFunctionMode):
     """Turns every cast to a narrower floating type, and every tensor created in one, into ``dtype``.
 
-    Many transformers compute their norms, softmax or logits in float32 whatever their dtype: compared in float64, a cast
+    Many transformers compute their norms, softmax or logits in float32 whatever their dtype: in float64, such a cast
     would hide a difference or round it up to 1e-7.
     """
 
