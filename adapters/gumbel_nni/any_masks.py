@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from gumbel_nni.unremovable import warn_if_nothing_left
 from gumbel_plugin.layers.example_inputs import ExampleInputs
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.shrinking.mask_file import load_masks
@@ -42,8 +41,8 @@ def speedup(
         masks: The pruner's `get_masks`, or the path of a masks file; left alone too.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs, batch first.
         backend: What removes the channels: Torch-Pruning, or NNI's own ModelSpeedup, which takes about three times as
-            long. Both give the same network; where NNI's leaves channels in it, a warning says so and Torch-Pruning
-            takes over.
+            long. Both give the same network; where NNI's leaves channels in it, Torch-Pruning takes over with a
+            warning.
         verify: Whether to compare the outputs before returning.
 
     Returns:
@@ -60,6 +59,4 @@ def speedup(
     """
     refuse_wrapped(model, "speedup")
     given = load_masks(masks) if isinstance(masks, str | Path) else masks
-    small = shrink(model, given, example_inputs, backend, verify)
-    warn_if_nothing_left(model, small, given, example_inputs)
-    return small
+    return shrink(model, given, example_inputs, backend, verify)

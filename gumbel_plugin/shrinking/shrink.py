@@ -22,6 +22,7 @@ from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equiva
 from gumbel_plugin.shrinking.folded_constants import fold_constants
 from gumbel_plugin.shrinking.merged_constants import merge_constants
 from gumbel_plugin.shrinking.unread_units import column_masks, find_dead_units
+from gumbel_plugin.shrinking.unremovable import warn_if_nothing_left
 from gumbel_plugin.storage.mask_format import check_format
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def shrink(
     small = remove_dead_units(masked, example_inputs, backend)
     if verify:
         verify_equivalence(masked, small, example_inputs).raise_for_failure()
+    warn_if_nothing_left(masked, small, masks, example_inputs)
     return small
 
 
@@ -137,7 +139,7 @@ def _removed_by_nni(
     model: nn.Module, dependency: Any, dead: Mapping[str, Tensor], example_inputs: Any
 ) -> nn.Module | None:
     """Return what NNI's ModelSpeedup makes of a masked model; None, with a warning, if it leaves units in it."""
-    from gumbel_nni.model_speedup import remove_channels
+    from gumbel_nni.compat.exact_speedup import remove_channels
 
     masks = column_masks(model, dependency.groups, dead)
     wanted = copy.deepcopy(model)

@@ -12,7 +12,8 @@ import torchvision
 from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
 
-from gumbel_nni.model_speedup import remove_channels
+import gumbel_nni
+from gumbel_nni.compat.exact_speedup import remove_channels
 
 Masks = dict[str, dict[str, Tensor]]
 
@@ -124,7 +125,7 @@ def test_torchvision_networks_shrink_exactly(name: str) -> None:
 def test_float64_is_exact_to_float64_with_rows_too(name: str) -> None:
     model, x = network(name, torch.float64)
     masks = consumer_columns(model, x, seed=1, with_rows=True)
-    small = remove_channels(model, masks, x)
+    small = gumbel_nni.speedup(model, masks, x, backend="nni")
     assert {tensor.dtype for tensor in small.state_dict().values()} == {torch.float64, torch.int64}
     assert relative_error(masked_copy(model, masks), small, x) < 1e-13
     assert size(small) < 0.5 * size(model)

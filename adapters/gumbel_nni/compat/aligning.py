@@ -17,10 +17,10 @@ TargetSpaces = Mapping[str, Mapping[str, PruningTargetSpace]]
 
 
 def split_aligned(entries: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the entries that say how much goes, and those whose weights are aligned with another module's."""
+    """Return the entries with a sparsity of their own, and those whose weights are aligned with another module's."""
     follow = [isinstance(entry, Mapping) and "align" in _weight_settings(entry) for entry in entries]
-    learnt = [entry for entry, follows in zip(entries, follow, strict=True) if not follows]
-    return learnt, [entry for entry, follows in zip(entries, follow, strict=True) if follows]
+    learned = [entry for entry, follows in zip(entries, follow, strict=True) if not follows]
+    return learned, [entry for entry, follows in zip(entries, follow, strict=True) if follows]
 
 
 def check_followers(model: nn.Module, entries: Sequence[Mapping[str, Any]]) -> None:
