@@ -17,7 +17,7 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from gumbel_nni.compat.aligning import align_masks, check_followers, followers_in, split_aligned
-from gumbel_nni.compat.messages import check_compressor, check_evaluator
+from gumbel_nni.compat.messages import check_compressor, check_evaluator, check_masks
 from gumbel_nni.compat.stacking import masks_of, weight_space
 from gumbel_nni.compat.training_length import PlannedSteps
 from gumbel_nni.compat.unwrapping import GATED_LAYER, unwrapped_copy, wrappers_of
@@ -25,13 +25,13 @@ from gumbel_nni.config_evaluator import epochs_of
 from gumbel_nni.pruner_arguments import inputs_to_trace, load_config, nni_entries
 from gumbel_nni.sparsity_targets import SparsityTargets
 from gumbel_plugin.config import ConfigLike
-from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
+from gumbel_plugin.errors import ConfigError, LifecycleError
 from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.shrink import Backend, shrink
-from gumbel_plugin.storage.mask_format import Masks, check_format
+from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.plan import needs_groups
 from gumbel_plugin.training.session import MaskingSession
@@ -102,9 +102,9 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         """
         refuse_wrapped(model, "GumbelPruner")
         check_evaluator(evaluator)
-        learnt, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
+        learned, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
         check_followers(model, aligned)
-        self.config = load_config(learnt)
+        self.config = load_config(learned)
         self._example_inputs = inputs_to_trace(self.config, evaluator, example_inputs)
         pruning, inputs = self.config.pruning, self._example_inputs
         groups = find_groups(model, inputs) if needs_groups(pruning) else []
@@ -257,13 +257,13 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         self._show(self.session.extract())
 
     def _show(self, masks: Masks) -> None:
-        learnt = {name: targets for name, targets in masks.items() if name not in self._followers}
-        for name, targets in learnt.items():
+        learned = {name: targets for name, targets in masks.items() if name not in self._followers}
+        for name, targets in learned.items():
             for target, mask in targets.items():
                 space = self._target_spaces.get(name, {}).get(target)
                 if space is not None and isinstance(space.target, Tensor):
                     space.mask = mask
-        align_masks(learnt, {name: self._target_spaces[name] for name in self._followers})
+        align_masks(learned, {name: self._target_spaces[name] for name in self._followers})
 
     # NNI's verbs --------------------------------------------------------------------------------------------------
 
@@ -284,17 +284,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         """
         if isinstance(masks, str | Path):
             masks = load_masks(masks)
-        check_format(masks)
-        for name, targets in masks.items():
-            if name not in self._module_wrappers:
-                raise TargetError(f"mask for module {name!r}, not wrapped here{nearest(name, self._module_wrappers)}")
-            spaces = self._module_wrappers[name].pruning_target_spaces
-            for target, mask in targets.items():
-                if target not in spaces:
-                    raise TargetError(f"mask for {name}.{target}, no pruning target{nearest(target, spaces)}")
-                shape = spaces[target].shape
-                if mask is not None and shape is not None and list(mask.shape) != list(shape):
-                    raise TargetError(f"{name}.{target}: mask {tuple(mask.shape)}, tensor {tuple(shape)}")
+        check_masks(masks, self._module_wrappers)
         given = {name: {key: m for key, m in t.items() if m is not None} for name, t in masks.items()}
         super().update_masks(given)
         self.session.fix_masks(given)

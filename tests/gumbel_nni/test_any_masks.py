@@ -216,7 +216,7 @@ class Attention(nn.Module):
 
 
 class TestNothingCanLeave:
-    """A warning names the layers and says why; the network that is returned still computes what the masked one does."""
+    """A warning names the layers and the reasons; the network that is returned computes what the masked one does."""
 
     def rows_of(self, layer: nn.Module, closed: list[int]) -> dict[str, Tensor]:
         masks = {"weight": torch.ones_like(layer.weight), "bias": torch.ones_like(layer.bias)}

@@ -20,7 +20,7 @@ Masks = dict[str, dict[str, Tensor]]
 
 
 @torch.no_grad()
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -77,7 +77,7 @@ class Small(nn.Module):
 
 
 def small_network() -> tuple[nn.Module, Tensor, Masks]:
-    model = randomised(Small()).eval()
+    model = randomized(Small()).eval()
     return model, torch.randn(2, 2, 8, 8), half_of_columns(model, "conv2", "head")
 
 
@@ -141,7 +141,7 @@ def test_the_result_is_an_ordinary_module() -> None:
     assert size(remove_channels(model, masks, x[:1])) == size(small) < size(model)
 
 
-def test_nothing_is_said(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     model, x, masks = small_network()
     level = logging.getLogger("nni").level
     with caplog.at_level(logging.DEBUG):
@@ -162,7 +162,7 @@ def test_fine_grained_zeros_do_not_revive() -> None:
 
 
 def test_a_row_stays_while_its_bias_is_sent() -> None:
-    model = randomised(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    model = randomized(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     x = torch.randn(2, 3)
     rows = torch.ones(4, 3)
     rows[1] = 0
@@ -188,7 +188,7 @@ class Sum(nn.Module):
 
 
 def test_rows_that_disagree_at_a_sum_are_resolved() -> None:
-    model, x = randomised(Sum()), torch.randn(2, 2, 5, 5)
+    model, x = randomized(Sum()), torch.randn(2, 2, 5, 5)
     masks = {name: {"weight": torch.ones(6, 2, 1, 1)} for name in ("left", "right")}
     masks["left"]["weight"][[0, 1, 2]] = 0
     masks["right"]["weight"][[2, 3]] = 0
@@ -257,7 +257,7 @@ class Attending(nn.Module):
     ],
 )
 def test_structures(build: Callable[[], nn.Module], masked: list[str], shapes: dict[str, tuple[int, int]]) -> None:
-    model, x = randomised(build()), torch.randn(2, 6)
+    model, x = randomized(build()), torch.randn(2, 6)
     masks = half_of_columns(model, *masked)
     small = remove_channels(model, masks, x)
     assert {name: tuple(small.get_submodule(name).weight.shape) for name in shapes} == shapes
@@ -265,7 +265,7 @@ def test_structures(build: Callable[[], nn.Module], masked: list[str], shapes: d
 
 
 def test_keyword_inputs_in_an_order_of_their_own() -> None:
-    model, x = randomised(Twice()), torch.randn(2, 6)
+    model, x = randomized(Twice()), torch.randn(2, 6)
     small = remove_channels(model, half_of_columns(model, "last", "alias"), {"offset": torch.randn(2, 2), "x": x})
     assert (small.alias is small.shared, small.last.in_features) == (True, 3)
 
@@ -278,7 +278,7 @@ class TwoReaders(Twice):
 
 @pytest.mark.parametrize("build", [Twice, TwoReaders])
 def test_calls_of_one_module_that_would_shrink_differently_are_refused(build: Callable[[], nn.Module]) -> None:
-    model = randomised(build())
+    model = randomized(build())
     with pytest.raises(GraphError, match=r"calls of '(shared|last)' would lose different channels"):
         remove_channels(model, half_of_columns(model, "last"), torch.randn(2, 6))
 
@@ -304,7 +304,7 @@ class Constants(nn.Module):
 
 @pytest.mark.parametrize("spoil", ["tiny", "zero", "nothing"])
 def test_only_masks_close_channels(spoil: str) -> None:
-    model, x = randomised(Constants()), torch.randn(2, 3, 6)
+    model, x = randomized(Constants()), torch.randn(2, 3, 6)
     if spoil == "tiny":
         model.first.weight.data.mul_(1e-9)
         model.scale.data.fill_(1e-9)
@@ -387,7 +387,7 @@ class Grouped(nn.Module):
     ],
 )
 def test_what_nni_cannot_do_is_a_graph_error(build: Callable[[], nn.Module], masked: list[str], message: str) -> None:
-    model = randomised(build())
+    model = randomized(build())
     with pytest.raises(GraphError, match=message):
         remove_channels(model, half_of_columns(model, *masked), torch.randn(2, 2, 8, 8))
 

@@ -42,12 +42,12 @@ def network(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, T
             model.classifier[0], model.classifier[3] = nn.Linear(512 * 49, 128), nn.Linear(128, 4096)
         elif name == "vit_b_16":
             del model.encoder.layers[2:]
-    model = randomised(model.to_empty(device="cpu").to(dtype)).eval()
+    model = randomized(model.to_empty(device="cpu").to(dtype)).eval()
     return model, torch.randn(2, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

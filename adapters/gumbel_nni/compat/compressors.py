@@ -149,17 +149,10 @@ def _unwrap_with_factors(original: Any, self: Any) -> None:
 
 def _generate_align_sparsity(original: Any, masks: Any, target_spaces: Any) -> Any:
     """Show NNI a mask without dimensions to sum over as one that has a last dimension of size one."""
-    sources = {
-        (space.align["module_name"] or name, space.align["target_name"])
-        for name, spaces in target_spaces.items()
-        for space in spaces.values()
-        if len(space.align["dims"]) == 1
+    shown = {
+        name: {key: m.unsqueeze(-1) if m is not None and m.dim() == 1 else m for key, m in targets.items()}
+        for name, targets in masks.items()
     }
-    shown = {name: dict(targets) for name, targets in masks.items()}
-    for name, target in sources:
-        mask = shown.get(name, {}).get(target)
-        if mask is not None and mask.dim() == 1:
-            shown[name][target] = mask.unsqueeze(-1)
     return original(shown, target_spaces)
 
 

@@ -85,7 +85,7 @@ def _open_columns(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | No
             is_open = (mask != 0).any(dim=others, keepdim=True)
             if not is_open.any():
                 is_open.view(-1)[0] = True
-            columns[names[module]] = is_open.to(module.weight).expand_as(mask).clone()
+            columns[names[module]] = is_open.to(module.get_parameter("weight")).expand_as(mask).clone()
     return columns
 
 

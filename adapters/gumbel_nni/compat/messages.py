@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator, evaluator
 from nni.compression.utils.constructor_helper import LRSchedulerConstructHelper, OptimizerConstructHelper
 from schema import SchemaError
-from torch import nn
+from torch import Tensor, nn
 
 from gumbel_nni.compat.patching import replace_once
-from gumbel_plugin.errors import ConfigError, TargetError, shown
+from gumbel_plugin.errors import ConfigError, TargetError, nearest, shown
+from gumbel_plugin.storage.mask_format import check_format
 
 
 def config_errors_with_index() -> bool:
@@ -101,6 +102,25 @@ def check_compressor(given: Any) -> None:
         )
 
 
+def check_masks(masks: Mapping[str, Mapping[str, Tensor | None]], wrappers: Mapping[str, ModuleWrapper]) -> None:
+    """Refuse masks that do not fit a pruner, which NNI ignores or takes as they are.
+
+    Raises:
+        TargetError: If a module or target is not masked by the pruner, or a mask has the wrong shape.
+    """
+    check_format(masks)
+    for name, targets in masks.items():
+        if name not in wrappers:
+            raise TargetError(f"mask for module {name!r}, not wrapped here{nearest(name, wrappers)}")
+        spaces = wrappers[name].pruning_target_spaces
+        for target, mask in targets.items():
+            if target not in spaces:
+                raise TargetError(f"mask for {name}.{target}, no pruning target{nearest(target, spaces)}")
+            shape = spaces[target].shape
+            if mask is not None and shape is not None and list(mask.shape) != list(shape):
+                raise TargetError(f"{name}.{target}: mask {tuple(mask.shape)}, tensor {tuple(shape)}")
+
+
 def _described(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else shown(value)
 
@@ -162,14 +182,14 @@ def _params2names(original: Any, self: Any, model: nn.Module, params: Iterable[A
     return groups
 
 
-def _tensors(group: Any) -> list[torch.Tensor]:
+def _tensors(group: Any) -> list[Tensor]:
     params = group["params"] if isinstance(group, dict) else group
-    return [params] if isinstance(params, torch.Tensor) else list(params)
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def _listed(params: Any) -> Any:
     """Make a list of a generator; a set stays one, for NNI to refuse."""
-    return params if isinstance(params, torch.Tensor | set) else list(params)
+    return params if isinstance(params, Tensor | set) else list(params)
 
 
 def _extend_known_layers(original: Any, self: Any, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:

@@ -133,19 +133,17 @@ def _get_masks(original: Any, self: Pruner) -> dict[str, dict[str, Tensor | None
     return masks_of(self._module_wrappers)
 
 
+@torch.no_grad()
 def _update_masks(original: Any, self: Pruner, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
     """Write each mask to this pruner's own target space; what it was not configured for goes where NNI puts it."""
-    own: dict[str, dict[str, Tensor | None]] = {}
     others: dict[str, dict[str, Tensor | None]] = {}
     for name, targets in masks.items():
         for target, mask in targets.items():
-            stacked = isinstance(self._target_spaces.get(name, {}).get(target), StackedTargetSpace)
-            (own if stacked else others).setdefault(name, {})[target] = mask
-    with torch.no_grad():
-        for name, targets in own.items():
-            for target, mask in targets.items():
-                space = self._target_spaces[name][target]
+            space = self._target_spaces.get(name, {}).get(target)
+            if isinstance(space, StackedTargetSpace):
                 space.mask = None if mask is None else mask.to(space.target.device)
+            else:
+                others.setdefault(name, {})[target] = mask
     original(self, others)
 
 
