@@ -16,6 +16,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
+from gumbel_nni.any_masks import Backend, speedup
 from gumbel_nni.compat.aligning import align_masks, check_followers, followers_in, split_aligned
 from gumbel_nni.compat.messages import check_compressor, check_evaluator, check_masks
 from gumbel_nni.compat.stacking import masks_of, weight_space
@@ -27,10 +28,10 @@ from gumbel_nni.sparsity_targets import SparsityTargets
 from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, LifecycleError
 from gumbel_plugin.graph.dependency_groups import find_groups
-from gumbel_plugin.layers.model_check import refuse_wrapped
+from gumbel_plugin.layers.model_check import WRAPPER, refuse_wrapped
+from gumbel_plugin.layers.weights import register_weight_holder
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
-from gumbel_plugin.shrinking.shrink import Backend, shrink
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.plan import needs_groups
@@ -48,6 +49,7 @@ def gumbel_mul(target: Tensor, target_space: PruningTargetSpace) -> Tensor:
 
 
 pruning_apply_methods[APPLY_METHOD] = gumbel_mul
+register_weight_holder(lambda layer: layer._modules.get(WRAPPER))
 # Heads of an attention layer are selected by the layer's name; NNI itself has nothing to mask there but its projection.
 PruningSetting.register("MultiheadAttention", {})
 PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
@@ -154,7 +156,6 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         space.apply_method = APPLY_METHOD
         setattr(space, GATED_LAYER, gated)
         space.before_unwrap = partial(self._let_go, gated)
-        gated.owner = space._wrapper
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -319,5 +320,4 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             raise ConfigError("speedup needs example_inputs: a tensor, a tuple of them, or a dict")
         wrappers = wrappers_of(self.bound_model)  # also those of what was fused with this pruner
         masks = masks_of(wrappers) if wrappers else self.get_masks()
-        plain = unwrapped_copy(self.bound_model)
-        return shrink(plain, masks, inputs, backend)
+        return speedup(unwrapped_copy(self.bound_model), masks, inputs, backend=backend)

@@ -12,7 +12,7 @@ from typing_extensions import override
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.example_inputs import ExampleInputs, batch_size_of, call_model, observing
-from gumbel_plugin.layers.geometry import is_depthwise, is_matrix, layer_channels
+from gumbel_plugin.layers.geometry import is_depthwise, is_matrix, is_transposed, layer_channels
 from gumbel_plugin.sparsity.budget import Budget
 
 Gates = Mapping[str, Tensor]
@@ -312,8 +312,7 @@ def applications(model: nn.Module, layers: Iterable[str], example_inputs: Exampl
     for name in layers:
         module = model.get_submodule(name)
         if is_matrix(module):
-            transposed = bool(getattr(module, "transposed", False))
-            handles.append(module.register_forward_hook(record(name, layer_channels(module)[1], transposed)))
+            handles.append(module.register_forward_hook(record(name, layer_channels(module)[1], is_transposed(module))))
     try:
         with observing(model):
             call_model(model, example_inputs)

@@ -125,7 +125,7 @@ class Plan:
             module = self._modules[name]
             self._check_own_weight(name, module)
             scale = nn.Parameter(torch.ones(())) if self._config.rescale == "learned" else None
-            gated = GatedLayer(name, module, module, scale=scale, rescale=self._config.rescale)
+            gated = GatedLayer(name, module, scale=scale, rescale=self._config.rescale)
             gated.reader = reader_of(self._modules, name)
             self.gated_layers[name] = gated
         return self.gated_layers[name]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.errors import LifecycleError
+from gumbel_plugin.layers.geometry import channel_dimension
 from gumbel_plugin.layers.weights import Attached
 from gumbel_plugin.masks.base import LearnedMask, Phase
 from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer
@@ -79,9 +80,9 @@ def gate_columns(columns: ColumnGates, inputs: Tensor, layer: nn.Module) -> Tens
             samples' dimension it is one sample.
         layer: The layer.
     """
-    last = isinstance(layer, nn.Linear)
-    whole_dims = 2 if last else 2 + len(layer.kernel_size)  # type: ignore[arg-type]
-    batch = inputs if inputs.dim() >= whole_dims else inputs.unsqueeze(0)
+    dimension = channel_dimension(layer)
+    last = dimension == -1
+    batch = inputs if inputs.dim() > -dimension else inputs.unsqueeze(0)
     means = cache(lambda: channel_means(batch, last))
     gates, start = [], 0
     for mask in columns.masks:

@@ -13,7 +13,7 @@ from gumbel_plugin.config import OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.model_check import refuse_unusable
-from gumbel_plugin.layers.weights import GATES, modules_with_gates, plain_copy, remove_gates
+from gumbel_plugin.layers.weights import GATES, modules_with_gates, own_parameters, plain_copy, remove_gates
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.controller import BudgetController
 from gumbel_plugin.storage.mask_format import Masks
@@ -185,7 +185,7 @@ class MaskingSession:
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return what is trained of the network itself, for its own optimizer; nothing if the weights are frozen."""
-        return [p for name, p in self.model.named_parameters() if p.requires_grad and GATES not in name]
+        return own_parameters(self.model)
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """Return the learned parameters of all masks, each once."""

@@ -37,12 +37,12 @@ def column_site(layer: nn.Module, size: int = 4) -> GatedLayer:
     columns = ColumnGates.join(
         layer, [(mask_of((size,)), ChannelSlice("layer", torch.arange(size), torch.arange(size)))]
     )
-    return GatedLayer("layer", layer, layer, columns=columns)
+    return GatedLayer("layer", layer, columns=columns)
 
 
 def element_site(layer: nn.Module, granularity: Granularity = ELEMENT, **keys: object) -> GatedLayer:
     mask = mask_of(granularity.gate_shape(layer.weight.shape), granularity)
-    return GatedLayer("layer", layer, layer, mask=mask, **keys)
+    return GatedLayer("layer", layer, mask=mask, **keys)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

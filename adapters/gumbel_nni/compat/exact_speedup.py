@@ -7,7 +7,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -19,16 +19,59 @@ from nni.compression.speedup.replacement import convert_to_coarse_mask
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, GraphError
-from gumbel_plugin.layers.example_inputs import call_model, observing
+from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.graph.dependency_groups import DependencyGroups
+from gumbel_plugin.layers.example_inputs import ExampleInputs, call_model, observing
+from gumbel_plugin.layers.geometry import columns_view, input_channels
 from gumbel_plugin.shrinking.shrink import masked_copy
 
 Masks = dict[str, Tensor]
+_logger = logging.getLogger(__name__)
 
 # NNI takes a tensor for batched if its size is a multiple of the batch size: a prime mistakes fewer than NNI's 8. A few
 # samples are enough where only exact zeros count, and memory grows with them.
 _BATCH_SIZE = 5
 # Dimension of the weight that holds what the module reads, for the modules whose channels NNI can remove.
 _INPUT_DIMENSION = {nn.Linear: 1, nn.Conv1d: 1, nn.Conv2d: 1, nn.ConvTranspose2d: 0}
+
+
+def remove_by_nni(
+    dependency: DependencyGroups,
+    dead: Mapping[str, Tensor],
+    example_inputs: ExampleInputs,
+    remove: Callable[[], nn.Module],
+) -> nn.Module:
+    """Remove dead units as an engine of `shrink`; warn where NNI leaves some, and Torch-Pruning's functions do it."""
+    columns = column_masks(dependency.model, dependency.groups, dead)
+    masks = {name: {"weight": mask} for name, mask in columns.items()}
+    try:
+        by_nni = remove_channels(dependency.model, masks, example_inputs)
+    except GraphError as error:
+        small, problem = remove(), str(error)
+    else:
+        small = remove()
+        left, right = (sum(parameter.numel() for parameter in each.parameters()) for each in (by_nni, small))
+        if left == right:
+            return by_nni
+        problem = f"it leaves {left - right} parameters that can go"
+    _logger.warning("NNI's ModelSpeedup cannot shrink this model (%s); Torch-Pruning's functions do it", problem)
+    return small
+
+
+def column_masks(model: nn.Module, groups: Sequence[ChannelGroup], dead: Mapping[str, Tensor]) -> Masks:
+    """Return, by consumer, the mask of its weight that closes the input channels of dead units."""
+    columns: Masks = {}
+    for group in groups:
+        for part in group.consumers if group.name in dead else ():
+            layer = model.get_submodule(part.module)
+            open_channels = columns.setdefault(part.module, torch.ones(input_channels(layer)))
+            open_channels[part.positions[torch.isin(part.units, dead[group.name])]] = 0.0
+    masks = {}
+    for name, open_channels in columns.items():
+        layer = model.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        masks[name] = columns_view(layer, open_channels.to(weight.device)).expand_as(weight).clone()
+    return masks
 
 
 def remove_channels(
