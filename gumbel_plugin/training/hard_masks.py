@@ -1,4 +1,4 @@
-"""NNI's mask format: written from a plan's gates, and read back into decisions."""
+"""Masks in NNI's format: written from a plan's gates, and read back into decisions."""
 
 from __future__ import annotations
 

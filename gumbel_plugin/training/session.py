@@ -156,7 +156,7 @@ class MaskingSession:
         if self._hooks is not None:
             raise LifecycleError("the session is attached to its model already; detach() comes before attach()")
         taken = set(modules_with_gates(self.model)) & {gated.module for gated in self.plan.gated_layers.values()}
-        if taken:  # sessions of several pruners of NNI's may hold different layers of one model
+        if taken:  # several sessions may hold different layers of one model
             raise LifecycleError("another masking session holds layers of this one; detach that one first")
         if self.config.weights == "frozen":
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
