@@ -31,6 +31,7 @@ from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_plugin.sparsity.types import Unstructured, granularity_of
 from gumbel_plugin.storage.mask_format import Masks, check_format
 from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.plan import Plan, needs_groups
@@ -369,6 +370,9 @@ def _nni_entry(rule: LayerRule) -> dict[str, Any]:
     """Return an entry of a config list in words that NNI's schema accepts."""
     entry = rule.model_dump(exclude_defaults=True, exclude={"target_settings", "granularity", "apply_method"})
     lists = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
-    words: dict[str, Any] = {"element": [1], "kernel": [[1, 1], "back", -1]}
-    granularity = rule.granularity if isinstance(rule.granularity, str) else list(rule.granularity)
-    return {**lists, "granularity": words.get(str(granularity), granularity)}
+    granularity: Any = rule.granularity if isinstance(rule.granularity, str) else list(rule.granularity)
+    if granularity == "kernel":
+        granularity = [[1, 1], "back", -1]
+    elif isinstance(granularity_of(granularity), Unstructured):
+        granularity = [1]
+    return {**lists, "granularity": granularity}

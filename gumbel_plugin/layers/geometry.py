@@ -29,6 +29,11 @@ def output_dimension(module: torch.nn.Module) -> int | None:
     return 0 if groups == module.in_channels == module.out_channels else None
 
 
+def input_dimension(module: torch.nn.Module) -> int:
+    """Return the dimension of a module's weight that runs over its input channels."""
+    return 0 if getattr(module, "transposed", False) else 1
+
+
 def columns_view(module: torch.nn.Module, columns: Tensor) -> Tensor:
     """Shape one value per input channel so that it multiplies the module's weight.
 

@@ -15,12 +15,14 @@ from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.graph.residual_blocks import ResidualBlock, residual_block
-from gumbel_plugin.layers.geometry import is_matrix, output_dimension
+from gumbel_plugin.layers.geometry import input_dimension, is_matrix, output_dimension
 from gumbel_plugin.layers.weights import how_to_keep_weights
-from gumbel_plugin.masks import LearnedMask, NoiseSource, method_named, name_of
+from gumbel_plugin.masks import LearnedMask, NoiseSource, method_named
+from gumbel_plugin.masks.per_sample import PerSample
+from gumbel_plugin.masks.weight_dependent import WeightDependent
 from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
 from gumbel_plugin.sparsity.cost_model import applications
-from gumbel_plugin.sparsity.types import WHOLE, Granularity, granularity_of
+from gumbel_plugin.sparsity.types import WHOLE, SparsityType, granularity_of
 from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer, reader_of
 from gumbel_plugin.training.selection import excluded_names, is_excluded, select_modules, unmatched
 
@@ -55,7 +57,7 @@ class Plan:
         self._config = config
         self.noise = NoiseSource(seed, per_rank=config.per_rank_samples)
         self._positions: dict[str, float] = {}
-        if method_named(config.method).counts_macs and example_inputs is not None:
+        if issubclass(method_named(config.method), PerSample) and example_inputs is not None:
             layers = [name for name, module in self._modules.items() if is_matrix(module)]
             self._positions = applications(model, layers, example_inputs)
 
@@ -63,10 +65,10 @@ class Plan:
         """Return the scalars of smart rescale."""
         return [gated.scale for gated in self.gated_layers.values() if gated.scale is not None]
 
-    def gate_layer(self, name: str, granularity: Granularity) -> BudgetTerm:
+    def gate_layer(self, name: str, granularity: SparsityType) -> BudgetTerm:
         """Gate the units of one layer's weight."""
         gated = self.gated(name)
-        shape = granularity.gate_shape(gated.weight.shape)
+        shape = granularity.latent_shape(gated.weight.shape)
         self.masks[name] = gated.mask = self._new_mask(shape, granularity)
         return BudgetTerm(name, gated.mask, gated, float(granularity.unit_size(gated.weight.shape)))
 
@@ -74,7 +76,8 @@ class Plan:
         """Gate a whole residual block; the gate acts on its branch, at the last layer."""
         gated = self.gated(f"{name}.{block.last}")
         mask = self._new_mask((1,) * gated.weight.dim(), WHOLE)
-        mask.read(block.channels)
+        if isinstance(mask, PerSample):
+            mask.read_features(block.channels)
         self.masks[name] = gated.mask = mask
         gated.block = block
         layers = {f"{name}.{inner}": module for inner, module in block.module.named_modules() if is_matrix(module)}
@@ -109,7 +112,7 @@ class Plan:
         for layer, parts in feeds.items():
             gated = self.gated(layer)
             gated.columns = ColumnGates.join(self._modules[layer], parts)
-            if gated.read_by_parent and any(mask.per_sample for mask in gated.masks):
+            if gated.read_by_parent and any(isinstance(mask, PerSample) for mask in gated.masks):
                 raise TargetError(
                     f"{layer!r} is never called, its parent reads its weight; method {self._config.method!r} gates the "
                     f"activations of each sample, which it cannot do there: exclude the channels that {layer!r} reads"
@@ -146,7 +149,7 @@ class Plan:
                     f"{name!r} shares its weight with {other!r}, which its mask would change too: exclude it"
                 )
 
-    def _new_mask(self, shape: Sequence[int], granularity: Granularity | None) -> LearnedMask:
+    def _new_mask(self, shape: Sequence[int], granularity: SparsityType | None) -> LearnedMask:
         method = method_named(self._config.method)
         mask = method(shape, self._config.method_options(), self.noise, len(self.masks), granularity)
         if self.masks:
@@ -243,24 +246,25 @@ class _Builder:
             raise ConfigError(
                 f"{name!r} is masked by its own entry and as part of a channel group; exclude it from one"
             )
-        granularity = granularity_of(rule.granularity)
+        granularity = granularity_of(rule.granularity, input_dimension(self._modules[name]))
         first = self._tied_to(rule, name)
         if first is None:
             self._join_budget(rule, self.plan.gate_layer(name, granularity))
             return
-        if first.mask.reads_weight:
+        mask = self.plan.masks[first.name]
+        if isinstance(mask, WeightDependent):
             raise ConfigError(
-                f"dependency_group_id {rule.dependency_group_id!r}: gates of method {name_of(type(first.mask))!r} are "
+                f"dependency_group_id {rule.dependency_group_id!r}: gates of method {mask.method_name!r} are "
                 f"functions of one layer's weight, so {name!r} and {first.name!r} cannot share them"
             )
         gated = self.plan.gated(name)
-        shape = granularity.gate_shape(gated.weight.shape)
-        if (first.mask.shape, first.mask.granularity) != (shape, granularity):
+        shape = granularity.latent_shape(gated.weight.shape)
+        if (mask.shape, mask.sparsity_type) != (shape, granularity):
             raise ConfigError(
                 f"dependency_group_id {rule.dependency_group_id!r}: {name!r} has gates of shape {shape}, "
-                f"{first.name!r} of shape {first.mask.shape}; they cannot share them"
+                f"{first.name!r} of shape {mask.shape}; they cannot share them"
             )
-        gated.mask = first.mask
+        gated.mask = mask
         first.cost += granularity.unit_size(gated.weight.shape)
 
     def add_blocks(self, rule: LayerRule, selected: Sequence[str]) -> None:
