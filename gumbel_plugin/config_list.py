@@ -256,7 +256,7 @@ def _check_targets(settings: Mapping[Any, Any]) -> None:
 def _granularity(value: Any) -> Any:
     """Return a granularity as a word or as sizes where NNI's form nests it: ``[sizes, padding, fill]``."""
     if isinstance(value, int):
-        raise ValueError(f"granularity {value} is a number, as YAML reads n:m without quotes; write it like \"2:4\"")
+        raise ValueError(f'granularity {value} is a number, as YAML reads n:m without quotes; write it like "2:4"')
     if value == "per_channel":
         raise ValueError("granularity 'per_channel' is for inputs and outputs; for a weight write 'out_channel'")
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], list | tuple):

@@ -28,7 +28,7 @@ class Phase(Enum):
     FIXED = "fixed"
 
 
-_PHASES = (Phase.OPEN, Phase.LEARNING, Phase.FIXED)
+_PHASES = tuple(Phase)
 
 
 @dataclass
@@ -58,14 +58,10 @@ class NoiseSource:
             draw: The number of the draw, for masks that need several in one forward.
             bits: Random bits per number (see `uniform_noise`).
         """
+        counter, stream = self.forward + (self._rank() << 48), stream + (draw << 32)
+        shape, device, dtype = logit.shape, logit.device, logit.dtype
         return uniform_noise(
-            logit.shape,
-            seed=self.seed,
-            counter=self.forward + (self._rank() << 48),
-            stream=stream + (draw << 32),
-            device=logit.device,
-            dtype=logit.dtype,
-            bits=bits,
+            shape, seed=self.seed, counter=counter, stream=stream, device=device, dtype=dtype, bits=bits
         )
 
     def _rank(self) -> int:
@@ -115,7 +111,7 @@ class LearnedMask(nn.Module):
 
     Attributes:
         method_name: What configurations call the method.
-        Options: Its options.
+        Options: What its options are.
         manages_own_sparsity: Whether the method has a way of its own to its `sparse_ratio`, which it then needs: no
             budget loss drives its gates.
         shares_budget: Whether several masks can be ranked together under one ratio.
@@ -123,7 +119,10 @@ class LearnedMask(nn.Module):
         published_optimizer: The settings of the gates' optimizer that the method was published with; None leaves them
             to the configuration.
         shape: The gates' shape.
-        sparsity_type: How the gates spread over the weight.
+        options: Its options.
+        noise: Where its random numbers come from.
+        stream: The mask's number, by which its random numbers differ from those of the others.
+        sparsity_type: How the gates spread over the weight; by default each is a channel's.
         phase: Whether the gates are open, learned or fixed.
         hard: The decided gates, bool, used when the phase is `FIXED`.
         sparsity: The fraction of these gates that their budget will close; set by the budget, and kept up to date.
@@ -155,18 +154,6 @@ class LearnedMask(nn.Module):
         stream: int,
         sparsity_type: SparsityType | None = None,
     ) -> None:
-        """Create open gates.
-
-        Args:
-            shape: The gates' shape.
-            options: The method's options.
-            noise: Where random numbers come from.
-            stream: The mask's number, so that no two have the same numbers.
-            sparsity_type: How the gates spread over the weight; by default each is a channel's.
-
-        Raises:
-            ConfigError: If the method has no such gates.
-        """
         super().__init__()
         self.shape = tuple(shape)
         self.options: Any = options  # of the method's own type

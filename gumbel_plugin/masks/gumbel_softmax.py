@@ -51,13 +51,13 @@ class GumbelSoftmaxMask(LearnedMask, name="gumbel_softmax"):
 
     @override
     def sample(self, weight: Tensor | None) -> Tensor:
-        logit = self._logit()
+        logit = at_least_float32(self.logit)
         return gumbel_gates(logit, self.uniform_like(logit), self.temperature)
 
     @override
     def mask_weight(self, weight: Tensor) -> Tensor:
         if self.phase is Phase.LEARNING and self.training and isinstance(self.sparsity_type, Unstructured):
-            logit = self._logit()
+            logit = at_least_float32(self.logit)
             return straight_through_gumbel(weight, logit, self.uniform_like(logit), self.temperature)
         return super().mask_weight(weight)
 
@@ -67,11 +67,8 @@ class GumbelSoftmaxMask(LearnedMask, name="gumbel_softmax"):
 
     @override
     def probability(self, weight: Tensor | None) -> Tensor:
-        return torch.sigmoid(self._logit())
+        return torch.sigmoid(at_least_float32(self.logit))
 
     @override
     def advance(self, progress: float) -> None:
         self.temperature = as_schedule(self.options.temperature)(progress)
-
-    def _logit(self) -> Tensor:
-        return at_least_float32(self.logit)  # a model in half precision has its logits in half precision too

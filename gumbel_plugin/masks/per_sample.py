@@ -117,7 +117,6 @@ class PerSample(LearnedMask):
 
     @torch.no_grad()
     def _average(self, gates: Tensor, soft: Tensor) -> None:
-        """Move the running consensus by one batch."""
         self.batches.add_(1)
         share = max(1 / float(self.batches), 1 / _WINDOW)
         for mean, values in ((self.votes, gates), (self.confidence, soft)):

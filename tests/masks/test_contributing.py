@@ -53,7 +53,9 @@ def test_it_learns_masks_that_meet_the_budget(coin: type[LearnedMask], granulari
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
     inputs, labels = torch.randn(64, 8), torch.randint(3, (64,))
     entry = {"op_names": ["0", "2"], "granularity": granularity, "sparse_ratio": 0.5}
-    config = PruningConfig.load({"pruning": {"method": "coin", "options": {"initial_logit": 2}, "config_list": [entry]}})
+    config = PruningConfig.load(
+        {"pruning": {"method": "coin", "options": {"initial_logit": 2}, "config_list": [entry]}}
+    )
     groups = find_groups(model, inputs[:2]) if granularity == "default" else ()
     session = MaskingSession(model, config.pruning, groups)
     session.start(40)

@@ -201,4 +201,3 @@ def test_a_shared_budget_takes_the_rest_from_the_others() -> None:
     assert bool((groups_of(masks["0"]["weight"], 4).sum(1) == 2).all())
     others = torch.cat([masks[name]["weight"].flatten() for name in ("2", "4")])
     assert int(others.sum()) == others.numel() // 2
-

@@ -61,7 +61,9 @@ def test_named_granularities_are_cut_as_nni_cuts_them(name: str, shape: list[int
 def test_what_was_spread_is_summed_to_the_units_size_times_itself(case: tuple[list[int], tuple[int, ...]]) -> None:
     steps, shape = case
     granularity = granularity_of(steps)
-    gates = torch.arange(prod(granularity.latent_shape(shape)), dtype=torch.float64).view(granularity.latent_shape(shape))
+    gates = torch.arange(prod(granularity.latent_shape(shape)), dtype=torch.float64).view(
+        granularity.latent_shape(shape)
+    )
     spread = granularity.expand(gates, shape).expand(shape)
     torch.testing.assert_close(granularity.reduce(spread), gates * granularity.unit_size(shape))
     assert granularity.unit_size(shape) * gates.numel() == prod(shape)

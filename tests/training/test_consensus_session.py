@@ -182,7 +182,9 @@ def test_before_and_after_the_learning_samples_have_no_gates_of_their_own() -> N
     phases = []
     for _ in range(10):
         model(IMAGES)
-        phases.append((session.phase.value, any(m.last_sample_gates() is not None for m in session.plan.masks.values())))
+        phases.append(
+            (session.phase.value, any(m.last_sample_gates() is not None for m in session.plan.masks.values()))
+        )
         session.step()
     assert phases == [("open", False)] * 2 + [("learning", True)] * 5 + [("fixed", False)] * 3
 

@@ -143,7 +143,9 @@ def kept_units(session: MaskingSession, masks: Masks) -> dict[str, int]:
 
 def test_every_method_is_here() -> None:
     """But for those whose gates belong to samples and not to weights, which have a file of their own."""
-    assert {case.method for case in CASES.values()} == {name for name, m in METHODS.items() if not issubclass(m, PerSample)}
+    assert {case.method for case in CASES.values()} == {
+        name for name, m in METHODS.items() if not issubclass(m, PerSample)
+    }
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.83])
@@ -368,7 +370,9 @@ def test_a_function_of_one_layers_weight_has_no_channel_groups(make_network: Any
         MaskingSession(network.model, pruning, list(network.groups().values()))
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not issubclass(method, WeightDependent)])
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if not issubclass(method, WeightDependent)]
+)
 def test_the_other_methods_gate_channel_groups(make_network: Any, method: str) -> None:
     network = make_network("residual")
     entry = {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "granularity": "out_channel"}
