@@ -16,7 +16,7 @@ from gumbel_plugin.layers.example_inputs import checked_inputs, inputs_on_device
 from gumbel_plugin.layers.model_check import refuse_unusable
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.storage.mask_format import Masks
-from gumbel_plugin.training.plan import needs_groups
+from gumbel_plugin.training.planner import needs_groups
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.state_check import check_optimizer_state, require_keys
 
