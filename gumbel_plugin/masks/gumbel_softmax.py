@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gumbel_plugin.masks.base import LearnedMask, LogitOptions, MaskOptions, Phase
-from gumbel_plugin.masks.functional import at_least_float32, gumbel_gates, straight_through_gumbel
+from gumbel_plugin.masks.functional import at_least_float32, straight_through_gumbel
 from gumbel_plugin.sparsity.schedules import Schedule, as_schedule
 from gumbel_plugin.sparsity.types import Unstructured
 
@@ -51,15 +51,17 @@ class GumbelSoftmaxMask(LearnedMask, name="gumbel_softmax"):
 
     @override
     def sample(self, weight: Tensor | None) -> Tensor:
-        logit = at_least_float32(self.logit)
-        return gumbel_gates(logit, self.uniform_like(logit), self.temperature)
+        return self._gated(torch.ones_like(at_least_float32(self.logit), requires_grad=False))
 
     @override
     def mask_weight(self, weight: Tensor) -> Tensor:
         if self.phase is Phase.LEARNING and self.training and isinstance(self.sparsity_type, Unstructured):
-            logit = at_least_float32(self.logit)
-            return straight_through_gumbel(weight, logit, self.uniform_like(logit), self.temperature)
+            return self._gated(weight)
         return super().mask_weight(weight)
+
+    def _gated(self, tensor: Tensor) -> Tensor:
+        logit = at_least_float32(self.logit)
+        return straight_through_gumbel(tensor, logit, self.uniform_like(logit), self.temperature)
 
     @override
     def scores(self, weight: Tensor | None) -> Tensor:
