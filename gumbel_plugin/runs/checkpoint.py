@@ -18,6 +18,7 @@ from gumbel_plugin.errors import DataError, MissingExtraError, shown
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.storage.files import check_readable, write_bytes
 from gumbel_plugin.storage.tensor_file import require_digest, torch_content
+from gumbel_plugin.training.bank import joined_state
 
 try:
     import lightning.pytorch as pl
@@ -99,7 +100,7 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
         if task.session is not None:
             task.session.load_state_dict(state["session"])
         for optimizer, own in zip(trainer.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
+            optimizer.load_state_dict(joined_state(optimizer, own))
         task.load_progress_state(state["task"])
         for callback in trainer.callbacks:  # a run at a terminal has a progress bar, its resumption perhaps not
             if state["callbacks"].get(callback.state_key):
