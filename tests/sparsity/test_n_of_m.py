@@ -178,7 +178,7 @@ def test_the_gates_are_steered_to_the_density() -> None:
 
 
 def test_a_state_goes_on_where_it_was() -> None:
-    model, session = learned("gumbel_softmax", "mlp")
+    session = learned("gumbel_softmax", "mlp")[1]
     other = learned("gumbel_softmax", "mlp", steps=1)[1]
     other.load_state_dict(session.state_dict())
     for mine, theirs in zip(other.plan.masks.values(), session.plan.masks.values(), strict=True):
