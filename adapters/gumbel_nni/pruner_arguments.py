@@ -13,6 +13,7 @@ from gumbel_nni.compat.messages import complaints
 from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
 from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.sparsity.types import Unstructured, granularity_of
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.planner import needs_groups
 
@@ -66,6 +67,9 @@ def nni_entry(rule: LayerRule) -> dict[str, Any]:
     """Return an entry of a config list in words that NNI's schema accepts."""
     entry = rule.model_dump(exclude_defaults=True, exclude={"target_settings", "granularity", "apply_method"})
     lists = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
-    words: dict[str, Any] = {"element": [1], "kernel": [[1, 1], "back", -1]}
-    granularity = rule.granularity if isinstance(rule.granularity, str) else list(rule.granularity)
-    return {**lists, "granularity": words.get(str(granularity), granularity)}
+    granularity: Any = rule.granularity if isinstance(rule.granularity, str) else list(rule.granularity)
+    if granularity == "kernel":
+        granularity = [[1, 1], "back", -1]
+    elif isinstance(granularity_of(granularity), Unstructured):
+        granularity = [1]
+    return {**lists, "granularity": granularity}

@@ -72,7 +72,7 @@ class MaskingSession:
             groups: The model's channel groups, needed where a rule removes whole channels.
             seed: Seeds initial weights and the masks' noise.
             plan: What is gated, where something else than the config list decides it.
-            example_inputs: One batch, for methods that count multiply-accumulates (`LearnedMask.counts_macs`): a budget
+            example_inputs: One batch, for methods that count multiply-accumulates (`PerSample`): a budget
                 shared by several masks is in multiply-accumulates then. Without it, it is in weights.
 
         Raises:

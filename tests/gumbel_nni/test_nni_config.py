@@ -62,7 +62,7 @@ def test_nni_sees_the_same_units(granularity: Any, layer: nn.Module) -> None:
     wrappers, spaces = register_wrappers(nn.Sequential(copy.deepcopy(layer)), [nni_entry(entry)], "pruning")
     register_scalers(spaces, lambda space: "out_channel")
     shrunk = wrappers["0"].pruning_target_spaces["weight"]._scaler.shrink(layer.weight, keepdim=True)
-    assert granularity_of(entry.granularity).gate_shape(layer.weight.shape) == tuple(shrunk.shape)
+    assert granularity_of(entry.granularity).latent_shape(layer.weight.shape) == tuple(shrunk.shape)
 
 
 # Selection --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nni.compression.utils import Scaling
 
-from gumbel_plugin.sparsity.types import ELEMENT, IN_CHANNEL, KERNEL, OUT_CHANNEL, Granularity, granularity_of
+from gumbel_plugin.sparsity.types import ELEMENT, IN_CHANNEL, KERNEL, OUT_CHANNEL, SparsityType, granularity_of
 from tests.sparsity.test_types import blocks
 
 # Our granularities in NNI's own words: (kernel_size, padding mode, padding value).
@@ -20,14 +20,14 @@ NAMED = {
 }
 
 
-def assert_same_as_nni(granularity: Granularity, nni: Scaling, shape: tuple[int, ...]) -> None:
+def assert_same_as_nni(granularity: SparsityType, nni: Scaling, shape: tuple[int, ...]) -> None:
     values = torch.randn(shape, dtype=torch.float64)
     theirs = nni.shrink(values, lambda x: x.sum(-1), keepdim=True)
     ours = granularity.reduce(values)
-    assert ours.shape == theirs.shape == granularity.gate_shape(shape)
+    assert ours.shape == theirs.shape == granularity.latent_shape(shape)
     torch.testing.assert_close(ours, theirs)
     gates = torch.randn(ours.shape)
-    spread = granularity.spread(gates, shape)
+    spread = granularity.expand(gates, shape)
     torch.testing.assert_close(spread.expand(shape), nni.expand(gates, list(shape), keepdim=True), rtol=0, atol=0)
 
 

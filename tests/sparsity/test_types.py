@@ -26,29 +26,31 @@ def blocks(draw: st.DrawFn) -> tuple[list[int], tuple[int, ...]]:
 def test_what_was_spread_is_summed_to_the_units_size_times_itself(case: tuple[list[int], tuple[int, ...]]) -> None:
     steps, shape = case
     granularity = granularity_of(steps)
-    gates = torch.arange(prod(granularity.gate_shape(shape)), dtype=torch.float64).view(granularity.gate_shape(shape))
-    spread = granularity.spread(gates, shape).expand(shape)
+    gates = torch.arange(prod(granularity.latent_shape(shape)), dtype=torch.float64).view(
+        granularity.latent_shape(shape)
+    )
+    spread = granularity.expand(gates, shape).expand(shape)
     torch.testing.assert_close(granularity.reduce(spread), gates * granularity.unit_size(shape))
     assert granularity.unit_size(shape) * gates.numel() == prod(shape)
 
 
 def test_gates_that_broadcast_are_not_copied() -> None:
     gates = torch.rand(8, 1, 1, 1)
-    assert OUT_CHANNEL.spread(gates, (8, 3, 3, 3)) is gates
-    assert ELEMENT.spread(torch.rand(8, 3), (8, 3)).shape == (8, 3)
+    assert OUT_CHANNEL.expand(gates, (8, 3, 3, 3)) is gates
+    assert ELEMENT.expand(torch.rand(8, 3), (8, 3)).shape == (8, 3)
 
 
 def test_a_spread_mask_sends_each_gate_the_sum_of_its_units_gradients() -> None:
     gates = torch.rand(2, 3, requires_grad=True)
     upstream = torch.rand(4, 9, dtype=torch.float32)
-    granularity_of([2, 3]).spread(gates, (4, 9)).backward(upstream)
+    granularity_of([2, 3]).expand(gates, (4, 9)).backward(upstream)
     torch.testing.assert_close(gates.grad, granularity_of([2, 3]).reduce(upstream))
 
 
 @pytest.mark.parametrize(("steps", "shape"), [([2, 2], (3, 4)), ([2], (3,)), ([4, 4], (2, 2)), ([1, 1, 1], (4, 4))])
 def test_units_that_do_not_tile_the_tensor_are_an_error(steps: list[int], shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"granularity \[.*\] (does not tile|has 3 dimensions)") as error:
-        granularity_of(steps).gate_shape(shape)
+        granularity_of(steps).latent_shape(shape)
     assert str(shape) in str(error.value)
 
 
