@@ -58,6 +58,8 @@ import torch
 import networks
 from gumbel_plugin import load_pruned
 
+pytestmark = pytest.mark.slow
+
 for name, (path, factory, inputs, outputs) in json.loads(sys.argv[1]).items():
     small = load_pruned(path, getattr(networks, factory)).eval()
     with torch.no_grad():
