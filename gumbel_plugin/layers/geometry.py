@@ -16,6 +16,11 @@ def input_channels(layer: nn.Module) -> int:
     return channels
 
 
+def input_dimension(layer: nn.Module) -> int:
+    """Return the dimension of a layer's weight that runs over its input channels."""
+    return 0 if getattr(layer, "transposed", False) else 1
+
+
 def layer_channels(layer: nn.Module) -> tuple[int, int]:
     """Return how many input and output channels a layer has; of a normalization both are the same."""
     for before, after in (("in_channels", "out_channels"), ("in_features", "out_features")):

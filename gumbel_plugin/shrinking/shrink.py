@@ -21,6 +21,7 @@ from gumbel_plugin.shrinking.equivalence import compare
 from gumbel_plugin.shrinking.folded_constants import fold_constants
 from gumbel_plugin.shrinking.merged_constants import merge_constants
 from gumbel_plugin.shrinking.unread_units import find_dead_units
+from gumbel_plugin.shrinking.unremovable import warn_if_nothing_left
 from gumbel_plugin.storage.mask_format import check_format
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def shrink(
     small = remove_dead_units(masked, inputs, engine)
     if verify:
         compare(masked, small, inputs).raise_for_failure()
+    warn_if_nothing_left(masked, small, masks, inputs)
     return small
 
 

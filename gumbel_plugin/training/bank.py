@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.masks import LearnedMask
+from gumbel_plugin.sparsity.types import CHANNEL
 
 BANK = "/bank"
 """What the bank's mask is called among the masks that hang on layers; no module has such a name."""
@@ -60,7 +61,7 @@ class GateSlice:
     the phase, the schedules, the noise.
     """
 
-    granularity = None
+    sparsity_type = CHANNEL
 
     def __init__(self, size: int) -> None:
         self.shape = (size,)

@@ -16,6 +16,7 @@ from gumbel_plugin.graph.residual_blocks import ResidualBlock
 from gumbel_plugin.layers.geometry import channel_dimension, columns_view, input_channels
 from gumbel_plugin.layers.weights import Attached, read_bias, read_weight, unhide_weight, write_weight
 from gumbel_plugin.masks.base import LearnedMask, Phase
+from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.training.rescale import Rescale, dynamic_scale
 
 # Layers whose weights the parent's forward reads instead of calling them, by the parent's class; torch's fused kernels
@@ -134,7 +135,7 @@ class GatedLayer:
     @property
     def follows_samples(self) -> bool:
         """Whether each sample has gates of its own now, which act on activations (see `SampleHooks`)."""
-        return any(mask.follows_samples for mask in self.masks)
+        return any(isinstance(mask, PerSample) and mask.follows_samples for mask in self.masks)
 
     def unhide(self) -> None:
         """Let the layer have its own weight again, if the gated one of a forward hides it (see `GatedLayerHooks`).

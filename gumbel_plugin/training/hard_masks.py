@@ -1,4 +1,4 @@
-"""NNI's mask format: written from a plan's gates, and read back into decisions."""
+"""Masks in NNI's format: written from a plan's gates, and read back into decisions."""
 
 from __future__ import annotations
 
@@ -54,8 +54,7 @@ def decisions_of(plan: Plan, modules: Mapping[str, nn.Module], masks: Masks) -> 
         given = masks.get(name, {}).get("weight")
         if gated.mask is not None and given is not None:
             _check_shape(name, given, gated.weight)
-            granularity = gated.mask.granularity
-            decided[id(gated.mask)] = given if granularity is None else granularity.reduce(given.float())
+            decided[id(gated.mask)] = gated.mask.sparsity_type.reduce(given.float())
     for name, group in plan.groups.items():
         rows = {
             part.module: _open_rows(part.module, modules[part.module], masks[part.module]["weight"])

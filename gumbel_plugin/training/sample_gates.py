@@ -14,6 +14,7 @@ from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.layers.geometry import channel_dimension
 from gumbel_plugin.layers.weights import Attached
 from gumbel_plugin.masks.base import LearnedMask, Phase
+from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer
 
 
@@ -54,7 +55,7 @@ class SampleHooks(Attached):
 
     def _read_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask, block = self.gated.mask, self.gated.block
-        assert mask is not None
+        assert isinstance(mask, PerSample)
         assert block is not None
         if mask.follows_samples:
             inputs = args[0] if args else next(iter(kwargs.values()))
@@ -62,7 +63,7 @@ class SampleHooks(Attached):
 
     def _gate_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         mask = self.gated.mask
-        assert mask is not None
+        assert isinstance(mask, PerSample)
         if mask.phase is Phase.OPEN and not mask.evaluated_per_sample:
             return output
         if not mask.follows_samples:
@@ -86,6 +87,7 @@ def gate_columns(columns: ColumnGates, inputs: Tensor, layer: nn.Module) -> Tens
     means = cache(lambda: channel_means(batch, last))
     gates, start = [], 0
     for mask in columns.masks:
+        assert isinstance(mask, PerSample)
         places = (columns.index >= start) & (columns.index < start + mask.shape[0])
         gates.append(mask.gates_of_samples(_unit_means(means, places, columns.index[places] - start, mask), layer))
         start += mask.shape[0]

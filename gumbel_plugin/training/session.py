@@ -72,7 +72,7 @@ class MaskingSession:
             groups: The model's channel groups, needed where a rule removes whole channels.
             seed: Seeds initial weights and the masks' noise.
             plan: What is gated, where something else than the config list decides it.
-            example_inputs: One batch, for methods that count multiply-accumulates (`LearnedMask.counts_macs`): a budget
+            example_inputs: One batch, for methods that count multiply-accumulates (`PerSample`): a budget
                 shared by several masks is in multiply-accumulates then. Without it, it is in weights.
 
         Raises:
@@ -156,7 +156,7 @@ class MaskingSession:
         if self._hooks is not None:
             raise LifecycleError("the session is attached to its model already; detach() comes before attach()")
         taken = set(modules_with_gates(self.model)) & {gated.module for gated in self.plan.gated_layers.values()}
-        if taken:  # sessions of several pruners of NNI's may hold different layers of one model
+        if taken:  # several sessions may hold different layers of one model
             raise LifecycleError("another masking session holds layers of this one; detach that one first")
         if self.config.weights == "frozen":
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]

@@ -25,7 +25,8 @@ from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
 
 import gumbel_nni
-from gumbel_nni.any_masks import Backend, column_masks
+from gumbel_nni.any_masks import Backend
+from gumbel_nni.compat.exact_speedup import column_masks
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, TargetError
 from gumbel_plugin.layers.geometry import input_channels, read_channels
 from gumbel_plugin.shrinking.mask_file import save_masks
@@ -218,7 +219,7 @@ class Attention(nn.Module):
 
 
 class TestNothingCanLeave:
-    """A warning names the layers and says why; the network that is returned still computes what the masked one does."""
+    """A warning names the layers and the reasons; the network that is returned computes what the masked one does."""
 
     def rows_of(self, layer: nn.Module, closed: list[int]) -> dict[str, Tensor]:
         masks = {"weight": torch.ones_like(layer.weight), "bias": torch.ones_like(layer.bias)}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gumbel_plugin.masks import GumbelSoftmaxMask, Phase
+from gumbel_plugin.masks import Phase
+from gumbel_plugin.masks.gumbel_softmax import GumbelSoftmaxMask
 from gumbel_plugin.training.bank import joined_state
 
 
