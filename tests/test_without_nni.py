@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-SAMPLE = (
-    "test_mask_format or test_example_inputs or test_schedules or selects_layers or test_history"
-)
+SAMPLE = "test_mask_format or test_example_inputs or test_schedules or selects_layers or test_history"
 PROGRAM = """
 import sys
 sys.modules["nni"] = None  # as if it was not installed

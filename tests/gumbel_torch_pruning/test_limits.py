@@ -28,6 +28,7 @@ SWEEP = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second", "ratio", "limit", "steps", "round_to"), SWEEP)
 def test_shared_ratios_are_met_as_far_as_limits_let(first, second, ratio, limit, steps, round_to):
     model = make(first, second)
@@ -48,6 +49,7 @@ def test_shared_ratios_are_met_as_far_as_limits_let(first, second, ratio, limit,
     assert expected - len(sizes) * (round_to - 1) <= sum(left) <= expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["macs", "parameters"])
 @pytest.mark.parametrize(("ratio", "limit"), [(0.3, 0.5), (0.5, 0.5), (0.9, 0.5)])
 def test_costs_are_met_within_limits_or_refused_at_once(target, ratio, limit):

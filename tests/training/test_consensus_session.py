@@ -97,6 +97,7 @@ def learn(session: MaskingSession, inputs: Tensor, steps: int = 3) -> None:
 # Each sample's own gates --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["conv_bn_relu", "residual", "depthwise", "concat", "sigmoid", "no_bn", "grouped", "flatten_linear"]
 )
@@ -263,6 +264,7 @@ def test_the_loss_of_a_session_is_usage_and_polarisation() -> None:
     torch.testing.assert_close(session.loss().detach().double(), expected)
 
 
+@pytest.mark.slow
 def test_the_losses_lead_to_the_budget_and_to_agreement() -> None:
     """With nothing else to learn, the gates close what they must, and every sample agrees."""
     model = resnet()
@@ -308,6 +310,7 @@ def test_an_evaluation_sees_the_consensus_and_the_extracted_network_is_it() -> N
     assert torch.equal(model(IMAGES), plain(IMAGES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9])
 def test_the_cut_of_blocks_is_exact_and_extraction_changes_nothing(ratio: float) -> None:
     model = resnet()
@@ -432,6 +435,7 @@ def test_nothing_to_ask() -> None:
 # State --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_from_its_state() -> None:
     model, resumed_model = resnet(), resnet()
     session, resumed = block_session(model), block_session(resumed_model)

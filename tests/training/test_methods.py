@@ -148,6 +148,7 @@ def test_every_method_is_here() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 0.83])
 def test_the_budget_is_met_exactly_and_the_extracted_network_is_the_masked_one(case: Case, ratio: float) -> None:
     model = build(case)
@@ -173,6 +174,7 @@ def test_the_budget_is_met_exactly_and_the_extracted_network_is_the_masked_one(c
         assert bool((weight[targets["weight"] == 1] != 0).any())
 
 
+@pytest.mark.slow
 def test_the_loss_falls(case: Case) -> None:
     """The hard network that comes out solves the problem, or at least, where nothing is learned about it, did before."""
     model = build(case)
@@ -186,6 +188,7 @@ def test_the_loss_falls(case: Case) -> None:
     assert (evaluated(model).argmax(1) == labels).float().mean() > 0.85
 
 
+@pytest.mark.slow
 def test_the_seed_decides(case: Case) -> None:
     """The same seed learns the same mask whatever the global random state; another one samples other gates."""
     results = []
@@ -203,6 +206,7 @@ def test_the_seed_decides(case: Case) -> None:
     assert differs == (case.method not in ("reparametrization", "magnitude"))
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_from_its_state(case: Case) -> None:
     """The next sample, the next budget loss and the masks are those of the session that was not interrupted."""
     model, resumed_model = build(case), build(case)
@@ -278,6 +282,7 @@ def test_a_global_reparametrisation_has_the_published_budget_loss() -> None:
     torch.testing.assert_close(session.loss().detach(), expected)
 
 
+@pytest.mark.slow
 def test_a_reparametrised_network_comes_down_to_its_budget() -> None:
     """Nothing is left for the final cut to change: that is what the budget loss is for."""
     model = build(CASES["reparametrization"])

@@ -39,6 +39,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
+@pytest.mark.slow
 def test_a_training_that_reaches_its_budget_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
     session = planned(gate_optimizer={"name": "adam", "lr": 0.3}, budget={"ramp": 0.5})
     session.start(200)
