@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_PLAIN = frozenset((bool, int, float, str, type(None), type))
 _PACKAGES = ("gumbel_plugin", "gumbel_torch_pruning", "torch_pruning")
 
 
@@ -40,23 +40,19 @@ def _saved(roots: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
     seen, found = {id(root) for root in roots}, list(roots)
     while found:
         each = found.pop()
-        parts: list[Any] = []
         if isinstance(each, nn.Module):
             for tensor in (*each._parameters.values(), *each._buffers.values()):
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    yield tensor, (tensor.data, tensor.detach().clone(), tensor.grad if tensor.is_leaf else None, tensor.requires_grad)
-        if isinstance(each, dict):
-            parts = [*each.keys(), *each.values()]
-            yield each, copy.copy(each)
-        elif isinstance(each, list | set):
-            parts = list(each)
-            yield each, copy.copy(each)
-        elif isinstance(each, tuple):
-            parts = list(each)
+                    gradient = tensor.grad if tensor.is_leaf else None
+                    yield tensor, (tensor.data, tensor.detach().clone(), gradient, tensor.requires_grad)
+        parts: Any
+        if isinstance(each, list | set | tuple):
+            parts = content = list(each)
         else:
-            parts = list(vars(each).values())
-            yield each, dict(vars(each))
+            table = each if isinstance(each, dict) else vars(each)
+            parts, content = [*table.keys(), *table.values()] if table is each else table.values(), dict(table)
+        yield each, content
         for part in parts:
             if id(part) not in seen and _is_followed(part):
                 seen.add(id(part))
@@ -64,9 +60,12 @@ def _saved(roots: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_followed(each: Any) -> bool:
+    kind = type(each)
+    if kind in _PLAIN:
+        return False
     if isinstance(each, dict | list | set | tuple | nn.Module):
-        return True
-    ours = type(each).__module__.partition(".")[0] in _PACKAGES
+        return bool(each) if kind is tuple else True
+    ours = kind.__module__.partition(".")[0] in _PACKAGES
     return ours and hasattr(each, "__dict__") and not isinstance(each, Tensor | Enum)
 
 
@@ -78,7 +77,7 @@ def _restore(each: Any, content: Any) -> None:
         each.requires_grad_(flag)
     elif isinstance(each, list):
         each[:] = content
-    else:
+    elif not isinstance(each, tuple):
         table = each if isinstance(each, dict | set) else vars(each)
         table.clear()
         table.update(content)
