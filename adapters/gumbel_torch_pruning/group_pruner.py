@@ -7,7 +7,7 @@ import copy
 import inspect
 import logging
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
         self._changes = ParameterChanges()
         self._found: DependencyGroups | None = None
-        self._running: weakref.ref[Generator[Any, None, None]] | None = None
+        self._running: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the step that is being made
         self._dense_cost = 0.0
         self._own_importance = importance is None
         with restored_on_error(model):
@@ -241,7 +241,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _take_back(self) -> None:
         """Take a step back that its caller left half-way; a finished one is not changed."""
-        groups = self._running and self._running()
+        groups = self._running()
         if groups is not None:
             groups.close()
 
@@ -332,7 +332,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self.current_step = self.iterative_steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GumbelGroupPruner:
-        groups = self._running and self._running()
+        groups = self._running()
         if groups is not None and inspect.getgeneratorstate(groups) == inspect.GEN_SUSPENDED:
             raise LifecycleError("a pruner cannot be copied in the middle of a step")
         memo.update(shared_parts(self.DG))

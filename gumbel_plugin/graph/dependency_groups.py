@@ -31,9 +31,9 @@ _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
 class DependencyGroups:
     """The channel groups of one model, and the physical removal of their units.
 
-    A group is called exact if an `ExactnessAnalysis` finds it so, and after an empirical check: units were removed from a
-    copy of the model, and its outputs compared. What the code takes for granted (a fixed size in a reshape, say) comes out
-    there.
+    A group is called exact if an `ExactnessAnalysis` finds it so, and after an empirical check: units were removed from
+    a copy of the model, and its outputs compared. What the code takes for granted (a fixed size in a reshape, say) comes
+    out there.
 
     Example::
 
@@ -126,11 +126,13 @@ class DependencyGroups:
 
     def count_heads(self) -> None:
         """Let the pruner of this graph, and attention layers of its model, know how many named heads are left."""
+        pruner: Any = self._pruner
         for name, heads in self._named_heads.items():
             group = next(group for group in self.groups if group.name == name)
             heads.sync(self.model, group.size)
             for layer in map(self.model.get_submodule, heads.layers):
-                self._pruner.num_heads[layer] = self._pruner.out_channel_groups[layer] = heads.count(self.model)
+                for counts in (pruner.num_heads, pruner.out_channel_groups):
+                    counts[layer] = heads.count(self.model)
 
     def remover_of(self, model: nn.Module) -> Remover:
         """Return what removes units of these groups from a copy of the model that nothing was removed from yet."""

@@ -180,7 +180,8 @@ def _kept(marks: Tensor, shape: torch.Size) -> tuple[Tensor | None, ...] | None:
 
 
 def _has_room(integers: torch.dtype, shape: torch.Size) -> bool:
-    return prod(shape) <= 2 ** min(torch.iinfo(integers).bits, 31 if integers is torch.int32 else 64)
+    bits = 16 if integers is torch.int16 else torch.iinfo(integers).bits - 1
+    return prod(shape) <= 2**bits
 
 
 def _row_or_column(shape: torch.Size, device: torch.device) -> Tensor:
@@ -194,9 +195,7 @@ def _row_or_column(shape: torch.Size, device: torch.device) -> Tensor:
     return (2 * both).reshape(shape) + is_row.reshape(shape)
 
 
-def _move(
-    optimizer: torch.optim.Optimizer, old: nn.Parameter, changes: Sequence[Change] | None
-) -> list[nn.Parameter]:
+def _move(optimizer: torch.optim.Optimizer, old: nn.Parameter, changes: Sequence[Change] | None) -> list[nn.Parameter]:
     """Give a parameter's state to what took its place, cut alike, and return that: itself if it was not replaced."""
     if changes is None:
         return [old]

@@ -1,4 +1,4 @@
-"""What was removed from a network, in the numbering of the network before: the one record that all else is derived from."""
+"""What was removed from a network, in the numbering before: the one record that all else is derived from."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Record:
         """
         masks: Masks = {}
         for name, shapes in self._shapes.items():
-            device = model.get_submodule(name).weight.device
+            module: Any = model.get_submodule(name)
+            device = module.weight.device
             masks[name] = {target: torch.ones(shape, device=device) for target, shape in shapes.items()}
         for group in self._groups:
             left = units_left(model, group, self.kept)
@@ -166,7 +167,7 @@ def indices_left(numbers: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, 
     """Return the indices that stayed along each dimension.
 
     Args:
-        numbers: The places, in the flattened tensor before, of the elements that are left, whole numbers, in their shape.
+        numbers: The places in the flattened tensor before of what is left, whole numbers, in the shape that is left.
         shape: The tensor's shape before.
 
     Returns:
@@ -174,7 +175,8 @@ def indices_left(numbers: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, 
     """
     if numbers.dim() != len(shape) or numbers.numel() == 0:
         return None
-    grid, stride, found = torch.zeros_like(numbers[(slice(0, 1),) * len(shape)]), 1, []
+    found: list[Tensor | None] = []
+    grid, stride = torch.zeros_like(numbers[(slice(0, 1),) * len(shape)]), 1
     for dim in reversed(range(len(shape))):
         line = numbers[tuple(slice(None) if d == dim else slice(0, 1) for d in range(len(shape)))]
         indices = line // stride % shape[dim]

@@ -77,9 +77,7 @@ class Remover:
         model: The model.
     """
 
-    def __init__(
-        self, model: nn.Module, items: Mapping[str, Sequence[Item]], heads: Mapping[str, NamedHeads]
-    ) -> None:
+    def __init__(self, model: nn.Module, items: Mapping[str, Sequence[Item]], heads: Mapping[str, NamedHeads]) -> None:
         """Start with a whole model.
 
         Args:

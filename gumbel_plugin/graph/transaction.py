@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_PLAIN = frozenset((bool, int, float, str, type(None), type))
 _PACKAGES = ("gumbel_plugin", "gumbel_torch_pruning", "torch_pruning")
 
 
@@ -38,6 +38,7 @@ def restored_on_error(*roots: Any) -> Iterator[None]:
 def _saved(roots: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
     """Yield everything that can change, reached from these objects, with what it holds now."""
     seen, found = {id(root) for root in roots}, list(roots)
+    followed: dict[type, bool] = {}
     while found:
         each = found.pop()
         if isinstance(each, nn.Module):
@@ -46,27 +47,29 @@ def _saved(roots: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
                     seen.add(id(tensor))
                     gradient = tensor.grad if tensor.is_leaf else None
                     yield tensor, (tensor.data, tensor.detach().clone(), gradient, tensor.requires_grad)
-        parts: Any
         if isinstance(each, list | set | tuple):
-            parts = content = list(each)
+            content: Any = list(each)
+            parts = content
         else:
             table = each if isinstance(each, dict) else vars(each)
-            parts, content = [*table.keys(), *table.values()] if table is each else table.values(), dict(table)
+            parts, content = [*table.values()], dict(table)
+            parts += table if table is each else ()
         yield each, content
         for part in parts:
-            if id(part) not in seen and _is_followed(part):
+            kind = type(part)
+            if kind not in followed:
+                followed[kind] = _is_followed(kind)
+            if followed[kind] and id(part) not in seen:
                 seen.add(id(part))
                 found.append(part)
 
 
-def _is_followed(each: Any) -> bool:
-    kind = type(each)
-    if kind in _PLAIN:
-        return False
-    if isinstance(each, dict | list | set | tuple | nn.Module):
-        return bool(each) if kind is tuple else True
-    ours = kind.__module__.partition(".")[0] in _PACKAGES
-    return ours and hasattr(each, "__dict__") and not isinstance(each, Tensor | Enum)
+def _is_followed(kind: type) -> bool:
+    if issubclass(kind, dict | list | set | tuple | nn.Module):
+        return True
+    ours = kind.__module__.partition(".")[0] in _PACKAGES and not issubclass(kind, Tensor | Enum | type)
+    frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return ours and not frozen and kind.__dictoffset__ != 0
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from gumbel_plugin.graph.residual_blocks import ResidualBlock, residual_block
 
 _logger = logging.getLogger(__name__)
 
+
 def remove_closed_blocks(model: nn.Module) -> list[str]:
     """Replace every residual block whose branch is exactly zero by what is left of it; in place.
 

@@ -1,8 +1,8 @@
 """Which channel groups can be cut exactly.
 
 `analysis` follows a label for every channel through one forward: `layer_rules` knows the layers, `propagation` the
-operations between them, `channel_labels` which labels have met. `empirical_check` removes units from a copy of the model,
-for what a forward does not show.
+operations between them, `channel_labels` which labels have met. `empirical_check` removes units from a copy of the
+model, for what a forward does not show.
 """
 
 from gumbel_plugin.graph.exactness.analysis import Cut, ExactnessAnalysis, Treatment

@@ -1,4 +1,4 @@
-"""The empirical check: units are removed from a copy of the model, which must return what it returned before, in float64.
+"""Empirical check: units are removed from a float64 copy of the model, which must return what it returned before.
 
 The analysis knows what the forward does to channels, but not what its code takes for granted: a size written into a
 reshape, a scale that depends on the number of channels.
