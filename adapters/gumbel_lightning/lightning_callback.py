@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError
 from gumbel_plugin.layers.example_inputs import inputs_following
-from gumbel_plugin.layers.weights import GATES
-from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_plugin.layers.weights import is_gate
+from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
 from gumbel_plugin.training.settling import settled
@@ -70,12 +70,11 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         self._best_steps: dict[str, int] = {}  # by the path of a best checkpoint: how many steps it had seen
         self.masks: Masks | None = None
 
-    def shrink(self, example_inputs: Any = None, backend: Backend = "torch_pruning") -> nn.Module:
+    def shrink(self, example_inputs: Any = None) -> nn.Module:
         """Return a new dense network without the closed channels, verified equal to the trained one.
 
         Args:
             example_inputs: What to trace with; by default what the callback was built with.
-            backend: See `gumbel_plugin.shrink`.
 
         Raises:
             LifecycleError: If nothing was trained yet.
@@ -86,7 +85,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         inputs = self._example_inputs if example_inputs is None else example_inputs
         if inputs is None:
             raise ConfigError("shrink needs example_inputs: a tensor, a tuple of them, or a dict")
-        return shrink(self._network.cpu(), self.masks, _fitting(self._network, inputs), backend)
+        return shrink(self._network.cpu(), self.masks, _fitting(self._network, inputs))
 
     @property
     def settled(self) -> bool:
@@ -169,7 +168,7 @@ class GumbelPruning(*_callback_classes()):  # type: ignore[misc]
         """Let the checkpoint hold the plain network."""
         if self._attached:
             state, prefix = checkpoint["state_dict"], self._prefix
-            for name in [name for name in state if GATES in name]:
+            for name in [name for name in state if is_gate(name)]:
                 del state[name]
             state.update({prefix + name: tensor for name, tensor in self._running.plain_state().items()})
 
@@ -272,5 +271,5 @@ def _fitting(network: nn.Module, example_inputs: Any) -> Any:
 def _keep_gates(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a plain state be loaded into a gated network: the gates stay as they are."""
     for name, tensor in module.state_dict().items():
-        if GATES in name:
+        if is_gate(name):
             state_dict.setdefault(prefix + name, tensor)

@@ -30,7 +30,7 @@ from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.latency import LatencyTable, measure_table
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gate_gradients import GateGradNormalizer
-from gumbel_plugin.training.plan import Plan
+from gumbel_plugin.training.plan import Plan, carried_over
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_torch_pruning.arguments import check_arguments, check_graph, check_model, forward_of, own_copies
 from gumbel_torch_pruning.group_budgets import Target, budget_of, plan_groups, rank, why_not
@@ -225,9 +225,9 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._removed(history + dependency.history(left))
             if self.current_step < self.iterative_steps and self._gated_groups():
                 self._attach()
-            next_masks = self.session.plan.masks if self._attached else {}
-            for name, mask in plan.masks.items():
-                self._changes.add_gates(mask, next_masks.get(name), left[name])
+            removed = {name: torch.nonzero(~stayed).flatten() for name, stayed in left.items()}
+            for gates in carried_over(plan, self.session.plan if self._attached else None, removed):
+                self._changes.add_gates(*gates)
             scales = (gated.scale for gated in plan.gated_layers.values())
             self._changes.dropped.extend(scale for scale in scales if scale is not None)
 

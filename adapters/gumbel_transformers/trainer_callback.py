@@ -11,8 +11,8 @@ from torch import nn
 
 from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, MissingExtraError
-from gumbel_plugin.layers.weights import GATES
-from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_plugin.layers.weights import is_gate
+from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
 from gumbel_plugin.training.settling import settled
@@ -57,7 +57,7 @@ class GumbelPruningCallback(TrainerCallback):
         self._model: nn.Module | None = None
         self.masks: Masks | None = None
 
-    def shrink(self, example_inputs: Any = None, backend: Backend = "torch_pruning") -> nn.Module:
+    def shrink(self, example_inputs: Any = None) -> nn.Module:
         """Return a new dense model without the closed channels and heads, verified equal to the trained one.
 
         Raises:
@@ -67,7 +67,7 @@ class GumbelPruningCallback(TrainerCallback):
         if self.masks is None or self._model is None:
             raise LifecycleError("there are no masks yet: train with this callback first")
         inputs = self._example_inputs if example_inputs is None else example_inputs
-        return shrink(self._model.cpu(), self.masks, inputs, backend)
+        return shrink(self._model.cpu(), self.masks, inputs)
 
     def detach(self) -> None:
         """Leave the plain model, its weights as they are, after a training that failed; then train again.
@@ -104,7 +104,7 @@ class GumbelPruningCallback(TrainerCallback):
         loop.start(state.max_steps)
         self._loop = loop
         if own is not None:  # the weights are those of the checkpoint; `start` may have drawn new ones
-            model.load_state_dict({name: t for name, t in restored.items() if GATES not in name}, strict=False)
+            model.load_state_dict({name: t for name, t in restored.items() if not is_gate(name)}, strict=False)
             try:
                 loop.load_state_dict(own)
             except Exception:

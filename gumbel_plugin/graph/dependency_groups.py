@@ -32,8 +32,8 @@ class DependencyGroups:
     """The channel groups of one model, and the physical removal of their units.
 
     A group is called exact if an `ExactnessAnalysis` finds it so, and after an empirical check: units were removed from
-    a copy of the model, and its outputs compared. What the code takes for granted (a fixed size in a reshape, say) comes
-    out there.
+    a copy of the model, and its outputs compared. What the code takes for granted (a fixed size in a reshape, say)
+    comes out there.
 
     Example::
 

@@ -47,22 +47,21 @@ class ParameterChanges:
     changes: list[Change] = field(default_factory=list)
     dropped: list[nn.Parameter] = field(default_factory=list)
 
-    def add_gates(self, old: Any, new: Any, left: Tensor) -> None:
+    def add_gates(self, old: Any, new: Any, kept: Tensor) -> None:
         """Let the gates of the units that stayed go on where they were, in the optimizer too; the others leave it.
 
         Args:
-            old: A group's mask before the step.
-            new: Its mask afterwards, if it is gated again.
-            left: Which units are left, bool.
+            old: A mask before the step.
+            new: The mask that goes on with its gates, if one does.
+            kept: Which of its gates stay, int64.
         """
-        stayed = torch.nonzero(left).flatten()
-        if new is None or new.shape != stayed.shape:
+        if new is None or new.shape != kept.shape:
             self.dropped.extend(old.parameters())
             return
         for (_, before), (_, after) in zip(old.named_parameters(), new.named_parameters(), strict=True):
             with torch.no_grad():
-                after.copy_(before[stayed.to(before.device)])
-            self.changes.append(Change(before, after, (stayed,)))
+                after.copy_(before[kept.to(before.device)])
+            self.changes.append(Change(before, after, (kept,)))
 
     def kept(self) -> Kept:
         """Return which rows, columns, ... of the model's parameters stayed, by name."""

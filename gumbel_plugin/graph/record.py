@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.graph.channel_groups import ChannelGroup
-from gumbel_plugin.layers.geometry import output_dimension
+from gumbel_plugin.layers.geometry import groups_of, input_dimension, output_dimension
 from gumbel_plugin.storage.mask_format import Masks
 
 Kept = Mapping[str, tuple[Tensor | None, ...]]
@@ -79,11 +79,12 @@ def units_left(model: nn.Module, group: ChannelGroup, kept: Kept) -> Tensor:
     """
     left = torch.ones(group.size, dtype=torch.bool)
     for part in (*group.producers, *group.consumers):
-        module: Any = model.get_submodule(part.module)
+        module = model.get_submodule(part.module)
         dims = kept.get(f"{part.module}.weight")
-        dim = output_dimension(module)
-        if part in group.consumers:  # of a grouped convolution no one dimension runs over the input channels
-            dim = None if getattr(module, "groups", 1) > 1 else 1 - (dim or 0)
+        if part not in group.consumers:
+            dim = output_dimension(module)
+        else:  # of a grouped convolution no one dimension runs over the input channels
+            dim = input_dimension(module) if groups_of(module) == 1 else None
         stayed = None if dims is None or dim is None else dims[dim]
         if stayed is not None:
             left[part.units] = torch.isin(part.positions, stayed)

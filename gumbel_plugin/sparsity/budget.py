@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks import LearnedMask, name_of
+from gumbel_plugin.sparsity.budgeted import BudgetedMask
 from gumbel_plugin.sparsity.ranking import count_to_prune
 
 _logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class BudgetTerm:
     """
 
     name: str
-    mask: LearnedMask
+    mask: BudgetedMask
     weight_source: object
     cost: float = 1.0
     max_ratio: float = 1.0
@@ -52,9 +52,20 @@ class BudgetTerm:
         return math.prod(self.mask.shape)
 
     def prunable_range(self) -> tuple[int, int]:
-        """Return the least and the most units that may go."""
+        """Return the least and the most units that may go; a type that fixes its own density leaves no choice."""
+        density = self.mask.sparsity_type.density
+        if density is not None:
+            return (self.units - round(self.units * density),) * 2
         most = self.units - self._fewest()
         return min(count_to_prune(self.units, self.min_ratio), most), most
+
+    def removal_order(self, scores: Tensor) -> Tensor:
+        """Return the units in the order in which they go, from their scores, one dimension each."""
+        order = torch.argsort(scores, stable=True)
+        if self.mask.sparsity_type.density is None:
+            return order
+        kept = self.mask.sparsity_type.project(scores.reshape(self.mask.shape), 0.0).flatten()
+        return order[torch.argsort(kept[order], stable=True)]
 
     def round_down(self, kept: Tensor, scores: Tensor) -> None:
         """Close the lowest-scored of the kept units, in place, until their number is a multiple."""
@@ -79,12 +90,14 @@ class Budget:
         members: Its masks.
         ratio: The fraction of its weights to remove, None where the gates decide by themselves.
         threshold: Without a ratio: a unit stays if its P(keep) is at least this.
+        constant: The cost of what is counted too, but has no gates.
     """
 
     name: str
     terms: list[BudgetTerm] = field(default_factory=list)
     ratio: float | None = None
     threshold: float | None = None
+    constant: float = field(default=0.0, kw_only=True)
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
@@ -102,9 +115,9 @@ class Budget:
         term.mask.sparsity = None if self.ratio is None else min(max(self.ratio, bounds[0]), bounds[1])
 
     @property
-    def method(self) -> type[LearnedMask]:
-        """The method of its masks."""
-        return type(self.terms[0].mask)
+    def method(self) -> BudgetedMask:
+        """One of its masks, which are all of one method."""
+        return self.terms[0].mask
 
     def check(self) -> None:
         """Refuse a budget that the method cannot have.
@@ -112,7 +125,7 @@ class Budget:
         Raises:
             ConfigError: If the method needs a ratio and there is none, or its masks cannot share one.
         """
-        method, what = name_of(self.method), self.terms[0].name
+        method, what = self.method.method_name, self.terms[0].name
         if self.method.manages_own_sparsity and self.ratio is None:
             raise ConfigError(f"sparse_ratio of {what!r} is missing: method {method!r} cannot find one by itself")
         if len(self.terms) > 1 and not self.method.shares_budget:
@@ -121,13 +134,18 @@ class Budget:
                 "share a budget; leave out global_group_id (in Torch-Pruning, global_pruning)"
             )
 
-    def check_units(self) -> None:
-        """Refuse a ratio of one layer that leaves less than the one unit which it cannot do without.
+    def check_ratio(self) -> None:
+        """Refuse a ratio that leaves a layer without its last unit, or that what has gates cannot meet.
 
         Raises:
-            ConfigError: With the highest ratio that leaves it.
+            ConfigError: With the highest ratio that can be met.
         """
-        if self.ratio is None or len(self.terms) > 1:
+        if self.ratio is not None and self.constant and self.ratio > self.achievable + 1e-9:
+            raise ConfigError(
+                f"budget.ratio {self.ratio:g} of {self.name} cannot be met: {self.constant / self.total:.1%} have no "
+                f"gates; the largest possible ratio is {self.achievable:.3f}"
+            )
+        if self.ratio is None or self.constant or len(self.terms) > 1:
             return
         (term,) = self.terms
         most = 1 - term.least / term.units
@@ -148,8 +166,8 @@ class Budget:
 
     @property
     def total(self) -> float:
-        """The cost of all units."""
-        return sum(term.units * term.cost for term in self.terms)
+        """The cost of all units, and the constant."""
+        return self.constant + sum(term.units * term.cost for term in self.terms)
 
     def density(self) -> Tensor:
         """Return the kept fraction: its value counts open gates, its gradient is that of the mean probability.
@@ -165,7 +183,7 @@ class Budget:
     def usage(self, gates: Sequence[Tensor]) -> Tensor:
         """Return the fraction of the dense cost that stays under gates (soft or hard), one tensor a member."""
         shares = [g.sum() * (term.cost / self.total) for g, term in zip(gates, self.terms, strict=True)]
-        return sum(shares[1:], start=shares[0])
+        return sum(shares[1:], start=shares[0]) + self.constant / self.total
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:
@@ -182,7 +200,7 @@ class Budget:
         candidates: list[tuple[Tensor, Tensor, int]] = []
         for number, (term, score) in enumerate(zip(self.terms, scores, strict=True)):
             least, most = term.prunable_range()
-            order = torch.argsort(score, stable=True)
+            order = term.removal_order(score)
             keep[number][order[:least]] = False
             gone += least * term.cost
             candidates.append((score[order[least:most]], order[least:most], number))
@@ -198,7 +216,7 @@ class Budget:
     def _to_remove(self, ratio: float) -> float:
         """Return the cost to remove: whole units where they all cost the same, else whole weights."""
         costs = {term.cost for term in self.terms}
-        if len(costs) == 1:
+        if len(costs) == 1 and not self.constant:
             return count_to_prune(sum(term.units for term in self.terms), ratio) * costs.pop()
         return cost_to_prune(self.total, ratio)
 
@@ -233,11 +251,11 @@ class Budget:
             kept = term.mask.probability(term.weight) >= self.threshold
         least, most = term.prunable_range()
         gone = int((~kept).sum())
-        if least <= gone <= most:
+        if least <= gone <= most and term.mask.sparsity_type.density is None:
             return kept
         if gone == term.units:
             _logger.warning("%s would lose its last unit; it keeps one", term.name)
-        order = torch.argsort(term.mask.scores(term.weight).flatten(), stable=True)
+        order = term.removal_order(term.mask.scores(term.weight).flatten())
         within = torch.ones_like(kept).flatten()
         within[order[: min(max(gone, least), most)]] = False
         return within.reshape(kept.shape)

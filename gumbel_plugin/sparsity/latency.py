@@ -20,8 +20,15 @@ from torch.utils.benchmark.utils.timer import timer  # waits for an accelerator 
 from gumbel_plugin.errors import ConfigError, DataError, TargetError, nearest
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.example_inputs import ExampleInputs, call_model, inputs_on_device_of, observing
-from gumbel_plugin.layers.geometry import is_depthwise, is_matrix, layer_channels
-from gumbel_plugin.sparsity.cost_model import CostModel, LayerCost, LayerFunction, layer_widths
+from gumbel_plugin.layers.geometry import (
+    channel_dimension,
+    groups_of,
+    is_depthwise,
+    is_matrix,
+    is_transposed,
+    layer_channels,
+)
+from gumbel_plugin.sparsity.cost_model import CostModel, WidthCosts, Widths
 from gumbel_plugin.storage.files import write_bytes
 
 _FORMAT = "gumbel-plugin-latency-1"
@@ -144,12 +151,12 @@ def latency_cost(model: nn.Module, groups: Mapping[str, ChannelGroup], table: La
         TargetError: If the table was measured on another network: a layer is missing on either side, or wider here.
     """
     modules = dict(model.named_modules())
-    widths = layer_widths(model, groups)
-    gated = [name for name in widths if is_matrix(modules[name])]
+    widths = Widths.of(model, groups)
+    gated = [name for name in widths.layers if is_matrix(modules[name])]
     missing = [name for name in gated if name not in table.layers]
     if missing:
         raise TargetError(f"the latency table lacks layer {missing[0]!r}: was it measured on another network?")
-    layers, fixed = [], table.rest
+    fixed = table.rest
     for name, grid in table.layers.items():
         if name not in modules or not is_matrix(modules[name]):
             raise TargetError(f"the latency table has layer {name!r}, which this network lacks{nearest(name, gated)}")
@@ -159,11 +166,18 @@ def latency_cost(model: nn.Module, groups: Mapping[str, ChannelGroup], table: La
                 f"the latency table has layer {name!r} with up to {grid.inputs[-1]} and {grid.outputs[-1]} channels, "
                 f"this network has it with {before} and {after}: was it measured on another network?"
             )
-        if name in widths:
-            layers.append(LayerCost(name, *widths[name], _interpolate(grid)))
-        else:
+        if name not in widths.layers:
             fixed += float(_interpolate(grid)(torch.tensor(float(before)), torch.tensor(float(after))))
-    return CostModel("latency", layers, fixed)
+    times = [_interpolate(table.layers[name]) if name in gated else None for name in widths.layers]
+
+    def of_widths(inputs: Tensor, outputs: Tensor) -> Tensor:
+        zero = inputs.new_zeros(())
+        pairs = zip(times, inputs, outputs, strict=True)
+        return torch.stack([zero, *(zero if time is None else time(before, after) for time, before, after in pairs)])[
+            1:
+        ]
+
+    return CostModel("latency", widths, of_widths, fixed)
 
 
 @dataclass
@@ -232,19 +246,18 @@ def _measure_layer(module: nn.Module, shape: torch.Size, min_run_time: float) ->
     that contradict each other is the better one: no layer takes longer than a wider one was seen to.
     """
     wide_in, wide_out = layer_channels(module)
-    groups = int(getattr(module, "groups", 1))
+    groups = groups_of(module)
     depthwise = is_depthwise(module)
     outputs = _points(wide_out, 1 if depthwise else groups)
     inputs = (wide_in,) if depthwise else _points(wide_in, groups)
     times = torch.empty(len(inputs), len(outputs))
     weight = module.weight
     assert isinstance(weight, Tensor)
-    channel_dimension = -1 if weight.dim() == 2 else 1 - weight.dim()  # the channels are before the spatial dimensions
     for row, in_channels in enumerate(inputs):
         for column, out_channels in enumerate(outputs):
             size = list(shape)
-            size[channel_dimension] = out_channels if depthwise else in_channels
-            layer = _narrow(module, size[channel_dimension], out_channels).eval()
+            size[channel_dimension(module)] = out_channels if depthwise else in_channels
+            layer = _narrow(module, size[channel_dimension(module)], out_channels).eval()
             batch = torch.ones(size, device=weight.device, dtype=weight.dtype)  # times do not depend on the values
             with torch.no_grad():
                 times[row, column] = _milliseconds(partial(layer, batch), min_run_time)
@@ -286,13 +299,13 @@ def _narrow(module: nn.Module, in_channels: int, out_channels: int) -> Any:
     layer: Any = copy.deepcopy(module)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    groups = int(getattr(module, "groups", 1))
+    groups = groups_of(module)
     kind = "features" if isinstance(module, nn.Linear) else "channels"
     if is_depthwise(module):
         layer.groups, rows, columns = out_channels, out_channels, 1
     else:
         rows, columns = out_channels, in_channels // groups
-        if getattr(module, "transposed", False):
+        if is_transposed(module):
             rows, columns = in_channels, out_channels // groups
     layer.weight = nn.Parameter(weight.detach()[:rows, :columns].clone())
     if isinstance(layer.bias, Tensor):
@@ -302,7 +315,7 @@ def _narrow(module: nn.Module, in_channels: int, out_channels: int) -> Any:
     return layer
 
 
-def _interpolate(grid: LayerGrid) -> LayerFunction:
+def _interpolate(grid: LayerGrid) -> WidthCosts:
     """Return the bilinear interpolation of a grid, constant outside it."""
     values = torch.tensor(grid.milliseconds)
 

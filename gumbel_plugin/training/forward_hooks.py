@@ -10,6 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.layers.weights import Attached
 from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.masks.per_sample import PerSample
+from gumbel_plugin.sparsity.types import CHANNEL
 from gumbel_plugin.training.gated_layer import GatedLayerHooks
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.sample_gates import SampleHooks
@@ -17,7 +19,7 @@ from gumbel_plugin.training.training_check import TrainingCheck
 
 
 class SessionHooks(Attached):
-    """The hooks by which a plan acts in a model: one on the model, which draws the samples, and those of all gated layers."""
+    """The hooks by which a plan acts in a model: the one on the model draws the samples."""
 
     def __init__(self, model: nn.Module, plan: Plan, check: TrainingCheck, *, on_layers: bool) -> None:
         """Start acting.
@@ -38,7 +40,7 @@ class SessionHooks(Attached):
         ]
         # Nor can a wrapper that masks weights act on activations.
         self._of_layers += [
-            SampleHooks(gated) for gated in gated_layers if any(mask.per_sample for mask in gated.masks)
+            SampleHooks(gated) for gated in gated_layers if any(isinstance(mask, PerSample) for mask in gated.masks)
         ]
         for hook in self._of_layers:
             hook.attach()
@@ -52,8 +54,8 @@ class SessionHooks(Attached):
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         for gated in self._plan.gated_layers.values():
             gated.unhide()
-        masks = self._plan.masks.values()
-        if not (module.training or any(mask.evaluated_per_sample for mask in masks)):
+        masks = self._plan.learned()
+        if not (module.training or any(isinstance(mask, PerSample) and mask.evaluated_per_sample for mask in masks)):
             return
         if torch._C._current_graph_task_id() == -1:
             self._plan.noise.forward += 1
@@ -63,5 +65,9 @@ class SessionHooks(Attached):
         for mask in masks:
             # Drawn here, not where they are first used: a checkpointed layer must not own what others use too.
             mask.forget_sample()
-            if mask.granularity is None and not mask.per_sample:
+        if self._plan.bank is not None:
+            self._plan.bank.forget_sample()
+            self._plan.bank.parts()
+        for mask in masks:
+            if mask.sparsity_type == CHANNEL and not isinstance(mask, PerSample):
                 mask.gates()

@@ -14,9 +14,9 @@ from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError
 from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.layers.example_inputs import checked_inputs, inputs_on_device_of, observing
 from gumbel_plugin.layers.model_check import refuse_unusable
-from gumbel_plugin.layers.weights import GATES
+from gumbel_plugin.layers.weights import own_state
 from gumbel_plugin.storage.mask_format import Masks
-from gumbel_plugin.training.plan import needs_groups
+from gumbel_plugin.training.planner import needs_groups
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.state_check import check_optimizer_state, require_keys
 
@@ -82,7 +82,7 @@ class MaskingLoop:
     def plain_state(self) -> dict[str, Tensor]:
         """Return the state dict of the plain model that computes what the gated one does now in eval mode."""
         plan, model = self.session.plan, self.session.model
-        state = {name: tensor for name, tensor in model.state_dict().items() if GATES not in name}
+        state = own_state(model)
         with observing(*plan.masks.values()):
             for name, gated in plan.gated_layers.items():
                 state[f"{name}.weight"] = gated.apply(gated.weight).detach().clone()

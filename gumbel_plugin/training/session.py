@@ -13,15 +13,17 @@ from gumbel_plugin.config import OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.model_check import refuse_unusable
-from gumbel_plugin.layers.weights import GATES, modules_with_gates, plain_copy, remove_gates
+from gumbel_plugin.layers.weights import GATES, modules_with_gates, own_parameters, plain_copy, remove_gates
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.controller import BudgetController
 from gumbel_plugin.storage.mask_format import Masks
+from gumbel_plugin.training.bank import BANK, GateSlice
 from gumbel_plugin.training.forward_hooks import SessionHooks
 from gumbel_plugin.training.gate_modules import Gates
 from gumbel_plugin.training.hard_masks import decisions_of, masks_of
 from gumbel_plugin.training.optimizers import make_optimizer
-from gumbel_plugin.training.plan import Plan, build_plan
+from gumbel_plugin.training.plan import Plan
+from gumbel_plugin.training.planner import build_plan
 from gumbel_plugin.training.rescale import initialize_weight
 from gumbel_plugin.training.snapshot import Snapshot, load_state, save_state
 from gumbel_plugin.training.status import Status, status_of
@@ -70,7 +72,7 @@ class MaskingSession:
             groups: The model's channel groups, needed where a rule removes whole channels.
             seed: Seeds initial weights and the masks' noise.
             plan: What is gated, where something else than the config list decides it.
-            example_inputs: One batch, for methods that count multiply-accumulates (`LearnedMask.counts_macs`): a budget
+            example_inputs: One batch, for methods that count multiply-accumulates (`PerSample`): a budget
                 shared by several masks is in multiply-accumulates then. Without it, it is in weights.
 
         Raises:
@@ -137,7 +139,7 @@ class MaskingSession:
                 f"{self.phase.value}"
             )
         self.total_steps = checked_length("total_steps", total_steps)
-        for mask in self.plan.masks.values():
+        for mask in self.plan.learned():
             mask.phase = Phase.OPEN
         self._enter_phase()
 
@@ -154,7 +156,7 @@ class MaskingSession:
         if self._hooks is not None:
             raise LifecycleError("the session is attached to its model already; detach() comes before attach()")
         taken = set(modules_with_gates(self.model)) & {gated.module for gated in self.plan.gated_layers.values()}
-        if taken:  # sessions of several pruners of NNI's may hold different layers of one model
+        if taken:  # several sessions may hold different layers of one model
             raise LifecycleError("another masking session holds layers of this one; detach that one first")
         if self.config.weights == "frozen":
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
@@ -185,11 +187,11 @@ class MaskingSession:
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return what is trained of the network itself, for its own optimizer; nothing if the weights are frozen."""
-        return [p for name, p in self.model.named_parameters() if p.requires_grad and GATES not in name]
+        return own_parameters(self.model)
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """Return the learned parameters of all masks, each once."""
-        return list(dict.fromkeys(p for mask in self.plan.masks.values() for p in mask.parameters()))
+        return list(dict.fromkeys(p for mask in self.plan.learned() for p in mask.parameters()))
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """Return the scalars of smart rescale."""
@@ -221,8 +223,8 @@ class MaskingSession:
         budget = self.controller.loss(self.progress)
         if budget is not None:
             total = total + budget
-        for name, mask in self.plan.masks.items():
-            penalty = mask.penalty(self._weight_of(name))
+        for mask in self.plan.learned():
+            penalty = mask.penalty(self.plan.weight_of(mask))
             if penalty is not None:
                 total = total + penalty
         return total
@@ -240,7 +242,7 @@ class MaskingSession:
         self.plan.noise.forward += 1  # a new sample, also where the loop calls parts of the model instead of the model
         begin, end = self.mask_learning_span()
         self.controller.step(None if self.total_steps is None else end - begin)
-        for mask in self.plan.masks.values():
+        for mask in self.plan.learned():
             mask.advance(self.progress)
         self._enter_phase()
 
@@ -262,7 +264,7 @@ class MaskingSession:
             for name, hard in cut.items():
                 changed += int((hard != own[name]).sum())
                 total += hard.numel()
-                self.plan.masks[name].fix(hard, self._weight_of(name))
+                self.plan.masks[name].fix(hard, self.plan.weight_of(self.plan.masks[name]))
         self._check.decided(self.steps)
         warn_if_unprepared(kept, self.steps, self.total_steps)
         _logger.info("masks decided: the cut changed %d of %d gates (%.3g %%)", changed, total, 100 * changed / total)
@@ -303,9 +305,9 @@ class MaskingSession:
         decided = decisions_of(self.plan, dict(self.model.named_modules()), masks)
         for name, mask in self.plan.masks.items() if decided else ():
             if id(mask) in decided:
-                mask.fix(decided[id(mask)], self._weight_of(name))
+                mask.fix(decided[id(mask)], self.plan.weight_of(self.plan.masks[name]))
             elif mask.phase is not Phase.FIXED:
-                mask.fix(torch.ones(mask.shape), self._weight_of(name))
+                mask.fix(torch.ones(mask.shape), self.plan.weight_of(self.plan.masks[name]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
@@ -320,7 +322,7 @@ class MaskingSession:
         load_state(self.plan, self.controller, state)
         self.steps, self.total_steps = state["steps"], state["total_steps"]
         self._snapshot = Snapshot(self.model)  # the old one is of another moment
-        for mask in self.plan.masks.values():
+        for mask in self.plan.learned():
             mask.advance(self.progress)
 
     # State --------------------------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ class MaskingSession:
     @property
     def phase(self) -> Phase:
         """What the gates do at present."""
-        return next(iter(self.plan.masks.values())).phase
+        return self.plan.learned()[0].phase
 
     @property
     def progress(self) -> float:
@@ -368,17 +370,18 @@ class MaskingSession:
         if self.total_steps is not None and self.config.phases.fixed > 0 and self.steps >= end:
             self.decide()
         elif self.phase is Phase.OPEN and (self.total_steps is None or self.steps >= begin):
-            for mask in self.plan.masks.values():
+            for mask in self.plan.learned():
                 mask.phase = Phase.LEARNING
                 mask.advance(self.progress)
 
     def _register_gates(self) -> None:
         """Register every mask with the first layer that it acts on."""
-        registered: set[int] = set()
         names = {id(mask): name for name, mask in self.plan.masks.items()}
+        registered: set[int] = set()
         for gated in self.plan.gated_layers.values():
-            new = {names[id(mask)]: mask for mask in gated.masks if id(mask) not in registered}
-            registered.update(id(mask) for mask in new.values())
+            masks = [mask.bank if isinstance(mask, GateSlice) else mask for mask in gated.masks]
+            new = {names.get(id(mask), BANK): mask for mask in masks if id(mask) not in registered}
+            registered.update(id(mask) for mask in masks)
             gates = Gates(new, gated.scale).to(gated.weight.device).train(self.model.training)
             gated.module.add_module(GATES, gates)
 
@@ -387,10 +390,6 @@ class MaskingSession:
         for gated in self.plan.gated_layers.values():
             factor = 1.0 if gated.mask is None else gated.mask.fan_factor
             initialize_weight(gated.weight, self.config.weight_init, generator, factor)
-
-    def _weight_of(self, name: str) -> Tensor | None:
-        gated = self.plan.gated_layers.get(name)
-        return gated.weight if gated is not None and gated.mask is self.plan.masks[name] else None
 
 
 __all__ = ["GATES", "MaskingSession", "Masks", "Status", "make_optimizer", "plain_copy", "remove_gates"]
