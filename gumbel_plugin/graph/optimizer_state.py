@@ -180,7 +180,7 @@ def _kept(marks: Tensor, shape: torch.Size) -> tuple[Tensor | None, ...] | None:
 
 def _has_room(integers: torch.dtype, shape: torch.Size) -> bool:
     bits = 16 if integers is torch.int16 else torch.iinfo(integers).bits - 1
-    return prod(shape) <= 2**bits
+    return bool(prod(shape) <= 2**bits)
 
 
 def _row_or_column(shape: torch.Size, device: torch.device) -> Tensor:
