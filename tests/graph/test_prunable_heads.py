@@ -206,7 +206,7 @@ def test_a_norm_over_all_heads_is_found_out():
     model = Transformer(Normed)
     pruner = GumbelGroupPruner(model, INPUTS, num_heads=model.heads(), prune_num_heads=True, head_pruning_ratio=0.5)
     reasons = [group.reason for group in pruner.groups() if group.name.startswith("attentions.0.")]
-    assert "something mixes the heads" in reasons[0]
+    assert "something mixes" in reasons[0]
     pruner.step()
     assert left(model) == [6, 6]
 

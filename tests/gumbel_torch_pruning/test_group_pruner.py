@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gumbel_plugin import GumbelGroupPruner, load_pruned, save_pruned, verify_equivalence
 from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
-from gumbel_plugin.graph.kept import kept_of
+from gumbel_plugin.graph.record import kept_of
 from gumbel_plugin.layers.weights import GATES, plain_copy
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
@@ -314,7 +314,7 @@ def test_what_was_returned_does_not_change_with_later_steps():
     second.load_state_dict(state)
     second.step()
     assert second.model[0].out_features == int(second.masks()["0"]["bias"].sum()) == 8
-    assert len(state["record"]["left"]["0"]) == 12
+    assert [len(positions) for _, _, positions in state["history"]] == [4]
 
 
 def test_the_model_knows_what_it_kept(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gumbel_plugin import GumbelGroupPruner
-from gumbel_plugin.errors import ConfigError, LifecycleError
+from gumbel_plugin.errors import ConfigError
 
 INPUTS = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -81,13 +81,3 @@ def test_a_step_that_removes_nothing_is_told(caplog):
     with caplog.at_level(logging.WARNING):
         pruner.step()
     assert "step 3 removes nothing" in caplog.text
-
-
-def test_a_step_that_was_not_finished_is_not_passed_over():
-    pruner = GumbelGroupPruner(make(16, 24), INPUTS, pruning_ratio=0.5, iterative_steps=3)
-    for group in pruner.step(interactive=True):
-        group.prune()
-        break
-    for verb in (pruner.step, pruner.reset):
-        with pytest.raises(LifecycleError, match="step 1 was not finished"):
-            verb()

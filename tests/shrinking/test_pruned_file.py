@@ -13,7 +13,7 @@ from torch import nn
 from gumbel_plugin import load_pruned, save_pruned, shrink
 from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.graph.dependency_groups import find_groups
-from gumbel_plugin.graph.kept import kept_of
+from gumbel_plugin.graph.record import kept_of
 from gumbel_plugin.shrinking.pruned_file import FORMAT, read_header
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.storage.tensor_file import write_tensors
