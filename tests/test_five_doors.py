@@ -168,9 +168,7 @@ def by_transformers(config: dict[str, Any], folder: Path) -> Result:
     optimizer = sgd(model)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     data = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
-    InOrder(
-        model, arguments, train_dataset=data, callbacks=[callback], optimizers=(optimizer, constant)
-    ).train()
+    InOrder(model, arguments, train_dataset=data, callbacks=[callback], optimizers=(optimizer, constant)).train()
     assert callback.masks is not None
     return result(callback.masks, callback._running.session, model)
 

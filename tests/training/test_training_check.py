@@ -39,10 +39,13 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_a_training_that_reaches_its_budget_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_that_reaches_its_budget_warns_of_nothing(
+    train_gates: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     session = planned(gate_optimizer={"name": "adam", "lr": 0.3}, budget={"ramp": 0.5})
     session.start(200)
-    train(session, 200)
+    weights = torch.optim.SGD(session.weight_parameters(), 0.01)
+    train_gates(session, lambda: session.model(X).square().mean(), 200, weights)
     session.extract()
     assert warnings(caplog) == []
 
