@@ -15,7 +15,7 @@ from torch import nn
 from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.runs.run_config import RunConfig
-from gumbel_plugin.training.plan import build_plan
+from gumbel_plugin.training.planner import build_plan
 
 # A value for each key of NNI's schema for pruning, and what is said where it has no meaning here.
 KEYS: dict[str, tuple[Any, str]] = {

@@ -29,7 +29,7 @@ X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 Y = X[:, :3].argmax(1)
 EXAMPLE = X[:2]
 STEPS = EPOCHS * len(X) // BATCH
-METRICS: list[str | None] = [None]
+METRICS: list[str | None] = [None, "weights", "channels", "macs", "parameters"]
 """What `pruning.budget` counts; None: each entry's own `sparse_ratio`."""
 
 

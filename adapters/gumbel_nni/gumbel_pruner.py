@@ -34,7 +34,8 @@ from gumbel_plugin.shrinking.shrink import Backend, shrink
 from gumbel_plugin.storage.mask_format import Masks, check_format
 from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
-from gumbel_plugin.training.plan import Plan, needs_groups
+from gumbel_plugin.training.plan import Plan
+from gumbel_plugin.training.planner import needs_groups
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.training_check import checked_length
 

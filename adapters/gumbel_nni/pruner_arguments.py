@@ -13,7 +13,7 @@ from nni.compression.utils import Evaluator
 from gumbel_nni.compat.messages import complaints
 from gumbel_plugin.config import ConfigLike, PruningConfig
 from gumbel_plugin.errors import ConfigError, shown
-from gumbel_plugin.training.plan import needs_groups
+from gumbel_plugin.training.planner import needs_groups
 
 
 def check_evaluator(evaluator: Any) -> None:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 import torch_pruning as tp
 from torch import nn
 
 from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.graph.attention_heads import kind_of, remove_heads
 from gumbel_plugin.graph.channel_groups import ChannelGroup
-from gumbel_plugin.layers.example_inputs import ExampleInputs
 from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
-from gumbel_plugin.sparsity.cost_model import CostBudget, CostModel, count_cost, unit_cost
-from gumbel_plugin.sparsity.counting import count_macs, count_parameters
-from gumbel_plugin.sparsity.latency import LatencyTable, latency_cost
+from gumbel_plugin.sparsity.cost_budget import CostBudget
+from gumbel_plugin.sparsity.latency import LatencyTable
+from gumbel_plugin.training.metric_budgets import cost_model
 from gumbel_plugin.training.plan import Plan
 
 _logger = logging.getLogger(__name__)
@@ -169,12 +165,9 @@ def plan_groups(
         # Torch-Pruning's limit and ratios speak of the original widths, also in later iterative steps.
         term.max_ratio = max(0.0, 1 - (1 - budget.limit) * original / group.size)
         term.multiple = budget.round_to // math.gcd(budget.round_to, _channels_of_a_unit(group))
-    plan.join_consumers()
     if budget.target == "channels":
-        plan.budgets = _channel_budgets(terms, budget)
-    else:
-        plan.budgets = [_cost_budget(model, plan, terms, budget, example_inputs)]
-    return plan
+        return plan.finish(_channel_budgets(terms, budget))
+    return plan.finish([_cost_budget(model, plan, terms, budget, example_inputs)])
 
 
 def _channel_budgets(terms: Sequence[BudgetTerm], asked: GroupBudget) -> list[Budget]:
@@ -226,40 +219,11 @@ def _within_limits(budget: Budget, wanted: float, original: int) -> float:
 def _cost_budget(
     model: nn.Module, plan: Plan, terms: list[BudgetTerm], budget: GroupBudget, example_inputs: Any
 ) -> CostBudget:
-    if budget.table is not None:
-        cost_model = latency_cost(model, plan.groups, budget.table)
-    else:
-        count = count_macs(model, example_inputs) if budget.target == "macs" else count_parameters(model)
-        cost_model = count_cost(model, plan.groups, example_inputs, budget.target, count)
-        if budget.target == "macs":
-            _count_heads(cost_model, model, plan.groups, example_inputs)
-    present = float(cost_model({term.name: torch.ones(term.units, dtype=torch.float64) for term in terms}))
+    cost = cost_model(model, plan, budget.target, example_inputs, budget.table)
+    present = float(cost(cost.all_open()))
     dense = budget.dense_cost or present  # an earlier step removed something already
     ratio = max(0.0, 1 - dense * (1 - budget.ratio) / present)
-    return CostBudget(f"the network's {budget.target}", terms, ratio, model=cost_model)
-
-
-def _count_heads(
-    cost: CostModel, model: nn.Module, groups: Mapping[str, ChannelGroup], example_inputs: ExampleInputs
-) -> None:
-    """Add, in place, what an attention layer spends on each head beside its listed layers: scores, packed projections.
-
-    That is what the layer's MACs fall by when a head leaves, less what the cost model has already.
-    """
-    heads = {name: group for name, group in groups.items() if kind_of(model.get_submodule(name)) is not None}
-    if not heads:
-        return
-    smaller = copy.deepcopy(model)
-    before = count_macs(smaller, example_inputs)
-    gates = {name: torch.ones(group.size, dtype=torch.float64) for name, group in groups.items()}
-    for name, group in heads.items():
-        remove_heads(smaller, name, torch.tensor([group.size - 1]))
-        after = count_macs(smaller, example_inputs)
-        fewer = {**gates, name: gates[name].index_fill(0, torch.tensor([group.size - 1]), 0.0)}
-        rest = before - after - float(cost(gates) - cost(fewer))
-        cost.layers.append(unit_cost(name, group.size, rest))
-        cost.constant -= rest * group.size
-        before = after
+    return CostBudget(f"the network's {budget.target}", terms, ratio, model=cost)
 
 
 def _channels_of_a_unit(group: ChannelGroup) -> int:
@@ -268,4 +232,4 @@ def _channels_of_a_unit(group: ChannelGroup) -> int:
     return max(1, len(own[0].positions) // group.size) if own else 1
 
 
-__all__ = ["Budget", "Ranking", "Target", "budget_of", "plan_groups", "rank"]
+__all__ = ["GroupBudget", "Ranking", "Target", "budget_of", "plan_groups", "rank"]

@@ -29,10 +29,18 @@ from gumbel_plugin.sparsity.latency import LatencyTable, measure_table
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gate_gradients import GateGradNormalizer
 from gumbel_plugin.training.loop import MaskingLoop
-from gumbel_plugin.training.plan import Plan, build_plan
+from gumbel_plugin.training.plan import Plan, carried_over
+from gumbel_plugin.training.planner import build_plan
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.session_config import read_config
-from gumbel_torch_pruning.arguments import check_arguments, check_config_list, check_graph, check_model, forward_of, own_copies
+from gumbel_torch_pruning.arguments import (
+    check_arguments,
+    check_config_list,
+    check_graph,
+    check_model,
+    forward_of,
+    own_copies,
+)
 from gumbel_torch_pruning.group_budgets import Target, budget_of, plan_groups, rank, why_not
 from gumbel_torch_pruning.importance import GateImportance
 from gumbel_torch_pruning.named_layers import with_layers
@@ -230,9 +238,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._update_graph()
         if self.current_step < self.iterative_steps and self._gated_groups():
             self._attach()
-        next_masks = self.session.plan.masks if self._attached else {}
-        for name, mask in plan.masks.items():
-            self._changes.add_gates(mask, next_masks.get(name), closed.get(name))
+        for gates in carried_over(plan, self.session.plan if self._attached else None, closed):
+            self._changes.add_gates(*gates)
         self._changes.drop(parameter for gated in plan.gated_layers.values() if (parameter := gated.scale) is not None)
         self._unfinished = False
 
@@ -398,7 +405,9 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 return build_plan(self.model, settings, self._groups, self._seed, self.example_inputs)
             if self._target == "latency" and self._table is None:
                 self._table = measure_table(self.model, self.example_inputs)
-            return plan_groups(self.model, settings, groups, budget_of(self, groups, step), self.example_inputs, self._seed)
+            return plan_groups(
+                self.model, settings, groups, budget_of(self, groups, step), self.example_inputs, self._seed
+            )
 
     def _detach(self) -> None:
         self._loop.detach()

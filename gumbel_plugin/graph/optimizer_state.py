@@ -54,17 +54,14 @@ class ParameterChanges:
         """Note parameters that are gone."""
         self.gone.extend(parameters)
 
-    def add_gates(self, old: Any, new: Any, gone: Tensor | None) -> None:
+    def add_gates(self, old: Any, new: Any, kept: Tensor) -> None:
         """Let the gates of the units that stayed go on where they were, in the optimizer too; the others leave it.
 
         Args:
-            old: A group's mask before the step.
-            new: Its mask afterwards, if it is gated again.
-            gone: The units that left, int64.
+            old: A mask before the step.
+            new: The mask that goes on with its gates, if one does.
+            kept: Which of its gates stay, int64.
         """
-        left = torch.ones(old.shape, dtype=torch.bool)
-        left[[] if gone is None else gone] = False
-        kept = torch.nonzero(left).flatten()
         if new is None or new.shape != kept.shape:
             self.drop(old.parameters())
             return

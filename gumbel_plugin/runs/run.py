@@ -39,7 +39,6 @@ from gumbel_plugin.shrinking.mask_file import save_masks
 from gumbel_plugin.shrinking.pruned_file import save_pruned
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.sparsity.cost_model import count_cost
-from gumbel_plugin.sparsity.counting import count_macs
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.agreement import Agreement, measure_agreement, set_consensus_from, votes_per_sample
 from gumbel_plugin.training.session import MaskingSession
@@ -311,7 +310,7 @@ class _Trainer:
         if not groups:
             return None
         model, example = self.prepared.model, self.prepared.example
-        cost = count_cost(model, groups, example, "macs", count_macs(model, example))
+        cost = count_cost(model, groups, example, "macs")
         return lambda gates: cost({name: gates[name] for name in groups})
 
 

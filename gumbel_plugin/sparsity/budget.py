@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,12 +80,14 @@ class Budget:
         members: Its masks.
         ratio: The fraction of its weights to remove, None where the gates decide by themselves.
         threshold: Without a ratio: a unit stays if its P(keep) is at least this.
+        constant: The cost of what is counted too, but has no gates.
     """
 
     name: str
     terms: list[BudgetTerm] = field(default_factory=list)
     ratio: float | None = None
     threshold: float | None = None
+    constant: float = field(default=0.0, kw_only=True)
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
@@ -102,9 +105,10 @@ class Budget:
         term.mask.sparsity = None if self.ratio is None else min(max(self.ratio, bounds[0]), bounds[1])
 
     @property
-    def method(self) -> type[LearnedMask]:
+    def method(self) -> Any:
         """The method of its masks."""
-        return type(self.terms[0].mask)
+        mask = self.terms[0].mask
+        return type(getattr(mask, "bank", mask))
 
     def check(self) -> None:
         """Refuse a budget that the method cannot have.
@@ -121,13 +125,18 @@ class Budget:
                 "share a budget; leave out global_group_id (in Torch-Pruning, global_pruning)"
             )
 
-    def check_units(self) -> None:
-        """Refuse a ratio of one layer that leaves less than the one unit which it cannot do without.
+    def check_ratio(self) -> None:
+        """Refuse a ratio that leaves a layer without its last unit, or that what has gates cannot meet.
 
         Raises:
-            ConfigError: With the highest ratio that leaves it.
+            ConfigError: With the highest ratio that can be met.
         """
-        if self.ratio is None or len(self.terms) > 1:
+        if self.ratio is not None and self.constant and self.ratio > self.achievable + 1e-9:
+            raise ConfigError(
+                f"budget.ratio {self.ratio:g} of {self.name} cannot be met: {self.constant / self.total:.1%} have no "
+                f"gates; the largest possible ratio is {self.achievable:.3f}"
+            )
+        if self.ratio is None or self.constant or len(self.terms) > 1:
             return
         (term,) = self.terms
         most = 1 - term.least / term.units
@@ -148,8 +157,8 @@ class Budget:
 
     @property
     def total(self) -> float:
-        """The cost of all units."""
-        return sum(term.units * term.cost for term in self.terms)
+        """The cost of all units, and the constant."""
+        return self.constant + sum(term.units * term.cost for term in self.terms)
 
     def density(self) -> Tensor:
         """Return the kept fraction: its value counts open gates, its gradient is that of the mean probability.
@@ -165,7 +174,7 @@ class Budget:
     def usage(self, gates: Sequence[Tensor]) -> Tensor:
         """Return the fraction of the dense cost that stays under gates (soft or hard), one tensor a member."""
         shares = [g.sum() * (term.cost / self.total) for g, term in zip(gates, self.terms, strict=True)]
-        return sum(shares[1:], start=shares[0])
+        return sum(shares[1:], start=shares[0]) + self.constant / self.total
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:
@@ -198,7 +207,7 @@ class Budget:
     def _to_remove(self, ratio: float) -> float:
         """Return the cost to remove: whole units where they all cost the same, else whole weights."""
         costs = {term.cost for term in self.terms}
-        if len(costs) == 1:
+        if len(costs) == 1 and not self.constant:
             return count_to_prune(sum(term.units for term in self.terms), ratio) * costs.pop()
         return cost_to_prune(self.total, ratio)
 

@@ -8,8 +8,9 @@ biases, batch norm, ReLU and pooling, so its numbers are larger (resnet18 at 224
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -31,6 +32,23 @@ def count_nonzero(model: nn.Module) -> int:
     return sum(int(torch.count_nonzero(parameter.detach())) for parameter in model.parameters())
 
 
+@dataclass(frozen=True)
+class LayerMacs:
+    """Multiply-accumulates of one forward, per sample.
+
+    Attributes:
+        total: Of the whole model.
+        by_module: Of every module that was called, what it calls included.
+    """
+
+    total: int
+    by_module: Mapping[str, float]
+
+    def of(self, layer: str) -> float:
+        """Return those of a layer; 0 where it is not called (its parent may read its weight)."""
+        return self.by_module.get(layer, 0.0)
+
+
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
     """Count the multiply-accumulates of one forward in eval mode, per sample (see the module's convention).
 
@@ -42,12 +60,21 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
     Raises:
         ConfigError: If the inputs have no batch dimension.
     """
+    return macs_of_layers(model, example_inputs).total
+
+
+def macs_of_layers(model: nn.Module, example_inputs: ExampleInputs) -> LayerMacs:
+    """Count as `count_macs` does, and by layer."""
     batch = batch_size_of(example_inputs)
     inputs = inputs_on_device_of(model, example_inputs)
     counter = FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS)
     with observing(model), _countable_kernels(), counter:
         call_model(model, inputs)
-    return round(counter.get_total_flops() / 2 / batch)  # torch counts a multiply-accumulate as two operations
+    per_sample = 0.5 / batch  # torch counts a multiply-accumulate as two operations
+    root = f"{type(model).__name__}."
+    counted = counter.get_flop_counts().items()
+    layers = {name.removeprefix(root): per_sample * sum(ops.values()) for name, ops in counted}
+    return LayerMacs(round(counter.get_total_flops() * per_sample), layers)
 
 
 def _matrix_vector_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:

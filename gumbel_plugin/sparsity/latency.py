@@ -21,7 +21,7 @@ from gumbel_plugin.errors import ConfigError, DataError, TargetError, nearest
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.example_inputs import ExampleInputs, call_model, inputs_on_device_of, observing
 from gumbel_plugin.layers.geometry import is_depthwise, is_matrix, layer_channels
-from gumbel_plugin.sparsity.cost_model import CostModel, LayerCost, LayerFunction, layer_widths
+from gumbel_plugin.sparsity.cost_model import CostModel, WidthCosts, Widths
 from gumbel_plugin.storage.files import write_bytes
 
 _FORMAT = "gumbel-plugin-latency-1"
@@ -144,12 +144,12 @@ def latency_cost(model: nn.Module, groups: Mapping[str, ChannelGroup], table: La
         TargetError: If the table was measured on another network: a layer is missing on either side, or wider here.
     """
     modules = dict(model.named_modules())
-    widths = layer_widths(model, groups)
-    gated = [name for name in widths if is_matrix(modules[name])]
+    widths = Widths.of(model, groups)
+    gated = [name for name in widths.layers if is_matrix(modules[name])]
     missing = [name for name in gated if name not in table.layers]
     if missing:
         raise TargetError(f"the latency table lacks layer {missing[0]!r}: was it measured on another network?")
-    layers, fixed = [], table.rest
+    fixed = table.rest
     for name, grid in table.layers.items():
         if name not in modules or not is_matrix(modules[name]):
             raise TargetError(f"the latency table has layer {name!r}, which this network lacks{nearest(name, gated)}")
@@ -159,11 +159,18 @@ def latency_cost(model: nn.Module, groups: Mapping[str, ChannelGroup], table: La
                 f"the latency table has layer {name!r} with up to {grid.inputs[-1]} and {grid.outputs[-1]} channels, "
                 f"this network has it with {before} and {after}: was it measured on another network?"
             )
-        if name in widths:
-            layers.append(LayerCost(name, *widths[name], _interpolate(grid)))
-        else:
+        if name not in widths.layers:
             fixed += float(_interpolate(grid)(torch.tensor(float(before)), torch.tensor(float(after))))
-    return CostModel("latency", layers, fixed)
+    times = [_interpolate(table.layers[name]) if name in gated else None for name in widths.layers]
+
+    def of_widths(inputs: Tensor, outputs: Tensor) -> Tensor:
+        zero = inputs.new_zeros(())
+        pairs = zip(times, inputs, outputs, strict=True)
+        return torch.stack([zero, *(zero if time is None else time(before, after) for time, before, after in pairs)])[
+            1:
+        ]
+
+    return CostModel("latency", widths, of_widths, fixed)
 
 
 @dataclass
@@ -302,7 +309,7 @@ def _narrow(module: nn.Module, in_channels: int, out_channels: int) -> Any:
     return layer
 
 
-def _interpolate(grid: LayerGrid) -> LayerFunction:
+def _interpolate(grid: LayerGrid) -> WidthCosts:
     """Return the bilinear interpolation of a grid, constant outside it."""
     values = torch.tensor(grid.milliseconds)
 

@@ -17,7 +17,7 @@ from gumbel_plugin.training.training_check import TrainingCheck
 
 
 class SessionHooks(Attached):
-    """The hooks by which a plan acts in a model: one on the model, which draws the samples, and those of all gated layers."""
+    """The hooks by which a plan acts in a model: the one on the model draws the samples."""
 
     def __init__(self, model: nn.Module, plan: Plan, check: TrainingCheck, *, on_layers: bool) -> None:
         """Start acting.
@@ -52,7 +52,7 @@ class SessionHooks(Attached):
     def _begin_forward(self, module: nn.Module, args: Any) -> None:
         for gated in self._plan.gated_layers.values():
             gated.unhide()
-        masks = self._plan.masks.values()
+        masks = self._plan.learned()
         if not (module.training or any(mask.evaluated_per_sample for mask in masks)):
             return
         if torch._C._current_graph_task_id() == -1:
@@ -63,5 +63,9 @@ class SessionHooks(Attached):
         for mask in masks:
             # Drawn here, not where they are first used: a checkpointed layer must not own what others use too.
             mask.forget_sample()
+        if self._plan.bank is not None:
+            self._plan.bank.forget_sample()
+            self._plan.bank.parts()
+        for mask in masks:
             if mask.granularity is None and not mask.per_sample:
                 mask.gates()

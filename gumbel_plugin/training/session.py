@@ -16,11 +16,13 @@ from gumbel_plugin.layers.weights import GATES, modules_with_gates, remove_gates
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.controller import BudgetController
 from gumbel_plugin.storage.mask_format import Masks
+from gumbel_plugin.training.bank import BANK, GateSlice
 from gumbel_plugin.training.forward_hooks import SessionHooks
 from gumbel_plugin.training.gate_modules import Gates
 from gumbel_plugin.training.hard_masks import decisions_of, masks_of
 from gumbel_plugin.training.optimizers import make_optimizer, settings_for
-from gumbel_plugin.training.plan import Plan, build_plan
+from gumbel_plugin.training.plan import Plan
+from gumbel_plugin.training.planner import build_plan
 from gumbel_plugin.training.rescale import initialize_weight
 from gumbel_plugin.training.session_config import groups_for, read_config
 from gumbel_plugin.training.snapshot import Snapshot, load_state, save_state
@@ -146,7 +148,7 @@ class MaskingSession:
                 f"{self.phase.value}"
             )
         self.total_steps = checked_length("total_steps", total_steps)
-        for mask in self.plan.masks.values():
+        for mask in self.plan.learned():
             mask.phase = Phase.OPEN
         self._enter_phase()
 
@@ -204,7 +206,7 @@ class MaskingSession:
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """Return the learned parameters of all masks, each once."""
-        return list(dict.fromkeys(p for mask in self.plan.masks.values() for p in mask.parameters()))
+        return list(dict.fromkeys(p for mask in self.plan.learned() for p in mask.parameters()))
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """Return the scalars of smart rescale."""
@@ -238,8 +240,8 @@ class MaskingSession:
         budget = self.controller.loss(self.progress)
         if budget is not None:
             total = total + budget
-        for name, mask in self.plan.masks.items():
-            penalty = mask.penalty(self._weight_of(name))
+        for mask in self.plan.learned():
+            penalty = mask.penalty(self.plan.weight_of(mask))
             if penalty is not None:
                 total = total + penalty
         return total
@@ -257,7 +259,7 @@ class MaskingSession:
         self.plan.noise.forward += 1  # a new sample, also where the loop calls parts of the model instead of the model
         begin, end = self.mask_learning_span()
         self.controller.step(None if self.total_steps is None else end - begin)
-        for mask in self.plan.masks.values():
+        for mask in self.plan.learned():
             mask.advance(self.progress)
         self._enter_phase()
 
@@ -277,7 +279,7 @@ class MaskingSession:
             cut = budget.cut()
             self._check.cut(budget, own, cut)
             for name, hard in cut.items():
-                self.plan.masks[name].fix(hard, self._weight_of(name))
+                self.plan.masks[name].fix(hard, self.plan.weight_of(self.plan.masks[name]))
         self._check.decided(self.steps, self.total_steps)
 
     def extract(self) -> Masks:
@@ -316,9 +318,9 @@ class MaskingSession:
         decided = decisions_of(self.plan, dict(self.model.named_modules()), masks)
         for name, mask in self.plan.masks.items() if decided else ():
             if id(mask) in decided:
-                mask.fix(decided[id(mask)], self._weight_of(name))
+                mask.fix(decided[id(mask)], self.plan.weight_of(self.plan.masks[name]))
             elif mask.phase is not Phase.FIXED:
-                mask.fix(torch.ones(mask.shape), self._weight_of(name))
+                mask.fix(torch.ones(mask.shape), self.plan.weight_of(self.plan.masks[name]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
@@ -334,7 +336,7 @@ class MaskingSession:
         load_state(self.plan, self.controller, state)
         self.steps, self.total_steps = state["steps"], state["total_steps"]
         self._snapshot.forget()  # it is of another moment
-        for mask in self.plan.masks.values():
+        for mask in self.plan.learned():
             mask.advance(self.progress)
 
     # State --------------------------------------------------------------------------------------------------------
@@ -342,7 +344,7 @@ class MaskingSession:
     @property
     def phase(self) -> Phase:
         """What the gates do at present."""
-        return next(iter(self.plan.masks.values())).phase
+        return self.plan.learned()[0].phase
 
     @property
     def progress(self) -> float:
@@ -382,20 +384,17 @@ class MaskingSession:
         if self.total_steps is not None and self.config.phases.fixed > 0 and self.steps >= end:
             self.decide()
         elif self.phase is Phase.OPEN and (self.total_steps is None or self.steps >= begin):
-            for mask in self.plan.masks.values():
+            for mask in self.plan.learned():
                 mask.phase = Phase.LEARNING
                 mask.advance(self.progress)
 
     def _register_gates(self) -> None:
         """Register every mask with the first layer that it acts on."""
-        registered: set[int] = set()
         names = {id(mask): name for name, mask in self.plan.masks.items()}
+        registered: set[int] = set()
         for gated in self.plan.gated_layers.values():
-            new = {names[id(mask)]: mask for mask in gated.masks if id(mask) not in registered}
-            registered.update(id(mask) for mask in new.values())
+            masks = [mask.bank if isinstance(mask, GateSlice) else mask for mask in gated.masks]
+            new = {names.get(id(mask), BANK): mask for mask in masks if id(mask) not in registered}
+            registered.update(id(mask) for mask in masks)
             gates = Gates(new, gated.scale).to(gated.weight.device).train(self.model.training)
             gated.module.add_module(GATES, gates)
-
-    def _weight_of(self, name: str) -> Tensor | None:
-        gated = self.plan.gated_layers.get(name)
-        return gated.weight if gated is not None and gated.mask is self.plan.masks[name] else None

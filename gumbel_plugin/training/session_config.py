@@ -13,7 +13,7 @@ from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.layers.example_inputs import checked_inputs, inputs_on_device_of
-from gumbel_plugin.training.plan import needs_groups
+from gumbel_plugin.training.planner import needs_groups
 
 
 def read_config(config: PruningSection | ConfigLike, seed: int | None) -> tuple[PruningSection, int, Any]:

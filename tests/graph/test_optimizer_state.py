@@ -152,16 +152,16 @@ def test_in_iterative_steps_the_gates_go_on_too(make_network):
         train(pruner, optimizer, network.batch(8), 2)
         gates.step()
     name = "conv2"
-    old = pruner.session.plan.masks[name].logit
-    before, moment = old.detach().clone(), gates.state[old]["exp_avg"].clone()
+    (bank,), own = pruner.gate_parameters(), pruner.session.plan.masks[name]
+    before, moment = own.logit.detach().clone(), gates.state[bank]["exp_avg"][own.start : own.stop].clone()
     pruner.step()
     for each in (optimizer, gates):
         pruner.update_optimizer(each)
     kept = pruner.masks()[name]["weight"].flatten(1).any(1)
-    new = pruner.session.plan.masks[name].logit
+    (bank,), new = pruner.gate_parameters(), pruner.session.plan.masks[name]
     assert 0 < int(kept.sum()) < len(before)
-    assert torch.equal(new.detach(), before[kept])
-    assert torch.equal(gates.state[new]["exp_avg"], moment[kept])
+    assert torch.equal(new.logit.detach(), before[kept])
+    assert torch.equal(gates.state[bank]["exp_avg"][new.start : new.stop], moment[kept])
     assert [id(p) for p in gates.param_groups[0]["params"]] == [id(p) for p in pruner.gate_parameters()]
     pruner.step()
     pruner.update_optimizer(gates)

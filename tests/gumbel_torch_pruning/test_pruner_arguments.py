@@ -60,7 +60,7 @@ def prune(model: nn.Module, steps: int = 1, **arguments: Any) -> Iterator[Gumbel
     """Prune with random gates, verify every step, and yield the pruner after each."""
     pruner = GumbelGroupPruner(model, arguments.pop("example_inputs", INPUTS), iterative_steps=steps, **arguments)
     for number in range(steps):
-        generator = torch.Generator().manual_seed(number)
+        generator = torch.Generator().manual_seed(number + 4)
         for parameter in pruner.gate_parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
         groups = pruner.step(interactive=True)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from gumbel_plugin import GumbelGroupPruner
 from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.layers.weights import plain_copy
 from gumbel_plugin.sparsity.budget import BudgetTerm
-from gumbel_plugin.sparsity.cost_model import CostBudget, CostModel, LayerCost, Width, count_cost
+from gumbel_plugin.sparsity.cost_budget import CostBudget
+from gumbel_plugin.sparsity.cost_model import CostModel, Widths, count_cost
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 from gumbel_plugin.training.plan import Plan
 from gumbel_torch_pruning import DependencyGroups
@@ -28,8 +29,7 @@ COUNTS: dict[str, Callable[[nn.Module, Tensor], int]] = {
 
 
 def cost_of(network, unit: str) -> CostModel:
-    total = COUNTS[unit](network.model, network.inputs)
-    return count_cost(network.model, network.groups(), network.inputs, unit, total)
+    return count_cost(network.model, network.groups(), network.inputs, unit)
 
 
 def random_gates(groups: dict[str, ChannelGroup], seed: int) -> dict[str, Tensor]:
@@ -102,25 +102,32 @@ def test_a_layer_that_is_applied_twice_costs_twice():
     model, inputs = Twice(), torch.randn(2, 3, 8, 8)
     groups = {group.name: group for group in DependencyGroups(copy.deepcopy(model), inputs).groups}
     exact = {name: group for name, group in groups.items() if group.safety == "exact"}
-    cost = count_cost(model, exact, inputs, "macs", count_macs(model, inputs))
-    assert [layer.name for layer in cost.layers if layer.name == "middle"] == ["middle"]
+    cost = count_cost(model, exact, inputs, "macs")
+    assert list(cost.widths.layers).count("middle") == 1
     half = {name: (torch.arange(group.size) % 2).double() for name, group in exact.items()}
     assert float(cost(half)) == 64 * (3 * 3 + 2 * 3 * 3 * 9 + 3 * 2)
 
 
 def test_channels_that_one_group_feeds_twice_are_both_counted():
-    width = Width(8)
-    width.add("a", 2, torch.tensor([0, 1]))
-    width.add("a", 2, torch.tensor([0, 0, 1]))
-    assert float(width.kept({"a": torch.tensor([1.0, 0.0])})) == 3 + 3  # three that nobody gates, three of unit 0
+    parts = [
+        ChannelSlice("0", torch.tensor(at), torch.tensor(of)) for at, of in (([0, 1], [0, 1]), ([2, 3, 4], [0, 0, 1]))
+    ]
+    group = ChannelGroup("a", 2, (), tuple(parts))
+    inputs, _ = Widths.of(nn.Sequential(nn.Linear(8, 2)), {"a": group}).kept(torch.tensor([1.0, 0.0]))
+    assert float(inputs) == 3 + 3  # three that nobody gates, three of unit 0
+
+
+def test_without_groups_it_is_a_constant():
+    model = nn.Sequential(nn.Linear(4, 2))
+    assert float(count_cost(model, {}, torch.randn(1, 4), "parameters")({})) == 10
 
 
 def test_weights_of_a_unit_that_no_producer_has_are_counted():
     model = nn.Sequential(nn.Linear(4, 6))
     part = DependencyGroups(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6)), torch.randn(1, 3)).groups[-1].consumers[0]
     group = ChannelGroup("heads", 4, (), (type(part)("0", part.positions, part.units),), unlisted_weights=10)
-    cost = count_cost(model, {"heads": group}, torch.randn(1, 4), "parameters", 100.0)
-    assert float(cost({"heads": torch.tensor([1.0, 1.0, 0.0, 0.0])})) == 100 - 2 * (6 + 10)
+    cost = count_cost(model, {"heads": group}, torch.randn(1, 4), "parameters")
+    assert float(cost({"heads": torch.tensor([1.0, 1.0, 0.0, 0.0])})) == 30 - 2 * (6 + 10)
 
 
 # The cut --------------------------------------------------------------------------------------------------------------
@@ -129,6 +136,7 @@ def test_weights_of_a_unit_that_no_producer_has_are_counted():
 def scope_of(network, unit: str, ratio: float, **bounds: float) -> CostBudget:
     plan = Plan(network.model, PruningSection(), seed=0)
     terms = [plan.gate_group(group) for group in network.groups().values()]
+    plan.finish([])
     generator = torch.Generator().manual_seed(0)
     for term in terms:
         term.mask.logit.data.copy_(torch.randn(term.units, generator=generator))
@@ -195,7 +203,7 @@ def test_density_counts_hard_gates_and_slopes_like_the_mean(make_network):
     budget.model(soft).backward()
     for term in budget.terms:
         slope = soft[term.name].grad * soft[term.name].detach() * (1 - soft[term.name].detach()) / budget.total
-        torch.testing.assert_close(term.mask.logit.grad, slope)
+        torch.testing.assert_close(term.mask.bank.logit.grad[term.mask.start : term.mask.stop], slope)
 
 
 def test_units_of_unequal_cost_are_reopened_where_they_fit():
@@ -203,11 +211,10 @@ def test_units_of_unequal_cost_are_reopened_where_they_fit():
     plan = Plan(nn.Sequential(nn.Linear(2, 2)), PruningSection(), seed=0)
     masks = [plan._new_mask((4,), None) for _ in range(2)]
     terms = [BudgetTerm(name, mask, None) for name, mask in zip("ab", masks, strict=True)]
-    cheap, costly = Width(4), Width(4)
-    cheap.add("a", 4, torch.arange(4))
-    costly.add("b", 4, torch.arange(4))
-    layers = [LayerCost("a", cheap, cheap, lambda n, _: n), LayerCost("b", costly, costly, lambda n, _: 10 * n)]
-    budget = CostBudget("test", terms, 0.25, model=CostModel("units", layers, 0.0))
+    groups = {name: ChannelGroup(name, 4, (), ()) for name in "ab"}
+    units = torch.tensor([1.0] * 4 + [10.0] * 4, dtype=torch.float64)
+    model = CostModel("units", Widths.of(nn.Linear(1, 1), groups), lambda inputs, outputs: inputs, 0.0, units)
+    budget = CostBudget("test", terms, 0.25, model=model)
     masks[0].logit.data.copy_(torch.tensor([-4.0, -3.0, 5.0, 5.0]))
     masks[1].logit.data.copy_(torch.tensor([-2.0, 1.0, 1.0, 1.0]))
     gates = budget.cut()  # 44 in all, 33 may stay: a's two lowest and b's lowest leave 32

@@ -85,4 +85,4 @@ def test_a_layer_that_is_never_called_cannot_gate_samples() -> None:
     consumers = (ChannelSlice("attention.out_proj", every, every),)
     plan.gate_group(ChannelGroup("0", 4, (ChannelSlice("0", every, every),), consumers))
     with pytest.raises(TargetError, match=r"'attention\.out_proj' is never called"):
-        plan.join_consumers()
+        plan.finish([])

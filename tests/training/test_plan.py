@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError
-from gumbel_plugin.training.plan import Plan, build_plan, needs_groups
+from gumbel_plugin.training.plan import Plan
+from gumbel_plugin.training.planner import build_plan, needs_groups
 from gumbel_plugin.training.selection import select_modules
 from gumbel_torch_pruning import find_groups
 
@@ -377,7 +378,8 @@ def test_planning_leaves_the_model_alone(network: Any, section: Any) -> None:
 
 def test_masks_differ_in_their_noise_and_share_its_source(network: Any, section: Any) -> None:
     made = build_plan(network.model, section(network.model), list(network.groups().values()), 3)
-    masks = list(made.masks.values())
+    masks = made.learned()
     assert len({mask.stream for mask in masks}) == len(masks)
     assert all(mask.noise is made.noise for mask in masks)
+    assert sum(mask.hard.numel() for mask in masks) == sum(mask.hard.numel() for mask in made.masks.values())
     assert made.noise.seed == 3
