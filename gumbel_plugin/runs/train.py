@@ -76,7 +76,8 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
             optimizer.zero_grad()
         self.manual_backward(loss)
         if self._loop is not None:
-            self._loop.before_step(self.manual_backward, optimizers[len(of_weights) :])
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of float16
+            self._loop.before_step(scaler.scale if scaler else None, optimizers[len(of_weights) :])
         if self.training_config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self._weights(), self.training_config.gradient_clip)
         for optimizer in of_weights:

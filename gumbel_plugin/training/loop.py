@@ -66,7 +66,7 @@ class MaskingLoop(Attached):
 
     def before_step(
         self,
-        backward: Callable[[Tensor], Any] = torch.autograd.backward,
+        scale: Callable[[Tensor], Tensor] | None = None,
         optimizers: Iterable[Any] | None = None,
     ) -> Tensor:
         """Step the gates: after the backward of the task's loss, before the trainer's optimizers step.
@@ -74,7 +74,7 @@ class MaskingLoop(Attached):
         Only the first call before `after_step` counts, so that a trainer with several optimizers may call it for each.
 
         Args:
-            backward: Computes gradients of the session's own loss; for trainers that scale losses.
+            scale: Scales the session's own loss as the trainer has scaled the task's.
             optimizers: What steps the gates instead of `optimizers`, for trainers that wrap optimizers.
 
         Returns:
@@ -85,7 +85,7 @@ class MaskingLoop(Attached):
         self._stepping = True
         penalty = self.session.loss()
         if penalty.requires_grad:
-            backward(penalty)
+            self._add_gradients(penalty if scale is None else scale(penalty))
         if self.session.phase is Phase.LEARNING:
             _average_gradients([*self.session.gate_parameters(), *self.session.scale_parameters()])
         for optimizer in self.optimizers if optimizers is None else optimizers:
@@ -100,7 +100,7 @@ class MaskingLoop(Attached):
             self.session.step()
 
     def complete_at_forward(self) -> None:
-        """Let the next training forward call `after_step`, for trainers without an event after their optimizer's step."""
+        """Let the next training forward call `after_step`, for trainers without an event after the step."""
         hook = self.session.model.register_forward_pre_hook(self._complete, prepend=True)  # before the next sample
         self._handles.append(hook)
 
@@ -198,6 +198,13 @@ class MaskingLoop(Attached):
                 if gated.block is not None and gated.mask is not None and gated.bias is not None:
                     own["bias"] = gated.bias * gated.mask.gates().all()
         return tensors
+
+    def _add_gradients(self, penalty: Tensor) -> None:
+        """Add a loss to the gradients; not by a backward, which the hooks of DDP would take for that of a new step."""
+        parameters = [parameter for parameter in self.session.model.parameters() if parameter.requires_grad]
+        for parameter, own in zip(parameters, torch.autograd.grad(penalty, parameters, allow_unused=True), strict=True):
+            if own is not None:
+                parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
 
     def _complete(self, module: nn.Module, args: Any) -> None:
         if module.training:
