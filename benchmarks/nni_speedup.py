@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 import gumbel_nni
+from gumbel_nni.any_masks import Backend
 from gumbel_plugin.layers.example_inputs import observing
-from gumbel_plugin.shrinking.shrink import Backend
 from gumbel_plugin.sparsity.counting import count_parameters
 
 from nni.compression.pruning import L1NormPruner  # isort: skip  (importable once gumbel_nni is)

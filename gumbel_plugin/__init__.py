@@ -5,29 +5,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gumbel_plugin.storage.versions import VERSION
 from gumbel_plugin.torchvision_import import make_torchvision_importable
-
-make_torchvision_importable()
-
-from gumbel_plugin.config import PruningConfig  # noqa: E402
-from gumbel_plugin.errors import GumbelPluginError, MissingExtraError  # noqa: E402
-from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence  # noqa: E402
-from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned  # noqa: E402
-from gumbel_plugin.shrinking.shrink import shrink  # noqa: E402
-from gumbel_plugin.storage.versions import VERSION  # noqa: E402
-from gumbel_plugin.training.session import MaskingSession  # noqa: E402
 
 if TYPE_CHECKING:
     from gumbel_nni import GumbelPruner
+    from gumbel_plugin.config import PruningConfig
+    from gumbel_plugin.errors import GumbelPluginError
+    from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
+    from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
+    from gumbel_plugin.shrinking.shrink import shrink
+    from gumbel_plugin.training.session import MaskingSession
     from gumbel_torch_pruning import GumbelGroupPruner
 
-__version__ = VERSION
+make_torchvision_importable()
 
-# What lives in an adapter: (its package, the package that must be installed, the extra that installs it).
-_ADAPTERS = {
-    "GumbelPruner": ("gumbel_nni", "nni", "nni"),
-    "GumbelGroupPruner": ("gumbel_torch_pruning", "torch_pruning", "torch-pruning"),
-}
+__version__ = VERSION
 
 __all__ = [
     "EquivalenceReport",
@@ -42,14 +35,27 @@ __all__ = [
     "verify_equivalence",
 ]
 
+# Where the public names live. Each is imported when it is asked for: who loads a small network needs torch and
+# safetensors only, and who has no NNI does without `GumbelPruner`.
+_PLACES = {
+    "EquivalenceReport": "gumbel_plugin.shrinking.equivalence",
+    "GumbelGroupPruner": "gumbel_torch_pruning",
+    "GumbelPluginError": "gumbel_plugin.errors",
+    "GumbelPruner": "gumbel_nni",
+    "MaskingSession": "gumbel_plugin.training.session",
+    "PruningConfig": "gumbel_plugin.config",
+    "load_pruned": "gumbel_plugin.shrinking.pruned_file",
+    "save_pruned": "gumbel_plugin.shrinking.pruned_file",
+    "shrink": "gumbel_plugin.shrinking.shrink",
+    "verify_equivalence": "gumbel_plugin.shrinking.equivalence",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _ADAPTERS:
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    adapter, package, extra = _ADAPTERS[name]
-    try:
-        return getattr(import_module(adapter), name)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise MissingExtraError(package, extra) from error
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -15,6 +15,7 @@ from gumbel_plugin.config_values import Section, plain
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks import method_named
 from gumbel_plugin.masks.base import MaskOptions, WeightMode
+from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.sparsity.controller import BudgetConfig
 from gumbel_plugin.storage.yaml_files import read_yaml, write_yaml
 
@@ -81,7 +82,7 @@ class PruningSection(Section):
 
     @model_validator(mode="after")
     def _gate_weights_or_samples(self) -> PruningSection:
-        if self.rescale != "none" and method_named(self.method).per_sample:
+        if self.rescale != "none" and issubclass(method_named(self.method), PerSample):
             raise ValueError(
                 f"rescale {self.rescale!r} follows gates that act on weights, but those of method {self.method!r} act "
                 "on the activations of each sample; use 'none'"

@@ -46,7 +46,8 @@ class LayerRule(Section):
     Attributes:
         sparse_ratio: The fraction to remove; None leaves it to the gates themselves.
         sparse_threshold: Without a ratio: keep a unit while P(keep) is at least this (default ½).
-        granularity: NNI's words, and ``element`` and ``kernel``; ``default`` is out_channel, as in NNI.
+        granularity: NNI's words, and ``element``, ``kernel`` and ``n:m``, as in ``"2:4"``: n of every m consecutive
+            weights along the input dimension stay. ``default`` is out_channel, as in NNI.
         global_group_id: Rules with the same id share one budget.
         dependency_group_id: Layers with the same id share their gates, beyond what the graph ties anyway.
         max_sparse_ratio: No layer loses more than this fraction.
@@ -77,8 +78,15 @@ class LayerRule(Section):
     @model_validator(mode="before")
     @classmethod
     def _merge_weight_settings(cls, values: Any) -> Any:
-        """Read NNI's nested settings; ours has one maskable target, the weight."""
-        return flatten_entry(values) if isinstance(values, Mapping) else values
+        """Read NNI's nested settings (ours has one maskable target, the weight), and the ratio that n:m implies."""
+        if not isinstance(values, Mapping):
+            return values
+        entry = flatten_entry(values)
+        word = entry.get("granularity")
+        density = granularity_of(word).density if isinstance(word, str) and ":" in word else None
+        if density is not None and (entry.get("sparse_ratio"), entry.get("sparse_threshold")) == (None, None):
+            entry["sparse_ratio"] = 1 - density
+        return entry
 
     @field_validator("target_names")
     @classmethod
@@ -118,6 +126,20 @@ class LayerRule(Section):
         low, high = self.min_sparse_ratio, self.max_sparse_ratio
         if low is not None and high is not None and low > high:
             raise ValueError(f"min_sparse_ratio {low} is above max_sparse_ratio {high}")
+        return self
+
+    @model_validator(mode="after")
+    def _leave_n_of_m(self) -> LayerRule:
+        density = granularity_of(self.granularity).density
+        if density is None:
+            return self
+        given = [key for key in ("sparse_threshold", "min_sparse_ratio", "max_sparse_ratio") if getattr(self, key)]
+        if self.sparse_ratio is None or abs(self.sparse_ratio - (1 - density)) > 1e-6:
+            given.append(f"sparse_ratio {self.sparse_ratio}")
+        if given:
+            raise ValueError(
+                f"{given[0]}: granularity {self.granularity!r} removes {1 - density:.6g} of every layer; leave it out"
+            )
         return self
 
     @property
@@ -233,6 +255,8 @@ def _check_targets(settings: Mapping[Any, Any]) -> None:
 
 def _granularity(value: Any) -> Any:
     """Return a granularity as a word or as sizes where NNI's form nests it: ``[sizes, padding, fill]``."""
+    if isinstance(value, int):
+        raise ValueError(f'granularity {value} is a number, as YAML reads n:m without quotes; write it like "2:4"')
     if value == "per_channel":
         raise ValueError("granularity 'per_channel' is for inputs and outputs; for a weight write 'out_channel'")
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], list | tuple):

@@ -7,18 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
-from nni.compression.base.compressor import register_scalers
-from nni.compression.base.config import default_config_schema
-from nni.compression.base.wrapper import register_wrappers
-from torch import nn
 
-from gumbel_nni.gumbel_pruner import _nni_entry
 from gumbel_plugin.config import OptimizerConfig, PruningSection
 from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.sparsity.schedules import Schedule
-from gumbel_plugin.sparsity.types import granularity_of
 from gumbel_plugin.storage.yaml_files import apply_overrides, read_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -261,50 +255,6 @@ def test_the_gates_defaults_are_the_published_ones() -> None:
 def test_a_temperature_schedule_is_read_from_a_mapping() -> None:
     options = pruning(options={"temperature": {"start": 2, "end": 1, "shape": "cosine"}}).method_options()
     assert options.temperature == Schedule(2.0, 1.0, "cosine")
-
-
-# NNI --------------------------------------------------------------------------------------------------------------
-
-ENTRIES = [
-    {"sparse_ratio": 0.5},
-    {"sparse_threshold": 0.5},
-    {},
-    {"sparse_ratio": 0, "global_group_id": 1, "max_sparse_ratio": 1, "min_sparse_ratio": 0.1},
-    {"sparse_ratio": 0.5, "dependency_group_id": "a", "granularity": "element"},
-    {"sparse_ratio": 0.5, "granularity": "kernel"},
-    {"sparse_ratio": 0.5, "granularity": "in_channel"},
-    {"sparse_ratio": 0.5, "granularity": [4, -1]},
-    {"exclude_op_names": ["a"], "exclude_op_names_re": ["b.*"], "exclude_op_types": ["Linear"]},
-    {"target_names": ["weight"], "target_settings": {"weight": {"sparse_ratio": 0.3}}},
-]
-
-
-@pytest.mark.parametrize("keys", ENTRIES)
-def test_nni_accepts_what_as_nni_says(keys: dict[str, Any]) -> None:
-    entry = _nni_entry(rule(**keys))
-    assert default_config_schema("pruning").validate(entry) == entry
-    assert "sparse_ratio" in entry or "sparse_ratio" not in {
-        **keys,
-        **keys.get("target_settings", {}).get("weight", {}),
-    }
-
-
-@pytest.mark.parametrize("keys", [{"op_names": ["a"]}, {"op_names_re": ["a.*"]}])
-def test_nni_accepts_other_selections(keys: dict[str, Any]) -> None:
-    entry = _nni_entry(RunConfig.load([{**keys, "sparse_ratio": 0.5}]).pruning.config_list[0])
-    assert default_config_schema("pruning").validate(entry) == {**keys, "sparse_ratio": 0.5, "granularity": "default"}
-
-
-@pytest.mark.parametrize("granularity", ["element", "kernel", "in_channel", "out_channel", "default", [2, 2], [-1, 2]])
-@pytest.mark.parametrize(
-    "layer", [nn.Conv2d(4, 8, 2), nn.Linear(4, 8), nn.Conv1d(4, 8, 2)], ids=lambda x: type(x).__name__
-)
-def test_nni_sees_the_same_units(granularity: Any, layer: nn.Module) -> None:
-    entry = RunConfig.load([{"op_types": [type(layer).__name__], "granularity": granularity}]).pruning.config_list[0]
-    wrappers, spaces = register_wrappers(nn.Sequential(copy.deepcopy(layer)), [_nni_entry(entry)], "pruning")
-    register_scalers(spaces, lambda space: "out_channel")
-    shrunk = wrappers["0"].pruning_target_spaces["weight"]._scaler.shrink(layer.weight, keepdim=True)
-    assert granularity_of(entry.granularity).gate_shape(layer.weight.shape) == tuple(shrunk.shape)
 
 
 # Overrides --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every Python block of the README and of CONTRIBUTING runs, and prints what it says it prints."""
+"""Every Python block of the README runs, and prints what it says it prints."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-
-from gumbel_plugin.masks import METHODS
-from gumbel_plugin.masks.base import LearnedMask, NoiseSource, Phase
-from gumbel_plugin.masks.functional import straight_through
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,18 +31,3 @@ def test_every_make_target_that_the_readme_names_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`?make ([a-z-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def test_the_method_of_contributing_works():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
-    names = {"LearnedMask": LearnedMask, "nn": nn, "torch": torch, "straight_through": straight_through}
-    exec(code, names)
-    mask = names["CoinMask"]((1000,), LearnedMask.Options(), NoiseSource(0), 0)
-    mask.phase = Phase.LEARNING
-    gates = mask.gates()
-    assert set(gates.tolist()) == {0.0, 1.0}
-    gates.sum().backward()
-    assert (mask.logit.grad > 0).all()
-    assert abs(float(gates.detach().mean()) - 0.5) < 0.1
-    assert "CoinMask" not in METHODS

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
-from gumbel_nni.unremovable import warn_if_nothing_left
+from gumbel_nni.compat.exact_speedup import remove_by_nni
+from gumbel_plugin.errors import ConfigError, nearest
 from gumbel_plugin.layers.example_inputs import ExampleInputs
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.shrinking.mask_file import load_masks
-from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_plugin.shrinking.shrink import Engine, shrink
+
+Backend = Literal["torch_pruning", "nni"]
+"""What removes channels: Torch-Pruning's functions, or NNI's ModelSpeedup. Both give the same network."""
 
 
 def speedup(
@@ -42,8 +47,8 @@ def speedup(
         masks: The pruner's `get_masks`, or the path of a masks file; left alone too.
         example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs, batch first.
         backend: What removes the channels: Torch-Pruning, or NNI's own ModelSpeedup, which takes about three times as
-            long. Both give the same network; where NNI's leaves channels in it, a warning says so and Torch-Pruning
-            takes over.
+            long. Both give the same network; where NNI's leaves channels in it, Torch-Pruning takes over with a
+            warning.
         verify: Whether to compare the outputs before returning.
 
     Returns:
@@ -60,6 +65,16 @@ def speedup(
     """
     refuse_wrapped(model, "speedup")
     given = load_masks(masks) if isinstance(masks, str | Path) else masks
-    small = shrink(model, given, example_inputs, backend, verify)
-    warn_if_nothing_left(model, small, given, example_inputs)
-    return small
+    return shrink(model, given, example_inputs, verify, engine=engine_of(backend))
+
+
+def engine_of(backend: Backend) -> Engine | None:
+    """Return what removes channels under this name; None for Torch-Pruning's functions, which `shrink` calls itself.
+
+    Raises:
+        ConfigError: If there is no such backend.
+    """
+    engines: dict[str, Engine | None] = {"torch_pruning": None, "nni": remove_by_nni}
+    if backend not in engines:
+        raise ConfigError(f"backend {backend!r} is unknown{nearest(backend, engines)}")
+    return engines[backend]

@@ -1,7 +1,8 @@
-"""What trains as a YAML file describes: the one place of the adapter that imports the application, when it is needed."""
+"""What trains as a YAML file describes: the one place of the adapter that imports the application, where it is used."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 
-from gumbel_plugin.config import ConfigLike, OptimizerConfig, PruningConfig
+from gumbel_plugin.config import ConfigLike, PruningConfig
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.training.session import MaskingSession
 
@@ -49,9 +50,11 @@ def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluato
             step(batch, model).backward()
             optimizer.step()
 
+    settings = resolved.training.optimizer
+    options = settings.model_dump(include={"lr", "weight_decay", *(["momentum"] if settings.name == "sgd" else [])})
     return TorchEvaluator(
         training_func,
-        _traced_optimizer(model, resolved.training.optimizer),
+        nni.trace(_OPTIMIZERS[settings.name])(model.parameters(), **options),
         training_step,
         dummy_input=next(iter(train))[0][:2],
         evaluating_func=lambda model: evaluate(model, test, resolved.training.loss),
@@ -59,21 +62,8 @@ def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluato
 
 
 def _batches(loader: Any, max_steps: int | None, max_epochs: int) -> Iterator[Any]:
-    left = max_steps if max_steps is not None else max_epochs * len(loader)
-    while left > 0:
-        for batch in loader:
-            yield batch
-            left -= 1
-            if left == 0:
-                return
-
-
-def _traced_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    options: dict[str, float] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    if settings.name == "sgd":
-        options["momentum"] = settings.momentum
-    made: torch.optim.Optimizer = nni.trace(_OPTIMIZERS[settings.name])(model.parameters(), **options)
-    return made
+    epochs = range(max_epochs) if max_steps is None else itertools.count()
+    return itertools.islice((batch for _ in epochs for batch in loader), max_steps)
 
 
 def epochs_of(config: PruningConfig) -> int:

@@ -12,35 +12,34 @@ from nni.compression.base.apply_method import pruning_apply_methods
 from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.setting import PruningSetting
 from nni.compression.base.target_space import PruningTargetSpace
-from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
+from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from gumbel_nni.aligning import align_masks, check_followers, followers_in, split_aligned
-from gumbel_nni.compat.stacking import add_space, hide, masks_of
+from gumbel_nni.any_masks import Backend, speedup
+from gumbel_nni.compat.aligning import align_masks, check_followers, followers_in, split_aligned
+from gumbel_nni.compat.messages import check_compressor, check_evaluator, check_masks
+from gumbel_nni.compat.stacking import masks_of, weight_space
+from gumbel_nni.compat.training_length import PlannedSteps
+from gumbel_nni.compat.unwrapping import GATED_LAYER, unwrapped_copy, wrappers_of
 from gumbel_nni.config_evaluator import epochs_of
-from gumbel_nni.planned_steps import PlannedSteps, SparsityTargets
-from gumbel_nni.pruner_arguments import check_compressor, check_evaluator, inputs_to_trace, load_config
-from gumbel_nni.unremovable import warn_if_nothing_left
-from gumbel_nni.unwrapping import GATED_LAYER, unwrapped_copy, wrappers_of
-from gumbel_plugin.config import ConfigLike, PruningSection
-from gumbel_plugin.config_list import LayerRule
-from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError, nearest
+from gumbel_nni.pruner_arguments import inputs_to_trace, load_config, nni_entries
+from gumbel_nni.sparsity_targets import SparsityTargets
+from gumbel_plugin.config import ConfigLike
+from gumbel_plugin.errors import ConfigError, LifecycleError
 from gumbel_plugin.graph.dependency_groups import find_groups
-from gumbel_plugin.layers.model_check import refuse_wrapped
+from gumbel_plugin.layers.model_check import WRAPPER, refuse_wrapped
+from gumbel_plugin.layers.weights import register_weight_holder
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
-from gumbel_plugin.shrinking.shrink import Backend, shrink
-from gumbel_plugin.storage.mask_format import Masks, check_format
+from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
-from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.planner import needs_groups
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.training_check import checked_length
 
 APPLY_METHOD = "gumbel_mul"
-_HIDDEN_SETTING = {"sparse_ratio": None, "granularity": None}
 
 
 def gumbel_mul(target: Tensor, target_space: PruningTargetSpace) -> Tensor:
@@ -51,6 +50,7 @@ def gumbel_mul(target: Tensor, target_space: PruningTargetSpace) -> Tensor:
 
 
 pruning_apply_methods[APPLY_METHOD] = gumbel_mul
+register_weight_holder(lambda layer: layer._modules.get(WRAPPER))
 # Heads of an attention layer are selected by the layer's name; NNI itself has nothing to mask there but its projection.
 PruningSetting.register("MultiheadAttention", {})
 PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
@@ -105,18 +105,17 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         """
         refuse_wrapped(model, "GumbelPruner")
         check_evaluator(evaluator)
-        learnt, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
+        learned, aligned = split_aligned(config_list) if isinstance(config_list, list) else (config_list, [])
         check_followers(model, aligned)
-        self.config = load_config(learnt)
+        self.config = load_config(learned)
         self._example_inputs = inputs_to_trace(self.config, evaluator, example_inputs)
-        pruning = self.config.pruning
-        groups = find_groups(model, self._example_inputs) if needs_groups(pruning) else []
-        inputs = self._example_inputs
+        pruning, inputs = self.config.pruning, self._example_inputs
+        groups = find_groups(model, inputs) if needs_groups(pruning) else []
         self.session = MaskingSession(model, pruning, groups, self.config.seed, example_inputs=inputs)
         # What a scheduler of NNI's sets: every so many steps, and how often, it changes the sparse ratios.
         self.interval_steps = -1
         self.total_times = 1
-        super().__init__(model, _nni_entries(pruning, self.session.plan) + aligned, evaluator, existed_wrappers)
+        super().__init__(model, nni_entries(pruning, self.session.plan) + aligned, evaluator, existed_wrappers)
         try:
             self._followers = followers_in(self._target_spaces)
             for gated in self.session.plan.gated_layers.values():
@@ -143,7 +142,8 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             LifecycleError: If a `GumbelPruner` that it was fused with has not decided its masks.
         """
         check_compressor(compressor)
-        if any(isinstance(each, GumbelPruner) and each.session.phase is not Phase.FIXED for each in _chain(compressor)):
+        fused = [each for each in compressor.fused_compressors if isinstance(each, GumbelPruner)]
+        if any(each.session.phase is not Phase.FIXED for each in fused):
             raise LifecycleError(
                 "a GumbelPruner before this one has not decided its masks, and two cannot learn at once: name all "
                 "layers in one config list, or call the first one's compress() before"
@@ -152,30 +152,11 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         return pruner
 
     def _place(self, gated: GatedLayer) -> None:
-        """Let a gated layer act in a target space: the configured one, or a hidden one where NNI was not asked for any."""
-        space = self._target_spaces.get(gated.name, {}).get("weight")
-        wrapper = self._module_wrappers.get(gated.name)
-        if space is None:
-            if wrapper is not None and "weight" in wrapper.pruning_target_spaces:
-                space = add_space(wrapper, "weight", _HIDDEN_SETTING)
-            else:
-                space = self._wrap_weight(gated, wrapper)
-            hide(space)
+        """Let a gated layer act in a target space of NNI's."""
+        space = weight_space(self, gated.name, gated.module)
         space.apply_method = APPLY_METHOD
         setattr(space, GATED_LAYER, gated)
         space.before_unwrap = partial(self._let_go, gated)
-        gated.owner = space._wrapper
-
-    def _wrap_weight(self, gated: GatedLayer, wrapper: ModuleWrapper | None) -> PruningTargetSpace:
-        if wrapper is not None:
-            wrapper.unwrap()
-        weight_only = {"target_names": ["weight"]}
-        wrapper, spaces = create_module_wrapper(
-            self.bound_model, gated.module, gated.name, "pruning", weight_only, wrapper
-        )
-        self._module_wrappers[gated.name] = wrapper
-        wrapper.wrap()
-        return spaces["weight"]
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -276,13 +257,13 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         self._show(self.session.extract())
 
     def _show(self, masks: Masks) -> None:
-        learnt = {name: targets for name, targets in masks.items() if name not in self._followers}
-        for name, targets in learnt.items():
+        learned = {name: targets for name, targets in masks.items() if name not in self._followers}
+        for name, targets in learned.items():
             for target, mask in targets.items():
                 space = self._target_spaces.get(name, {}).get(target)
                 if space is not None and isinstance(space.target, Tensor):
                     space.mask = mask
-        align_masks(learnt, {name: self._target_spaces[name] for name in self._followers})
+        align_masks(learned, {name: self._target_spaces[name] for name in self._followers})
 
     # NNI's verbs --------------------------------------------------------------------------------------------------
 
@@ -303,17 +284,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         """
         if isinstance(masks, str | Path):
             masks = load_masks(masks)
-        check_format(masks)
-        for name, targets in masks.items():
-            spaces = self._module_wrappers[name].pruning_target_spaces if name in self._module_wrappers else None
-            if spaces is None:
-                raise TargetError(f"mask for module {name!r}, not wrapped here{nearest(name, self._module_wrappers)}")
-            for target, mask in targets.items():
-                if target not in spaces:
-                    raise TargetError(f"mask for {name}.{target}, no pruning target{nearest(target, spaces)}")
-                shape = spaces[target].shape
-                if mask is not None and shape is not None and list(mask.shape) != list(shape):
-                    raise TargetError(f"{name}.{target}: mask {tuple(mask.shape)}, tensor {tuple(shape)}")
+        check_masks(masks, self._module_wrappers)
         given = {name: {key: m for key, m in t.items() if m is not None} for name, t in masks.items()}
         super().update_masks(given)
         self.session.fix_masks(given)
@@ -334,7 +305,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             backend: ``"torch_pruning"`` or ``"nni"``; both give the same network.
 
         Returns:
-            The small model; where nothing can leave it is as large as this one, and a warning says why.
+            The small model; where nothing can leave it is as large as this one, and a warning names the reasons.
 
         Raises:
             LifecycleError: If the masks were not decided yet.
@@ -348,27 +319,4 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             raise ConfigError("speedup needs example_inputs: a tensor, a tuple of them, or a dict")
         wrappers = wrappers_of(self.bound_model)  # also those of what was fused with this pruner
         masks = masks_of(wrappers) if wrappers else self.get_masks()
-        plain = unwrapped_copy(self.bound_model)
-        small = shrink(plain, masks, inputs, backend)
-        warn_if_nothing_left(plain, small, masks, inputs)
-        return small
-
-
-def _chain(compressor: Compressor) -> list[Compressor]:
-    return [compressor, *compressor.fused_compressors]
-
-
-def _nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
-    """Return the config list for NNI, which masks a residual block at its branch's last layer."""
-    if pruning.method_options().gates_blocks:
-        return [{"op_names": list(plan.gated_layers)}]
-    return [_nni_entry(rule) for rule in pruning.config_list]
-
-
-def _nni_entry(rule: LayerRule) -> dict[str, Any]:
-    """Return an entry of a config list in words that NNI's schema accepts."""
-    entry = rule.model_dump(exclude_defaults=True, exclude={"target_settings", "granularity", "apply_method"})
-    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
-    words: dict[str, Any] = {"element": [1], "kernel": [[1, 1], "back", -1]}
-    granularity = rule.granularity if isinstance(rule.granularity, str) else list(rule.granularity)
-    return {**lists, "granularity": words.get(str(granularity), granularity)}
+        return speedup(unwrapped_copy(self.bound_model), masks, inputs, backend=backend)

@@ -7,44 +7,19 @@ from typing import Any
 
 import torch
 from nni.compression.base import config as nni_config
-from nni.compression.base.compressor import Compressor
 from nni.compression.utils import Evaluator
 
 from gumbel_nni.compat.messages import complaints
-from gumbel_plugin.config import ConfigLike, PruningConfig
-from gumbel_plugin.errors import ConfigError, shown
+from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
+from gumbel_plugin.config_list import LayerRule
+from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.sparsity.types import Unstructured, granularity_of
+from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.planner import needs_groups
 
 
-def check_evaluator(evaluator: Any) -> None:
-    """Refuse what is neither one of NNI's evaluators nor None.
-
-    Raises:
-        ConfigError: With the line to write.
-    """
-    if evaluator is not None and not isinstance(evaluator, Evaluator):
-        raise ConfigError(
-            f"evaluator is {_described(evaluator)}; it must be one of NNI's, such as "
-            "TorchEvaluator(training_func, nni.trace(torch.optim.Adam)(model.parameters()), training_step), or None "
-            "where the configuration says what to train with"
-        )
-
-
-def check_compressor(compressor: Any) -> None:
-    """Refuse what is no compressor of NNI's where one is inherited from.
-
-    Raises:
-        ConfigError: With what to call instead.
-    """
-    if not isinstance(compressor, Compressor):
-        raise ConfigError(
-            f"from_compressor needs a compressor of NNI's, but got {_described(compressor)}; for a plain model call "
-            "GumbelPruner(model, config_list, evaluator)"
-        )
-
-
 def load_config(config: ConfigLike) -> PruningConfig:
-    """Read a configuration; where NNI has something to say against a config list too, say that as well."""
+    """Read a configuration; the error of a config list has NNI's complaints, too."""
     if not isinstance(config, list):
         return PruningConfig.load(config)
     for number, entry in enumerate(config):
@@ -81,5 +56,20 @@ def inputs_to_trace(config: PruningConfig, evaluator: Evaluator | None, given: A
     return None
 
 
-def _described(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else shown(value)
+def nni_entries(pruning: PruningSection, plan: Plan) -> list[dict[str, Any]]:
+    """Return the config list for NNI, which masks a residual block at its branch's last layer."""
+    if pruning.method_options().gates_blocks:
+        return [{"op_names": list(plan.gated_layers)}]
+    return [nni_entry(rule) for rule in pruning.config_list]
+
+
+def nni_entry(rule: LayerRule) -> dict[str, Any]:
+    """Return an entry of a config list in words that NNI's schema accepts."""
+    entry = rule.model_dump(exclude_defaults=True, exclude={"target_settings", "granularity", "apply_method"})
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}
+    granularity: Any = rule.granularity if isinstance(rule.granularity, str) else list(rule.granularity)
+    if granularity == "kernel":
+        granularity = [[1, 1], "back", -1]
+    elif isinstance(granularity_of(granularity), Unstructured):
+        granularity = [1]
+    return {**lists, "granularity": granularity}

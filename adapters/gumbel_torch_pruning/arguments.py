@@ -17,7 +17,7 @@ from gumbel_plugin.graph.tracing import Forward
 from gumbel_plugin.graph.tracing_repairs import missing_pruners
 from gumbel_plugin.layers.example_inputs import call_model
 from gumbel_plugin.layers.model_check import refuse_unusable
-from gumbel_plugin.layers.weights import GATES
+from gumbel_plugin.layers.weights import modules_with_gates
 from gumbel_torch_pruning.named_layers import RATIO_DICTS
 
 _logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def check_model(model: nn.Module) -> None:
         GraphError: If all of it is frozen.
     """
     refuse_unusable(model, "GumbelGroupPruner")
-    if any(isinstance(getattr(module, GATES, None), nn.Module) for module in model.modules()):
+    if modules_with_gates(model):
         raise LifecycleError("the model has gates already; call step() on the pruner that attached them first")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise GraphError("every parameter of the model is frozen, so there is nothing to learn from; unfreeze some")

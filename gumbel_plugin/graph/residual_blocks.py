@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from gumbel_plugin.layers.geometry import channel_dimension, layer_channels
+
 _ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ACTIVATIONS: dict[Any, Callable[[], nn.Module]] = {
     F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
@@ -23,10 +25,7 @@ _ACTIVATIONS: dict[Any, Callable[[], nn.Module]] = {
 _KEEP_ZERO = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "Identity", "ReLU", "ReLU6", "StochasticDepth")
 """What may follow the branch's last layer: in eval mode it maps 0 to 0."""
 
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
-_LAST = (
-    nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, *_CHANNELS_LAST,
-)  # fmt: skip
+_LAST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.Linear, nn.LayerNorm)
 """Layers whose output is exactly 0 where their weight and bias are."""
 
 
@@ -47,15 +46,12 @@ class ResidualBlock:
     @property
     def channels(self) -> int:
         """How many channels go in and come out."""
-        layer = self.module.get_submodule(self.last)
-        names = ("out_channels", "out_features", "num_features", "num_channels")
-        known = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
-        return int(known if known is not None else layer.normalized_shape[-1])  # type: ignore[index]
+        return layer_channels(self.module.get_submodule(self.last))[1]
 
     @property
     def channels_last(self) -> bool:
         """Whether the channels are the last dimension of the input, and not the second."""
-        return isinstance(self.module.get_submodule(self.last), _CHANNELS_LAST)
+        return channel_dimension(self.module.get_submodule(self.last)) == -1
 
     def remainder(self) -> nn.Module:
         """Return what is left of the block without its branch, in the block's train or eval mode."""

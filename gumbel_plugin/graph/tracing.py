@@ -18,7 +18,7 @@ from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, 
 from gumbel_plugin.graph.attention_heads import opaque_attention
 from gumbel_plugin.graph.tracing_repairs import repaired_tracing
 from gumbel_plugin.layers.example_inputs import observing
-from gumbel_plugin.layers.weights import GATES
+from gumbel_plugin.layers.weights import is_gate
 
 Forward = Callable[[nn.Module, Any], Any]
 """What Torch-Pruning takes as ``forward_fn``: gets the model and the example inputs, returns the outputs."""
@@ -181,5 +181,5 @@ def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, tuple[torch.Size, ..
     return {
         name: (module, tuple(parameter.shape for parameter in module.parameters(recurse=False)))
         for name, module in model.named_modules()
-        if GATES not in name
+        if not is_gate(name)
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from numbers import Number
 from typing import Any, TypeAlias
 
@@ -19,6 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gumbel_plugin.errors import ConfigError, shown
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
+"""Example inputs, normalized: a list became a tuple, a Hugging Face BatchEncoding a dict."""
 
 
 def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -32,22 +35,26 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
         ConfigError: If the inputs are none of these.
     """
     inputs = _normalized(example_inputs)
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def checked_inputs(example_inputs: ExampleInputs) -> ExampleInputs:
-    """Return example inputs that a model can be traced and compared with; refuse others before it is called.
+def checked_inputs(example_inputs: ExampleInputs) -> Inputs:
+    """Normalize example inputs; refuse those that no model can be traced and compared with, before it is called.
 
     Args:
         example_inputs: A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+    Returns:
+        A tensor, a tuple or a dict, which every function here takes as it is.
 
     Raises:
         ConfigError: If they are none of these, hold no tensor, or their tensors are on the meta device or quantized,
             hold NaN (infinities are left to the model: additive attention masks have them), or no sample.
     """
-    tensors = [value for value in tree_leaves(_normalized(example_inputs)) if isinstance(value, Tensor)]
+    inputs = _normalized(example_inputs)
+    tensors = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
     if not tensors:
         raise ConfigError(f"example_inputs = {shown(example_inputs)}: there is no tensor in it")
     for tensor in tensors:
@@ -61,12 +68,12 @@ def checked_inputs(example_inputs: ExampleInputs) -> ExampleInputs:
     batched = next((tensor for tensor in tensors if tensor.dim() > 0), tensors[0])
     if batched.numel() == 0:
         raise ConfigError(f"example_inputs: a tensor of shape {tuple(batched.shape)} is empty; pass a sample")
-    return example_inputs
+    return inputs
 
 
 def random_inputs_like(
     example_inputs: ExampleInputs, generator: torch.Generator, dtype: torch.dtype | None = None
-) -> ExampleInputs:
+) -> Inputs:
     """Draw inputs of the same structure, shapes and devices.
 
     Floating tensors become standard normal. Integer tensors keep the values of each row (last dimension) in a random
@@ -77,9 +84,6 @@ def random_inputs_like(
         example_inputs: What to imitate.
         generator: The CPU generator to draw from, so that every device sees the same numbers.
         dtype: Of the floating tensors; None keeps each one's own.
-
-    Returns:
-        A tensor, a tuple or a dict.
     """
 
     def draw(value: Any) -> Any:
@@ -96,13 +100,13 @@ def random_inputs_like(
     return _mapped(draw, example_inputs)
 
 
-def inputs_on_device_of(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
+def inputs_on_device_of(model: nn.Module, example_inputs: ExampleInputs) -> Inputs:
     """Move the tensors to the device of the model's first parameter or buffer (nowhere if it has none)."""
-    device = next((tensor.device for group in (model.parameters(), model.buffers()) for tensor in group), None)
+    device = next((tensor.device for tensor in _tensors_of(model)), None)
     return _mapped(lambda value: value.to(device) if isinstance(value, Tensor) else value, example_inputs)
 
 
-def inputs_following(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtype) -> ExampleInputs:
+def inputs_following(model: nn.Module, example_inputs: ExampleInputs, dtype: torch.dtype) -> Inputs:
     """Move the inputs with a model: to its device, and those of its former dtype to the one that it has now.
 
     Args:
@@ -120,8 +124,11 @@ def inputs_following(model: nn.Module, example_inputs: ExampleInputs, dtype: tor
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the dtype of the model's first floating parameter or buffer, torch's default if it has none."""
-    tensors = (tensor for group in (model.parameters(), model.buffers()) for tensor in group)
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+    return next((each.dtype for each in _tensors_of(model) if each.is_floating_point()), torch.get_default_dtype())
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
 
 
 def batch_size_of(example_inputs: ExampleInputs) -> int:
@@ -136,7 +143,7 @@ def batch_size_of(example_inputs: ExampleInputs) -> int:
     raise ConfigError("example_inputs hold no tensor with a batch dimension of at least 1")
 
 
-def with_batch_size(example_inputs: ExampleInputs, batch_size: int) -> ExampleInputs:
+def with_batch_size(example_inputs: ExampleInputs, batch_size: int) -> Inputs:
     """Repeat (or cut) the samples until there are ``batch_size`` of them.
 
     A tensor counts as batched if its first dimension has the size that `batch_size_of` reports; others are kept.
@@ -208,15 +215,15 @@ def _parts(output: Any) -> list[tuple[str, Any]]:
     return [(f".{name}", value) for name, value in getattr(output, "__dict__", {}).items()]
 
 
-def _mapped(change: Callable[[Any], Any], example_inputs: ExampleInputs) -> ExampleInputs:
-    result: ExampleInputs = tree_map(change, _normalized(example_inputs))
+def _mapped(change: Callable[[Any], Any], example_inputs: ExampleInputs) -> Inputs:
+    result: Inputs = tree_map(change, _normalized(example_inputs))
     return result
 
 
-def _normalized(example_inputs: ExampleInputs) -> Tensor | tuple[Any, ...] | dict[str, Any]:
-    """Return a tensor, a tuple or a dict; a Hugging Face BatchEncoding becomes a dict."""
-    if isinstance(example_inputs, Tensor):
-        return example_inputs
+def _normalized(example_inputs: ExampleInputs) -> Inputs:
+    """Return a tensor, a tuple or a dict: the same object if it is one already, as `checked_inputs` returns it."""
+    if isinstance(example_inputs, Tensor) or type(example_inputs) in (tuple, dict):
+        return example_inputs  # type: ignore[return-value]
     if isinstance(example_inputs, Mapping):
         return dict(example_inputs)
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):

@@ -53,21 +53,35 @@ def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def unround(model: nn.Module) -> nn.Module:
+@contextmanager
+def cast_to(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold a model in a floating type, biases and weights as they were before `round_to`; then give it its own back."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    try:
+        _unround(model)
+        model.to(dtype)
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for table, own in buffers:
+            table.update(own)
+
+
+def _unround(model: nn.Module) -> None:
     """Put back, in place, what biases and weights were before `round_to`, where they have not changed since."""
     for module in model.modules():
         for name in _MAY_BE_ROUNDED:
             wide, tensor = module.__dict__.get(_UNROUNDED + name), module._parameters.get(name)
             if wide is not None and tensor is not None and torch.equal(wide.to(tensor), tensor):
                 tensor.data = wide.to(tensor.device)
-    return model
 
 
 class _AtLeast(TorchFunctionMode):
     """Turns every cast to a narrower floating type, and every tensor created in one, into ``dtype``.
 
-    Many transformers compute their norms, softmax or logits in float32 whatever their dtype: judged in float64, a cast
+    Many transformers compute their norms, softmax or logits in float32 whatever their dtype: in float64, such a cast
     would hide a difference or round it up to 1e-7.
     """
 

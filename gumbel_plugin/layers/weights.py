@@ -3,19 +3,81 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 GATES = "gumbel_gates"
 """The attribute of a gated layer under which its masks and scale are registered, so that DDP and checkpoints see them.
 
 They hang on layers, not on the model: the model may be an `nn.Sequential`, which would call them.
 """
+_REMOVERS = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm"}
+_HOLDERS: list[Callable[[nn.Module], nn.Module | None]] = []
 
 
 class Attached:
     """Marks what hangs hooks on a model for a session, so that a copy of the model can do without them."""
+
+
+def register_weight_holder(find: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Let the parameters of layers be read and written where a wrapper around the layers keeps them.
+
+    Args:
+        find: Returns the module that has a layer's parameters now, None if the layer has them itself.
+    """
+    _HOLDERS.append(find)
+
+
+def read_weight(layer: nn.Module) -> Tensor:
+    """Return a layer's weight: a parameter, the buffer of a frozen norm, or what a parametrization computes.
+
+    It is the layer's own also while the gated weight of a forward hides it, or a wrapper has it.
+    """
+    weight = _stored(layer, "weight")
+    weight = layer.weight if weight is None else weight  # type: ignore[assignment]
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def read_bias(layer: nn.Module) -> Tensor | None:
+    """Return a layer's bias as `read_weight` does its weight, None if it has none."""
+    return _stored(layer, "bias")
+
+
+@torch.no_grad()
+def write_weight(layer: nn.Module, values: Tensor) -> None:
+    """Write new values of the same shape into what `read_weight` returns, or through a parametrization."""
+    weight = _stored(layer, "weight")
+    if weight is None:
+        layer.weight = values
+    else:
+        weight.copy_(values)
+
+
+def _stored(layer: nn.Module, name: str) -> Tensor | None:
+    holders = [holder for find in _HOLDERS if (holder := find(layer)) is not None]
+    owned = (each._parameters.get(name) for each in (*holders, layer))
+    return next((parameter for parameter in owned if parameter is not None), layer._buffers.get(name))
+
+
+def is_gate(name: str) -> bool:
+    """Whether a name in a model is that of gates, or of something in them; all other names are the network's own."""
+    return GATES in name
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a network without that of its gates."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not is_gate(name)}
+
+
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a network that are trained, without those of its gates."""
+    return [each for name, each in model.named_parameters() if each.requires_grad and not is_gate(name)]
 
 
 def modules_with_gates(model: nn.Module) -> list[nn.Module]:
@@ -30,7 +92,7 @@ def remove_gates(model: nn.Module) -> None:
 
 
 def unhide_weight(layer: nn.Module) -> None:
-    """Remove an attribute that hides the layer's own weight: a parameter, or a buffer while NNI wraps the layer."""
+    """Remove an attribute that hides the layer's own weight: a parameter, or a buffer while a wrapper has that."""
     if "weight" in layer._parameters or "weight" in layer._buffers:
         layer.__dict__.pop("weight", None)
 
@@ -57,9 +119,7 @@ def how_to_keep_weights(layer: nn.Module) -> str:
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod):
             return f"torch.nn.utils.prune.remove(layer, {hook._tensor_name!r})"
-        if type(hook).__name__ in _REMOVERS and type(hook).__module__.startswith("torch.nn.utils"):
-            return f"torch.nn.utils.{_REMOVERS[type(hook).__name__]}(layer)"
+        for kind, remover in _REMOVERS.items():
+            if isinstance(hook, kind):
+                return f"torch.nn.utils.{remover}(layer)"
     return ""
-
-
-_REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}

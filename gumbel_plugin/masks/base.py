@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 from typing_extensions import Self, override
 
 from gumbel_plugin.config_values import Section
-from gumbel_plugin.errors import ConfigError, TargetError
-from gumbel_plugin.masks.functional import at_least_float32, uniform_noise
-from gumbel_plugin.sparsity.types import Granularity
+from gumbel_plugin.errors import ConfigError, nearest, shown
+from gumbel_plugin.masks.functional import uniform_noise
+from gumbel_plugin.sparsity.types import CHANNEL, SparsityType
 
 WeightMode = Literal["frozen", "trained"]
 """Whether the weights stay at their initial values (subnetwork extraction) or are trained with the gates."""
@@ -28,7 +28,7 @@ class Phase(Enum):
     FIXED = "fixed"
 
 
-_PHASES = (Phase.OPEN, Phase.LEARNING, Phase.FIXED)
+_PHASES = tuple(Phase)
 
 
 @dataclass
@@ -58,24 +58,16 @@ class NoiseSource:
             draw: The number of the draw, for masks that need several in one forward.
             bits: Random bits per number (see `uniform_noise`).
         """
+        counter, stream = self.forward + (self._rank() << 48), stream + (draw << 32)
+        shape, device, dtype = logit.shape, logit.device, logit.dtype
         return uniform_noise(
-            logit.shape,
-            seed=self.seed,
-            counter=self.forward + (self._rank() << 48),
-            stream=stream + (draw << 32),
-            device=logit.device,
-            dtype=logit.dtype,
-            bits=bits,
+            shape, seed=self.seed, counter=counter, stream=stream, device=device, dtype=dtype, bits=bits
         )
 
     def _rank(self) -> int:
         if not (self.per_rank and self.forward and distributed.is_available() and distributed.is_initialized()):
             return 0
         return distributed.get_rank()
-
-
-Usage = Callable[[Sequence[Tensor]], Tensor]
-"""Returns the fraction of a budget's dense cost that stays under gates, one tensor (soft or hard) for each mask."""
 
 
 class MaskOptions(Section):
@@ -109,41 +101,50 @@ class LogitOptions(MaskOptions):
 
 
 class LearnedMask(nn.Module):
-    """A set of gates that are learned together: the units of one tensor, or of one channel group.
+    """A set of gates that are learned together: the units of one tensor, or of channel groups.
 
-    A method overrides `sample`, `scores` and `probability`, and where it has something to schedule or to penalize
-    `advance` and `penalty`. Methods whose masks are functions of the weights read the tensor that is passed in, and say
-    so by `reads_weight`. What else a method is like it says by the other class attributes.
+    A method is a subclass with the name that configurations have for it, ``class CoinMask(LearnedMask, name="coin")``,
+    which overrides `sample`, `scores` and `probability`. It finds its latents as `self.logit`, one a gate, unless it
+    overrides `create_latents`; where it has something to schedule or to penalize, it overrides `advance` and `penalty`.
+    Gates that are functions of the weights derive from `WeightDependent`, those of samples from `PerSample`. A method
+    that drives its gates to the budget by a loss of its own has a `budget_loss` (see `HasBudgetLoss`).
 
     Attributes:
-        manages_own_sparsity: Whether the method has a way of its own to its `sparse_ratio`, which it then needs: no budget
-            loss drives its gates.
+        method_name: What configurations call the method.
+        Options: What its options are.
+        manages_own_sparsity: Whether the method has a way of its own to its `sparse_ratio`, which it then needs: no
+            budget loss drives its gates.
         shares_budget: Whether several masks can be ranked together under one ratio.
-        reads_weight: Whether the gates are functions of the weight that they multiply.
         needs_trained_weights: Whether nothing worth learning is left if the weights are frozen.
-        per_sample: Whether each sample has gates of its own until they are decided. These multiply activations, not
-            weights, see `gumbel_plugin.training.sample_gates`.
-        counts_macs: Whether a unit costs its multiply-accumulates, where they are known, and not its weights.
         published_optimizer: The settings of the gates' optimizer that the method was published with; None leaves them
             to the configuration.
         shape: The gates' shape.
-        granularity: How the gates spread over the weight; None for channel groups, whose gates are per channel.
+        options: Its options.
+        noise: Where its random numbers come from.
+        stream: The mask's number, by which its random numbers differ from those of the others.
+        sparsity_type: How the gates spread over the weight; by default each is a channel's.
         phase: Whether the gates are open, learned or fixed.
-        polled: Whether each sample is asked for its own gates outside of training (if it has any).
         hard: The decided gates, bool, used when the phase is `FIXED`.
         sparsity: The fraction of these gates that their budget will close; set by the budget, and kept up to date.
     """
 
-    Options: ClassVar[type[MaskOptions]] = MaskOptions
+    method_name: ClassVar[str]
+    Options: ClassVar[type[MaskOptions]] = LogitOptions
     manages_own_sparsity: ClassVar[bool] = False
     shares_budget: ClassVar[bool] = True
-    reads_weight: ClassVar[bool] = False
     needs_trained_weights: ClassVar[bool] = False
-    per_sample: ClassVar[bool] = False
-    counts_macs: ClassVar[bool] = False
     published_optimizer: ClassVar[Mapping[str, str | float] | None] = None
     hard: Tensor
     stage: Tensor
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        super().__init_subclass__()
+        cls.method_name = name or cls.__name__
+        if name is None:
+            return
+        if METHODS.get(name, cls).__qualname__ != cls.__qualname__:  # a notebook's cell may be run twice
+            raise ConfigError(f"the mask method {name!r} exists already: {METHODS[name].__qualname__}")
+        METHODS[name] = cls
 
     def __init__(
         self,
@@ -151,26 +152,22 @@ class LearnedMask(nn.Module):
         options: MaskOptions,
         noise: NoiseSource,
         stream: int,
-        granularity: Granularity | None = None,
+        sparsity_type: SparsityType | None = None,
     ) -> None:
         super().__init__()
-        if granularity is None and self.reads_weight:
-            raise ConfigError(
-                "granularity 'out_channel' (NNI's 'default') removes channels across layers, but the gates of a "
-                f"{type(self).__name__} are functions of one layer's weight; use 'element', or as far as the method "
-                "has them 'kernel', or [1, -1, -1, -1] for the filters of each layer alone"
-            )
         self.shape = tuple(shape)
-        self.options = options
+        self.options: Any = options  # of the method's own type
         self.noise = noise
         self.stream = stream
-        self.granularity = granularity
-        self.evaluated_per_sample = False
+        self.sparsity_type = sparsity_type or CHANNEL
         self.sparsity: float | None = None
         self.register_buffer("hard", torch.ones(self.shape, dtype=torch.bool))
         self.register_buffer("stage", torch.zeros((), dtype=torch.uint8))
         self._read_stage: tuple[int, int, Phase] | None = None
         self._drawn: tuple[int, Tensor] | None = None
+        self.check_units()
+        self.create_latents()
+        self.advance(0.0)
 
     # What a method says -------------------------------------------------------------------------------------------
 
@@ -186,36 +183,21 @@ class LearnedMask(nn.Module):
         """Return the differentiable expectation of each gate, of `shape`, in [0, 1]."""
         raise NotImplementedError
 
+    # What it may say too ------------------------------------------------------------------------------------------
+
+    def check_units(self) -> None:
+        """Refuse gates of a shape or sparsity type that the method does not have."""
+
+    def create_latents(self) -> None:
+        """Register the parameters and buffers of the method: here one latent logit a gate, `logit`."""
+        self.logit = nn.Parameter(torch.full(self.shape, self.options.initial_logit or 0.0))
+
     def advance(self, progress: float) -> None:
         """Move the method's own schedules to a progress in [0, 1] of the mask learning."""
 
     def penalty(self, weight: Tensor | None) -> Tensor | None:
         """Return the method's own extra loss, if it has one."""
         return None
-
-    def budget_loss(
-        self, masks: Sequence[LearnedMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
-    ) -> Tensor | None:
-        """Return a self-steering method's own loss over all masks that share one budget; asked of the first of them.
-
-        Args:
-            masks: The masks.
-            weights: The weights that they read.
-            ratio: The fraction to remove.
-            usage: What gates of these masks leave of the cost.
-        """
-        return None
-
-    def gates_of_samples(self, features: Callable[[], Tensor], layer: nn.Module) -> Tensor:
-        """Return the gates of the samples that are in the network now, (samples, units), if `per_sample`.
-
-        They are computed once in a forward, by whoever asks first, and shared by all that ask later.
-
-        Args:
-            features: Computes what the unit reads, averaged over positions, (samples, features).
-            layer: Who asks.
-        """
-        raise NotImplementedError
 
     def share(self, first: LearnedMask) -> None:
         """Take over what all masks of one network have in common from the first of them."""
@@ -225,27 +207,7 @@ class LearnedMask(nn.Module):
         """What a layer's fan is multiplied by when its weights are drawn."""
         return 1.0
 
-    def last_votes(self) -> tuple[Tensor, Tensor] | None:
-        """Return the hard gates and their σ of the samples that came last, (samples, units), if they were asked."""
-        return None
-
-    def set_consensus(self, votes: Tensor, confidence: Tensor) -> None:
-        """Take over what the samples of some data vote for on average.
-
-        Args:
-            votes: Each gate's mean over the samples, (units,).
-            confidence: The mean of its σ, (units,).
-        """
-        raise NotImplementedError
-
-    def read(self, features: int) -> None:
-        """Say how many features `gates_of_samples` will be given; without it, one for every gate."""
-        raise NotImplementedError
-
-    @property
-    def follows_samples(self) -> bool:
-        """Whether each sample's own gates act now."""
-        return self.per_sample and (self.evaluated_per_sample or (self.training and self.phase is Phase.LEARNING))
+    # What the session uses ----------------------------------------------------------------------------------------
 
     @property
     def phase(self) -> Phase:
@@ -263,8 +225,6 @@ class LearnedMask(nn.Module):
     def phase(self, phase: Phase) -> None:
         self.stage.fill_(_PHASES.index(phase))
 
-    # What the session uses ----------------------------------------------------------------------------------------
-
     def decide(self, weight: Tensor | None) -> Tensor:
         """Return the gates that are open without any budget, bool, of `shape`."""
         return self.scores(weight).detach() >= 0
@@ -277,23 +237,21 @@ class LearnedMask(nn.Module):
             return self.hard.float()
         if not self.training:
             return self.decide(weight).float()
-        if self.granularity is not None:
+        if self.sparsity_type != CHANNEL:
             return self.sample(weight)  # one layer uses it once in a forward; drawn again, it is the same
         if self._drawn is None or self._drawn[0] != self.noise.forward:
             self._drawn = (self.noise.forward, self.sample(weight))
         return self._drawn[1]
 
     def mask_weight(self, weight: Tensor) -> Tensor:
-        """Return the weight times its gates; for masks over one tensor (`granularity` is set)."""
+        """Return the weight times its gates; not for channels', which have no weight of their own."""
         if self.phase is Phase.OPEN:
             return weight
         return weight * self.spread(self.gates(weight), weight).to(weight.dtype)
 
     def spread(self, gates: Tensor, weight: Tensor) -> Tensor:
         """Spread gates of this mask so that they multiply the weight."""
-        if self.granularity is None or gates.shape == weight.shape:
-            return gates
-        return self.granularity.spread(gates, weight.shape)
+        return gates if gates.shape == weight.shape else self.sparsity_type.expand(gates, weight.shape)
 
     def fix(self, hard: Tensor, weight: Tensor | None = None) -> None:
         """Decide the gates: from now on they are what is given.
@@ -310,18 +268,31 @@ class LearnedMask(nn.Module):
         """Drop the sample of the last forward, and the graph that hangs on it."""
         self._drawn = None
 
-    def _read(self, weight: Tensor | None) -> Tensor:
-        """Return the weight that the gates are functions of, in float32 or float64."""
-        if weight is None:
-            raise TargetError(f"the gates of a {type(self).__name__} are functions of a weight; none was given")
-        return at_least_float32(weight)
+    # What methods use ---------------------------------------------------------------------------------------------
 
-    def _mean(self, values: Tensor) -> Tensor:
-        """Return the mean over each unit of values of the weight's shape."""
-        if self.granularity is None:
-            return values
-        return self.granularity.reduce(values) / self.granularity.unit_size(values.shape)
+    def uniform_like(self, tensor: Tensor) -> Tensor:
+        """Draw this forward's uniform numbers in (0, 1), of a tensor's shape, dtype and device."""
+        return self.noise.uniform_like(tensor, self.stream)
+
+    def initial_uniform(self, *shape: int) -> Tensor:
+        """Draw uniform numbers in (0, 1) to start from, fine enough that few are equal in a large layer."""
+        return self.noise.uniform_like(torch.empty(shape), self.stream, bits=32)
 
     def __getstate__(self) -> dict[str, object]:
         # A sample is a non-leaf tensor, which torch refuses to copy; it belongs to one forward of one model anyway.
         return {**self.__dict__, "_drawn": None, "_read_stage": None}
+
+
+METHODS: dict[str, type[LearnedMask]] = {}
+"""Every mask method by its name."""
+
+
+def method_named(name: str) -> type[LearnedMask]:
+    """Return the mask class of a method.
+
+    Raises:
+        ConfigError: If there is no method of that name.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"pruning.method {shown(name)} is unknown{nearest(name, METHODS)}")
+    return METHODS[name]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions
 from gumbel_plugin.masks.functional import straight_through
-from gumbel_plugin.sparsity.ranking import keep_highest
-from gumbel_plugin.sparsity.types import Granularity
 
 
 class EdgePopupOptions(MaskOptions):
@@ -28,7 +25,7 @@ class EdgePopupOptions(MaskOptions):
     scaled: bool = False
 
 
-class EdgePopupMask(LearnedMask):
+class EdgePopupMask(LearnedMask, name="edge_popup"):
     """One score a gate; those with the highest |score| of their layer are open, 1 − sparse_ratio of them.
 
     The gradient of a gate goes straight through to |score|. The number of open gates follows the layer's sparse_ratio
@@ -49,19 +46,10 @@ class EdgePopupMask(LearnedMask):
     }
     options: EdgePopupOptions
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        options: EdgePopupOptions,
-        noise: NoiseSource,
-        stream: int,
-        granularity: Granularity | None = None,
-    ) -> None:
-        super().__init__(shape, options, noise, stream, granularity)
+    @override
+    def create_latents(self) -> None:
         bound = 1 / math.sqrt(math.prod(self.shape[1:]))
-        # 32 bits: with 16, two scores of a large layer would often start equal.
-        uniform = noise.uniform_like(torch.empty(self.shape), stream, bits=32)
-        self.score = nn.Parameter((2 * uniform - 1) * bound)
+        self.score = nn.Parameter((2 * self.initial_uniform(*self.shape) - 1) * bound)
 
     @override
     def sample(self, weight: Tensor | None) -> Tensor:
@@ -73,7 +61,7 @@ class EdgePopupMask(LearnedMask):
 
     @override
     def decide(self, weight: Tensor | None) -> Tensor:
-        return keep_highest(self.score.abs(), self.sparsity or 0.0)
+        return self.sparsity_type.project(self.score.abs(), self.sparsity or 0.0)
 
     @override
     def probability(self, weight: Tensor | None) -> Tensor:

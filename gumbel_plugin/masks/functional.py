@@ -24,8 +24,6 @@ from torch.autograd.function import once_differentiable
 
 from gumbel_plugin.errors import ConfigError
 
-__all__ = ["at_least_float32", "gumbel_gates", "straight_through", "straight_through_gumbel", "uniform_noise"]
-
 _MASK64 = 2**64 - 1
 _WORTH_THREADS = 2**15
 """From how many elements on torch's threads are worth their waking."""
@@ -107,23 +105,6 @@ def straight_through_gumbel(weight: Tensor, logit: Tensor, uniform: Tensor, temp
         raise ConfigError(f"uniform has {wrong}: it must have the logit's dtype, {logit.dtype}, and need no gradient")
     masked: Tensor = _MaskedWeight.apply(weight, logit, uniform, float(temperature))  # type: ignore[no-untyped-call]
     return masked
-
-
-def gumbel_gates(logit: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
-    """Sample hard 0/1 gates with a straight-through gradient: `straight_through_gumbel` for gates without a weight.
-
-    Args:
-        logit: Any shape, for instance one per channel; P(gate = 1) = sigmoid(logit).
-        uniform: Noise from `uniform_noise`, same shape and dtype; consumed.
-        temperature: Positive.
-
-    Returns:
-        A tensor of exact zeros and ones in the logit's dtype; ``logit`` receives ``g * y * (1 - y) / temperature``.
-
-    Raises:
-        ConfigError: As `straight_through_gumbel`.
-    """
-    return straight_through_gumbel(torch.ones_like(logit, requires_grad=False), logit, uniform, temperature)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource
-from gumbel_plugin.sparsity.ranking import cut_point, keep_highest, removed_count
-from gumbel_plugin.sparsity.schedules import Schedule, constant
-from gumbel_plugin.sparsity.types import ELEMENT, FULL, KERNEL, OUT_CHANNEL, Granularity
+from gumbel_plugin.masks.base import MaskOptions
+from gumbel_plugin.masks.weight_dependent import WeightDependent
+from gumbel_plugin.sparsity.ranking import cut_point, removed_count
+from gumbel_plugin.sparsity.schedules import Schedule, as_schedule
+from gumbel_plugin.sparsity.types import FULL, KERNEL, OUT_CHANNEL, Block, Unstructured
 
 Hamiltonian = Literal["unstructured", "kernel", "filter"]
 
@@ -49,11 +49,13 @@ class GibbsOptions(MaskOptions):
     @field_validator("beta")
     @classmethod
     def _grow_colder(cls, beta: float | Schedule | None) -> float | Schedule | None:
-        start = beta.start if isinstance(beta, Schedule) else beta
-        if start is not None and start <= 0:
-            raise ValueError(f"an inverse temperature is above 0, {start} is not")
-        if isinstance(beta, Schedule) and beta.end < beta.start:
-            raise ValueError(f"masks are annealed, so beta may not fall, as it does from {beta.start} to {beta.end}")
+        schedule = as_schedule(1.0 if beta is None else beta)
+        if schedule.start <= 0:
+            raise ValueError(f"an inverse temperature is above 0, {schedule.start} is not")
+        if schedule.end < schedule.start:
+            raise ValueError(
+                f"masks are annealed, so beta may not fall, as it does from {schedule.start} to {schedule.end}"
+            )
         return beta
 
     @model_validator(mode="after")
@@ -66,11 +68,10 @@ class GibbsOptions(MaskOptions):
 
     def schedule(self, progress: float) -> float:
         """Return the inverse temperature at a progress of the mask learning."""
-        beta = _BETA[self.hamiltonian] if self.beta is None else self.beta
-        return (beta if isinstance(beta, Schedule) else constant(beta))(progress / self.annealing)
+        return as_schedule(_BETA[self.hamiltonian] if self.beta is None else self.beta)(progress / self.annealing)
 
 
-class GibbsMask(LearnedMask):
+class GibbsMask(WeightDependent, name="gibbs"):
     """Gates x drawn from P(x) ∝ exp(−β·H(x, W)) at every forward; nothing but the weights is learned.
 
     Q is the quantile of a layer's W² below which the fraction sparse_ratio of it lies, found anew at every forward:
@@ -82,7 +83,7 @@ class GibbsMask(LearnedMask):
       input channels, are drawn in turn: P(x_i = 1) = σ(β·(c·Σ x − (Q − W_i²))), Σ over the other half of the filter.
       Granularity [1, -1, -1, -1], the filters of one layer alone; not for linear layers.
 
-    Masks have an entry for every weight while they are learned; what is kept at the end is the fraction 1 − sparse_ratio
+    Masks have an entry for every weight while they are learned; what is kept at the end is the part 1 − sparse_ratio
     of the units with the highest summed W². The gradient reaches W through W·mask only. A sample may exceed the budget:
     `probability`, and with it a session's ``soft_sparsity``, says what is really open.
 
@@ -95,46 +96,38 @@ class GibbsMask(LearnedMask):
     Options: ClassVar[type[MaskOptions]] = GibbsOptions
     manages_own_sparsity: ClassVar[bool] = True
     shares_budget: ClassVar[bool] = False
-    reads_weight: ClassVar[bool] = True
-    needs_trained_weights: ClassVar[bool] = True
     options: GibbsOptions
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        options: GibbsOptions,
-        noise: NoiseSource,
-        stream: int,
-        granularity: Granularity | None = None,
-    ) -> None:
-        super().__init__(shape, options, noise, stream, granularity)
-        self._check_units(granularity)
-        self.beta = options.schedule(0.0)
-        given = options.coupling
-        self.coupling = _COUPLING[options.hamiltonian] if given is None else given
-
-    def _check_units(self, granularity: Granularity | None) -> None:
+    @override
+    def check_units(self) -> None:
+        super().check_units()
         kind = self.options.hamiltonian
         if kind == "filter" and len(self.shape) < 3:
             raise ConfigError(
                 f"options.hamiltonian 'filter' needs convolutions, got a layer with gates of shape {self.shape}; "
                 "exclude linear layers, or use 'unstructured'"
             )
-        one_filter = Granularity((1, *(FULL,) * (len(self.shape) - 1)))
-        fitting, word = {
-            "unstructured": ((ELEMENT,), "'element'"),
-            "kernel": ((KERNEL,), "'kernel'"),
-            "filter": ((OUT_CHANNEL, one_filter), str(list(one_filter.steps))),
+        one_filter = Block((1, *(FULL,) * (len(self.shape) - 1)))
+        fits, word = {
+            "unstructured": (isinstance(self.sparsity_type, Unstructured), "'element'"),
+            "kernel": (self.sparsity_type == KERNEL, "'kernel'"),
+            "filter": (self.sparsity_type in (OUT_CHANNEL, one_filter), str(list(one_filter.steps))),
         }[kind]
-        if granularity not in fitting:
+        if not fits:
             raise ConfigError(
                 f"options.hamiltonian {kind!r} goes with granularity {word}; this one has gates of shape {self.shape}"
             )
 
+    @property
+    def coupling(self) -> float:
+        """How strongly the weights of a unit hold together."""
+        given = self.options.coupling
+        return _COUPLING[self.options.hamiltonian] if given is None else given
+
     @override
     @torch.no_grad()
     def sample(self, weight: Tensor | None) -> Tensor:
-        squares = self._read(weight).square()
+        squares = self.read(weight).square()
         if removed_count(math.prod(self.shape), self.sparsity or 0.0) == 0:
             return torch.ones_like(squares)
         advantage = squares - self._cut_point(squares)  # W² − Q
@@ -142,23 +135,22 @@ class GibbsMask(LearnedMask):
             return self._sample_kernels(advantage)
         if self.options.hamiltonian == "filter":
             return self._sample_filters(advantage)
-        noise = self.noise.uniform_like(advantage, self.stream)
-        return (noise < torch.sigmoid(self.beta * advantage)).to(advantage.dtype)
+        return (self.uniform_like(advantage) < torch.sigmoid(self.beta * advantage)).to(advantage.dtype)
 
     @override
     def scores(self, weight: Tensor | None) -> Tensor:
-        return self._mean(self._read(weight).detach().square())
+        return self.mean(self.read(weight).detach().square())
 
     @override
     def decide(self, weight: Tensor | None) -> Tensor:
-        return keep_highest(self.scores(weight), self.sparsity or 0.0)
+        return self.sparsity_type.project(self.scores(weight), self.sparsity or 0.0)
 
     @override
     def probability(self, weight: Tensor | None) -> Tensor:
         """Return P(keep) of independent weights, else the fraction of each unit that this forward's sample opens."""
         if self.options.hamiltonian != "unstructured":
-            return self._mean(self.sample(weight))
-        squares = self._read(weight).square()
+            return self.mean(self.sample(weight))
+        squares = self.read(weight).square()
         return torch.sigmoid(self.beta * (squares - self._cut_point(squares)))
 
     @override
@@ -166,7 +158,7 @@ class GibbsMask(LearnedMask):
         self.beta = self.options.schedule(progress)
 
     def _cut_point(self, squares: Tensor) -> Tensor:
-        return cut_point(self._mean(squares), self.sparsity or 0.0)
+        return cut_point(self.mean(squares), self.sparsity or 0.0)
 
     def _sample_kernels(self, advantage: Tensor) -> Tensor:
         """Sample every kernel (the trailing dimensions) exactly.
@@ -190,7 +182,7 @@ class GibbsMask(LearnedMask):
         uniform = self.noise.uniform_like(cumulated[..., 0], self.stream, 1, bits=32)
         count = (uniform.unsqueeze(-1) > cumulated[..., :-1]).sum(-1, keepdim=True)
         gates = torch.empty_like(log_odds)
-        noise = self.noise.uniform_like(log_odds, self.stream)
+        noise = self.uniform_like(log_odds)
         for i in reversed(range(size)):
             open_before = sums[i].gather(-1, (count - 1).clamp_min(0))
             chance = (log_odds[..., i : i + 1] + open_before - sums[i + 1].gather(-1, count)).exp()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from pydantic import field_validator
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearnedMask, LogitOptions, MaskOptions, NoiseSource, Phase
-from gumbel_plugin.masks.functional import at_least_float32, gumbel_gates, straight_through_gumbel
-from gumbel_plugin.sparsity.schedules import Schedule, constant
-from gumbel_plugin.sparsity.types import ELEMENT, Granularity
+from gumbel_plugin.masks.base import LearnedMask, LogitOptions, MaskOptions, Phase
+from gumbel_plugin.masks.functional import at_least_float32, straight_through_gumbel
+from gumbel_plugin.sparsity.schedules import Schedule, as_schedule
+from gumbel_plugin.sparsity.types import Unstructured
 
 
 class GumbelSoftmaxOptions(LogitOptions):
@@ -29,15 +28,17 @@ class GumbelSoftmaxOptions(LogitOptions):
     @field_validator("temperature")
     @classmethod
     def _positive(cls, value: float | Schedule) -> float | Schedule:
-        lowest = min(value.start, value.end) if isinstance(value, Schedule) else value
-        if lowest <= 0:
-            raise ValueError(f"the temperature must stay above 0, got {lowest}")
-        if isinstance(value, Schedule) and value.end > value.start:
-            raise ValueError(f"masks are annealed: the temperature may not rise, as from {value.start} to {value.end}")
+        schedule = as_schedule(value)
+        if schedule.lowest <= 0:
+            raise ValueError(f"the temperature must stay above 0, got {schedule.lowest}")
+        if schedule.end > schedule.start:
+            raise ValueError(
+                f"masks are annealed: the temperature may not rise, as from {schedule.start} to {schedule.end}"
+            )
         return value
 
 
-class GumbelSoftmaxMask(LearnedMask):
+class GumbelSoftmaxMask(LearnedMask, name="gumbel_softmax"):
     """Gates sampled by a straight-through Gumbel-Softmax over [m̂, 0], one sample per forward for the whole batch.
 
     P(keep) = σ(m̂); y = σ((m̂ + logit u)/τ); the forward uses [y > ½], the backward y. Sources: Dupont, Alaoui, Sahbi,
@@ -48,32 +49,19 @@ class GumbelSoftmaxMask(LearnedMask):
     Options: ClassVar[type[MaskOptions]] = GumbelSoftmaxOptions
     options: GumbelSoftmaxOptions
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        options: GumbelSoftmaxOptions,
-        noise: NoiseSource,
-        stream: int,
-        granularity: Granularity | None = None,
-    ) -> None:
-        super().__init__(shape, options, noise, stream, granularity)
-        self.logit = nn.Parameter(torch.full(self.shape, options.initial_logit or 0.0))
-        given = options.temperature
-        self._temperature_schedule = given if isinstance(given, Schedule) else constant(given)
-        self.temperature = self._temperature_schedule(0.0)
-
     @override
     def sample(self, weight: Tensor | None) -> Tensor:
-        logit = self._logit()
-        return gumbel_gates(logit, self.noise.uniform_like(logit, self.stream), self.temperature)
+        return self._gated(torch.ones_like(at_least_float32(self.logit), requires_grad=False))
 
     @override
     def mask_weight(self, weight: Tensor) -> Tensor:
-        if self.phase is Phase.LEARNING and self.training and self.granularity == ELEMENT:
-            logit = self._logit()
-            noise = self.noise.uniform_like(logit, self.stream)
-            return straight_through_gumbel(weight, logit, noise, self.temperature)
+        if self.phase is Phase.LEARNING and self.training and isinstance(self.sparsity_type, Unstructured):
+            return self._gated(weight)
         return super().mask_weight(weight)
+
+    def _gated(self, tensor: Tensor) -> Tensor:
+        logit = at_least_float32(self.logit)
+        return straight_through_gumbel(tensor, logit, self.uniform_like(logit), self.temperature)
 
     @override
     def scores(self, weight: Tensor | None) -> Tensor:
@@ -81,11 +69,8 @@ class GumbelSoftmaxMask(LearnedMask):
 
     @override
     def probability(self, weight: Tensor | None) -> Tensor:
-        return torch.sigmoid(self._logit())
+        return torch.sigmoid(at_least_float32(self.logit))
 
     @override
     def advance(self, progress: float) -> None:
-        self.temperature = self._temperature_schedule(progress)
-
-    def _logit(self) -> Tensor:
-        return at_least_float32(self.logit)  # a model in half precision has its logits in half precision too
+        self.temperature = as_schedule(self.options.temperature)(progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,9 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearnedMask, LogitOptions, MaskOptions, NoiseSource
+from gumbel_plugin.masks.base import LearnedMask, LogitOptions, MaskOptions
 from gumbel_plugin.masks.functional import at_least_float32
-from gumbel_plugin.sparsity.types import Granularity
 
 
 class HardConcreteOptions(LogitOptions):
@@ -34,7 +32,7 @@ class HardConcreteOptions(LogitOptions):
     l0_weight: float = Field(default=0.0, ge=0)
 
 
-class HardConcreteMask(LearnedMask):
+class HardConcreteMask(LearnedMask, name="hard_concrete"):
     """Gates z = min(1, max(0, s·(ζ − γ) + γ)), s = σ((log α + logit u)/β), with the gradient of that formula.
 
     P(z ≠ 0) = σ(log α − β·log(−γ/ζ)) is what the L0 penalty and the budget count. Source: Louizos, Welling, Kingma,
@@ -45,15 +43,9 @@ class HardConcreteMask(LearnedMask):
     Options: ClassVar[type[MaskOptions]] = HardConcreteOptions
     options: HardConcreteOptions
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        options: HardConcreteOptions,
-        noise: NoiseSource,
-        stream: int,
-        granularity: Granularity | None = None,
-    ) -> None:
-        super().__init__(shape, options, noise, stream, granularity)
+    @override
+    def create_latents(self) -> None:
+        options = self.options
         self.log_alpha = nn.Parameter(torch.full(self.shape, options.initial_logit or 0.0))
         self._shift = options.beta * math.log(-options.gamma / options.zeta)
 
@@ -61,8 +53,7 @@ class HardConcreteMask(LearnedMask):
     def sample(self, weight: Tensor | None) -> Tensor:
         options = self.options
         log_alpha = at_least_float32(self.log_alpha)
-        noise = self.noise.uniform_like(log_alpha.detach(), self.stream)
-        concrete = torch.sigmoid((log_alpha + noise.logit()) / options.beta)
+        concrete = torch.sigmoid((log_alpha + self.uniform_like(log_alpha.detach()).logit()) / options.beta)
         return (concrete * (options.zeta - options.gamma) + options.gamma).clamp(0.0, 1.0)
 
     @override

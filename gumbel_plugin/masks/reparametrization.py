@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource, Phase, Usage
-from gumbel_plugin.sparsity.types import ELEMENT, Granularity
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, Phase
+from gumbel_plugin.masks.weight_dependent import WeightDependent
+from gumbel_plugin.sparsity.budgeted import Usage
+from gumbel_plugin.sparsity.types import Unstructured
 
 _FAR = 1e3
 """Where t·x ends, so that nothing overflows: there the gate is 1 in float32, and its derivative below 1e-14."""
@@ -53,7 +55,7 @@ class ReparametrizationOptions(MaskOptions):
     initial_t: float = Field(default=100.0, gt=0)
 
 
-class ReparametrizationMask(LearnedMask):
+class ReparametrizationMask(WeightDependent, name="reparametrization"):
     """Soft gates h_t(w) on every weight w, with one learned t a network and no other parameter: ŵ = w·h_t(w).
 
     Budget loss: λ·((C − C_target)/C_initial)², C = Σ h_t(w) over all masks that share a budget, C_target the number of
@@ -67,26 +69,21 @@ class ReparametrizationMask(LearnedMask):
 
     Options: ClassVar[type[MaskOptions]] = ReparametrizationOptions
     manages_own_sparsity: ClassVar[bool] = True
-    reads_weight: ClassVar[bool] = True
-    needs_trained_weights: ClassVar[bool] = True
     published_optimizer: ClassVar[Mapping[str, str | float] | None] = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
     options: ReparametrizationOptions
     initial_kept: Tensor
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        options: ReparametrizationOptions,
-        noise: NoiseSource,
-        stream: int,
-        granularity: Granularity | None = None,
-    ) -> None:
-        super().__init__(shape, options, noise, stream, granularity)
-        if granularity != ELEMENT:
+    @override
+    def check_units(self) -> None:
+        super().check_units()
+        if not isinstance(self.sparsity_type, Unstructured):
             raise ConfigError(
                 f"granularity {list(self.shape)} gates: method 'reparametrization' gates single weights; use 'element'"
             )
-        self.t = nn.Parameter(torch.tensor(options.initial_t))
+
+    @override
+    def create_latents(self) -> None:
+        self.t = nn.Parameter(torch.tensor(self.options.initial_t))
         self.register_buffer("initial_kept", torch.zeros(()))  # 0 until the budget loss is asked for first
 
     @override
@@ -96,12 +93,12 @@ class ReparametrizationMask(LearnedMask):
 
     @override
     def sample(self, weight: Tensor | None) -> Tensor:
-        return soft_gate(self._read(weight), self.t)
+        return soft_gate(self.read(weight), self.t)
 
     @override
     def scores(self, weight: Tensor | None) -> Tensor:
         # |ŵ| grows with |w|, by the same function in all layers, so both rank alike; but the ŵ of small weights are 0.
-        return self._read(weight).detach().abs()
+        return self.read(weight).detach().abs()
 
     @override
     def probability(self, weight: Tensor | None) -> Tensor:
@@ -124,10 +121,10 @@ class ReparametrizationMask(LearnedMask):
             weight.mul_(self.sample(weight).to(weight.dtype))
         super().fix(hard, weight)
 
-    @override
     def budget_loss(
         self, masks: Sequence[LearnedMask], weights: Sequence[Tensor | None], ratio: float, usage: Usage
     ) -> Tensor | None:
+        """Return λ·((C − C_target)/C_initial)² (see `HasBudgetLoss`)."""
         kept = torch.stack([m.probability(weight).sum() for m, weight in zip(masks, weights, strict=True)]).sum()
         self.initial_kept.copy_(torch.where(self.initial_kept > 0, self.initial_kept, kept.detach()))
         target = (1 - ratio) * sum(math.prod(mask.shape) for mask in masks)

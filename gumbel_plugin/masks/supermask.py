@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearnedMask, LogitOptions, MaskOptions, NoiseSource
+from gumbel_plugin.masks.base import LearnedMask
 from gumbel_plugin.masks.functional import at_least_float32, straight_through
-from gumbel_plugin.sparsity.types import Granularity
 
 
-class Supermask(LearnedMask):
+class Supermask(LearnedMask, name="supermask"):
     """Gates drawn from Bernoulli(σ(m)), one sample per forward; the backward passes the gradient on to σ(m).
 
     Source: Zhou, Lan, Liu, Yosinski, NeurIPS 2019, arXiv 1905.01067, for frozen weights, where m starts at 0. Its
@@ -22,24 +18,10 @@ class Supermask(LearnedMask):
     signed_constant``.
     """
 
-    Options: ClassVar[type[MaskOptions]] = LogitOptions
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        options: LogitOptions,
-        noise: NoiseSource,
-        stream: int,
-        granularity: Granularity | None = None,
-    ) -> None:
-        super().__init__(shape, options, noise, stream, granularity)
-        self.logit = nn.Parameter(torch.full(self.shape, options.initial_logit or 0.0))
-
     @override
     def sample(self, weight: Tensor | None) -> Tensor:
-        probability = torch.sigmoid(at_least_float32(self.logit))
-        drawn = self.noise.uniform_like(probability.detach(), self.stream) < probability
-        return straight_through(drawn, probability)
+        probability = self.probability(weight)
+        return straight_through(self.uniform_like(probability.detach()) < probability, probability)
 
     @override
     def scores(self, weight: Tensor | None) -> Tensor:

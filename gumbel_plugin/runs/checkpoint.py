@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from gumbel_plugin.errors import DataError, MissingExtraError, shown
-from gumbel_plugin.layers.weights import GATES
+from gumbel_plugin.layers.weights import own_state
 from gumbel_plugin.storage.files import check_readable, write_bytes
 from gumbel_plugin.storage.tensor_file import require_digest, torch_content
+from gumbel_plugin.training.bank import joined_state
 
 try:
     import lightning.pytorch as pl
@@ -74,7 +75,7 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
             write_checkpoint(self._path, self._collect(trainer, task))
 
     def _collect(self, trainer: Any, task: Any) -> dict[str, Any]:
-        weights = {name: value for name, value in task.model.state_dict().items() if GATES not in name}
+        weights = own_state(task.model)
         return {
             "format": FORMAT,
             "torch": str(torch.__version__),
@@ -90,7 +91,7 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
         }
 
     def _restore(self, trainer: Any, task: Any, state: Mapping[str, Any]) -> None:
-        own = {name for name in task.model.state_dict() if GATES not in name}
+        own = set(own_state(task.model))
         if own != set(state["model"]):
             raise ValueError(f"{shown(min(own ^ set(state['model'])))} is a weight of only one of them")
         if (task.session is None) != (state["session"] is None):
@@ -99,7 +100,7 @@ class Checkpoint(pl.Callback):  # type: ignore[misc]
         if task.session is not None:
             task.session.load_state_dict(state["session"])
         for optimizer, own in zip(trainer.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
+            optimizer.load_state_dict(joined_state(optimizer, own))
         task.load_progress_state(state["task"])
         for callback in trainer.callbacks:  # a run at a terminal has a progress bar, its resumption perhaps not
             if state["callbacks"].get(callback.state_key):

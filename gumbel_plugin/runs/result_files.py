@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FiniteFloat, StringConstraints
 
 from gumbel_plugin.errors import DataError, shorten, shown
+from gumbel_plugin.runs.json_record import Record, read_record
 from gumbel_plugin.storage.files import write_bytes
-from gumbel_plugin.storage.json_record import Record, read_record
 
 FORMAT = 1
 """The format of a summary; a folder with another one was written by another version of this project."""

@@ -40,7 +40,7 @@ from gumbel_plugin.shrinking.pruned_file import save_pruned
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.sparsity.cost_model import count_cost
 from gumbel_plugin.storage.mask_format import Masks
-from gumbel_plugin.training.agreement import Agreement, measure_agreement, set_consensus_from, votes_per_sample
+from gumbel_plugin.training.agreement import Agreement, has_sample_gates, measure_agreement, set_consensus_from
 from gumbel_plugin.training.session import MaskingSession
 
 _logger = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ class _Trainer:
 def _agreement(prepared: Prepared) -> Agreement | None:
     """Fix gates that belong to samples at their consensus over the training data, and ask held-out samples."""
     session = prepared.session
-    if not votes_per_sample(session):
+    if not has_sample_gates(session):
         return None
     train, validation, test = loaders(prepared.config, prepared.data)
     if session.phase is not Phase.FIXED:

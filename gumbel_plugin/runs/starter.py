@@ -19,6 +19,7 @@ from torch import nn
 from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError, DataError, nearest
 from gumbel_plugin.masks import method_named
+from gumbel_plugin.masks.weight_dependent import WeightDependent
 from gumbel_plugin.runs.data import data_names, load_data
 from gumbel_plugin.runs.models import build_model, model_options
 from gumbel_plugin.runs.run_config import ModelConfig, RunConfig
@@ -79,7 +80,7 @@ def starter_text(method: str, model: str, data: str) -> str:
         raise ConfigError(f"unknown data set {data!r}{nearest(data, data_names())}")
     network: dict[str, Any] = {"name": model, **_fitting_sizes(model, data)}
     rule: dict[str, Any] = {"op_types": _layers_of(network), "sparse_ratio": 0.5}
-    if method_named(method).reads_weight:
+    if issubclass(method_named(method), WeightDependent):
         rule["granularity"] = "element"
     chosen = {
         "pruning": {"method": method, "config_list": [rule], "phases": {"dense": 0.1, "fixed": 0.3}},

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from gumbel_plugin.errors import ConfigError, DataError, MissingExtraError, NonFiniteLossError, shown
 from gumbel_plugin.layers.example_inputs import observing
+from gumbel_plugin.layers.weights import own_parameters
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import DataBundle, load_data, make_loader
 from gumbel_plugin.runs.run_config import RunConfig, TrainingConfig
@@ -123,9 +124,7 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
 
     def _weights(self) -> list[nn.Parameter]:
         """Return what of the network itself is trained: no gates, no scales, and nothing if the weights are frozen."""
-        if self.session is not None:
-            return self.session.weight_parameters()
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return own_parameters(self.model)
 
     def _guarded(self, loss: Tensor) -> Tensor:
         if self._loop is not None:

@@ -38,18 +38,12 @@ def remove_closed_blocks(model: nn.Module) -> list[str]:
     found = find_closed_blocks(model)
     while found:  # a block around it may be found only once the inner one is gone
         for name, block in found.items():
-            replace_block(model, name, block)
+            model.set_submodule(name, block.remainder())
         removed += found
         found = find_closed_blocks(model)
     if removed:
         _logger.info("removed %d residual blocks: %s", len(removed), ", ".join(removed))
     return removed
-
-
-def replace_block(model: nn.Module, name: str, block: ResidualBlock) -> None:
-    """Put what is left of a block without its branch in the block's place."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, block.remainder())
 
 
 def find_closed_blocks(model: nn.Module) -> dict[str, ResidualBlock]:

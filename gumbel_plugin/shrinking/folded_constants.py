@@ -1,4 +1,4 @@
-"""Units that nothing comes into: they compute a constant, which moves into the biases of what reads them.
+"""Constant (input-independent) units: nothing comes into them, so they move into the biases of what reads them.
 
 A unit whose incoming weights are all zero computes act(bias) whatever the input is, through a batch norm in eval mode
 too. Adding what its readers make of that to their biases, and zeroing their weights for it, changes no output, and
@@ -16,11 +16,12 @@ remembers what it was, so that `verify_equivalence` can tell that rounding from 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.layers.example_inputs import (
@@ -30,8 +31,18 @@ from gumbel_plugin.layers.example_inputs import (
     observing,
     random_inputs_like,
 )
-from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension, read_channels
+from gumbel_plugin.layers.geometry import (
+    channel_dimension,
+    columns_view,
+    groups_of,
+    input_channels,
+    is_depthwise,
+    is_transposed,
+    written_channels,
+)
 from gumbel_plugin.layers.precision import computing_in, dtypes_of, round_to
+from gumbel_plugin.layers.weights import read_weight
+from gumbel_plugin.shrinking.unread_units import unread_units
 
 _ROUNDING = 1e-12  # what a constant may differ by between places, relative to it: kernels round differently at edges
 _DRAWS = 2
@@ -56,8 +67,8 @@ def fold_constants(
         The units that were folded, by the group's name.
     """
     modules = dict(model.named_modules())
-    shared = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
-    usable = [group for group in groups if _usable(group, modules, shared)]
+    uses = uses_of_parameters(modules)
+    usable = [group for group in groups if _usable(group, modules, uses)]
     if not any(len(_constant_units(modules, group)) for group in usable):
         return {}
     dtypes = dtypes_of(model)
@@ -82,13 +93,17 @@ def fold_constants(
     return folded
 
 
-def _usable(group: ChannelGroup, modules: Mapping[str, nn.Module], shared: Mapping[int, int]) -> bool:
+def uses_of_parameters(modules: Mapping[str, nn.Module]) -> Counter[int]:
+    """Return by how many of these modules each parameter is owned, by the parameter's id."""
+    return Counter(id(each) for module in modules.values() for each in module._parameters.values() if each is not None)
+
+
+def _usable(group: ChannelGroup, modules: Mapping[str, nn.Module], uses: Mapping[int, int]) -> bool:
     """Whether all that computes and reads a group's channels is in plain sight: own weights of known layers."""
-    layers = [modules[part.module] for part in (*group.producers, *group.consumers)]
-    weights = [layer._parameters.get("weight") for layer in layers]
+    weights = [modules[part.module]._parameters.get("weight") for part in (*group.producers, *group.consumers)]
     biases = [modules[part.module]._parameters.get("bias") for part in group.consumers]
     own = all(weight is not None for weight in weights)
-    once = all(tensor is None or shared[id(tensor)] == 1 for tensor in (*weights, *biases))
+    once = all(tensor is None or uses[id(tensor)] == 1 for tensor in (*weights, *biases))
     return group.safety == "exact" and not group.unlisted_weights and own and once
 
 
@@ -98,40 +113,27 @@ def _constant_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Te
     Norms and depthwise convolutions do not count: they make a constant of a constant.
     """
     computed = torch.zeros(group.size, dtype=torch.bool)
-    caused, read = computed.clone(), computed.clone()
+    depends = computed.clone()
     for part in group.producers:
         module = modules[part.module]
-        rows = _incoming(module)
-        if rows is not None:
+        rows = written_channels(module)
+        if rows is not None and read_weight(module).dim() > 1 and not is_depthwise(module):
             computed[part.units] = True
-            caused[part.units[rows[part.positions]]] = True
-    for part in group.consumers:
-        read[part.units[read_channels(modules[part.module]).cpu()[part.positions]]] = True
-    return torch.nonzero(computed & ~caused & read).flatten()
-
-
-def _incoming(module: nn.Module) -> Tensor | None:
-    """Return which output channels have a non-zero weight; None for a layer that treats every channel by itself."""
-    weight, dimension = module.weight, output_dimension(module)
-    assert isinstance(weight, Tensor)
-    groups = getattr(module, "groups", 1)
-    if weight.dim() < 2 or dimension is None or 1 < groups == module.in_channels == module.out_channels:
-        return None
-    return (weight.detach() != 0).movedim(dimension, 0).flatten(1).any(1).cpu()
+            depends[part.units[rows.cpu()[part.positions]]] = True
+    units = torch.nonzero(computed & ~depends).flatten()
+    return units[~torch.isin(units, unread_units(modules, group))]
 
 
 class ReadValues:
     """What a layer reads, channel by channel: the values, and whether they are the same throughout."""
 
     def __init__(self, module: nn.Module) -> None:
-        kernel = () if isinstance(module, nn.Linear) else module.kernel_size
-        self._channel_dim = -1 - len(kernel)  # type: ignore[arg-type]
         self.low = torch.full((input_channels(module),), torch.inf, dtype=torch.float64)
         self.high = -self.low
 
     def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Take in one input, as a forward pre-hook."""
-        values = args[0].detach().movedim(self._channel_dim, 0).flatten(1).double().cpu()
+        values = args[0].detach().movedim(channel_dimension(module), 0).flatten(1).double().cpu()
         self.low, self.high = torch.minimum(self.low, values.amin(1)), torch.maximum(self.high, values.amax(1))
 
     @property
@@ -150,16 +152,20 @@ def observe(model: nn.Module, readers: set[str], example_inputs: ExampleInputs) 
     """Run a float64 model on random batches and watch what some layers read."""
     found = {name: ReadValues(model.get_submodule(name)) for name in readers}
     generator = torch.Generator().manual_seed(0)
-    handles = [model.get_submodule(name).register_forward_pre_hook(seen.see) for name, seen in found.items()]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(seen.see) for name, seen in found.items()]
+    run_in_float64(model, (random_inputs_like(example_inputs, generator, torch.float64) for _ in range(_DRAWS)), hooks)
+    return found
+
+
+def run_in_float64(model: nn.Module, batches: Iterable[ExampleInputs], hooks: Sequence[RemovableHandle]) -> None:
+    """Run a float64 model in eval mode on some inputs, and then remove the hooks that watch it."""
     try:
         with observing(model), computing_in(torch.float64):
-            for _ in range(_DRAWS):
-                inputs = random_inputs_like(example_inputs, generator, torch.float64)
+            for inputs in batches:
                 call_model(model, inputs_on_device_of(model, inputs))
     finally:
-        for handle in handles:
-            handle.remove()
-    return found
+        for hook in hooks:
+            hook.remove()
 
 
 def _bound_units(part: ChannelSlice, module: nn.Module, seen: ReadValues) -> Tensor:
@@ -168,32 +174,29 @@ def _bound_units(part: ChannelSlice, module: nn.Module, seen: ReadValues) -> Ten
     return part.units[~free[part.positions]]
 
 
-def _repeats_constants(module: nn.Module) -> bool:
+def _repeats_constants(module: Any) -> bool:
     """Whether a constant channel adds the same everywhere in a layer's output."""
     if isinstance(module, nn.Linear):
         return True
-    kernel, stride, dilation, padding = (
-        getattr(module, name) for name in ("kernel_size", "stride", "dilation", "padding")
-    )
-    if getattr(module, "transposed", False):
-        pointwise = all(size == step == 1 for size, step in zip(kernel, stride, strict=True))
-        return pointwise and not any(padding) and bool(module.groups == 1)
+    kernel, padding = module.kernel_size, module.padding
+    if is_transposed(module):
+        pointwise = all(size == step == 1 for size, step in zip(kernel, module.stride, strict=True))
+        return pointwise and not any(padding) and groups_of(module) == 1
     if padding == "same":
-        padding = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+        padding = [step * (size - 1) for size, step in zip(kernel, module.dilation, strict=True)]
     return padding == "valid" or not any(padding) or bool(module.padding_mode != "zeros")
 
 
 def _fold(module: nn.Module, channels: Tensor, seen: ReadValues) -> None:
     """Move some channels' constants into a float64 layer's bias."""
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    assert weight is not None
+    weight, bias = read_weight(module), module._parameters["bias"]
     chosen = torch.zeros_like(seen.low).index_fill_(0, channels, 1.0)
     constants = torch.where(chosen > 0, seen.values, 0.0)
     products = weight * columns_view(module, constants.to(weight.device))
     weight.mul_(columns_view(module, (1 - chosen).to(weight.device)))
     if not bool(constants.any()):
         return
-    added = (products.transpose(0, 1) if getattr(module, "transposed", False) else products).flatten(1).sum(1)
+    added = (products.transpose(0, 1) if is_transposed(module) else products).flatten(1).sum(1)
     if bias is not None:
         bias.add_(added)
     else:

@@ -1,4 +1,4 @@
-"""Masks that travel: safetensors with a JSON header, read without unpickling anything."""
+"""Mask files: safetensors with a JSON header, read without unpickling anything."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Channels that do not depend on the input: zeros are unread, and many constants become one.
+"""Constant (input-independent) channels: zeros are unread, and one constant channel stands for many.
 
 A masked row computes no input any more, but what a batch norm and an activation make of it need not be zero, and under
-zero padding that constant is no bias (`constants` folds the ones that are). A reader is linear in what it reads,
-though: c₁·conv(w₁ ∗ 1) + c₂·conv(w₂ ∗ 1) = c₁·conv((w₁ + c₂/c₁·w₂) ∗ 1). So one channel, the carrier, can stand for all
-constant ones, and the others leave the network without a change of its outputs.
+zero padding that constant is no bias (`fold_constants` folds the ones that are). A reader is linear in what it reads,
+though: c₁·conv(w₁ ∗ 1) + c₂·conv(w₂ ∗ 1) = c₁·conv((w₁ + c₂/c₁·w₂) ∗ 1). So one representative channel can stand for
+all constant ones, and the others leave the network without a change of its outputs.
 
 What depends on the input is found by running the network on NaN: what is still a number afterwards does not. That
 holds for dead rows, for a batch norm whose weights are zero (SlimPruner masks those), and for whatever follows them,
@@ -12,23 +12,31 @@ without a list of operations that would have to be known.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.graph.channel_groups import ChannelGroup
-from gumbel_plugin.layers.example_inputs import ExampleInputs, call_model, inputs_on_device_of, observing
-from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension, read_channels
-from gumbel_plugin.layers.precision import computing_in, dtypes_of, round_to
-from gumbel_plugin.shrinking.folded_constants import ReadValues, observe
+from gumbel_plugin.layers.example_inputs import ExampleInputs
+from gumbel_plugin.layers.geometry import (
+    channel_dimension,
+    columns_view,
+    groups_of,
+    input_channels,
+    is_transposed,
+    read_channels,
+    written_channels,
+)
+from gumbel_plugin.layers.precision import dtypes_of, round_to
+from gumbel_plugin.layers.weights import read_weight
+from gumbel_plugin.shrinking.folded_constants import ReadValues, observe, run_in_float64, uses_of_parameters
+from gumbel_plugin.shrinking.unread_units import unread_units
 
-_SMALLEST_CARRIER = 1e-2
-"""A carrier's constant, relative to the largest: dividing by less would blow the reader's weights up."""
+_SMALLEST = 1e-2
+"""A representative's constant, relative to the largest: dividing by less would blow the reader's weights up."""
 
 
 @torch.no_grad()
@@ -40,25 +48,26 @@ def merge_constants(
     Args:
         model: The masked model, changed in place; its outputs stay. Where something changes, all of it becomes float64
             (`round_to` takes it back).
-        groups: Its channel groups: a group's readers agree on the unit that carries.
+        groups: Its channel groups: a group's readers agree on the representative unit.
         example_inputs: What to run it on; floating tensors, or what an embedding reads.
 
     Returns:
         By reader, which of its input channels are read no more.
     """
     modules = dict(model.named_modules())
-    readers = _readers(modules, groups)
-    if not any(_has_silent_units(modules, group) for group in groups if group.safety == "exact"):
+    exact = [group for group in groups if group.safety == "exact"]
+    if not any(_has_constant_units(modules, group) for group in exact):
         return {}
+    readers = _readers(modules, exact)
     dtypes = dtypes_of(model)
     model.double()
     independent = _independent(model, readers, example_inputs)
     seen = observe(model, set(readers), example_inputs)
-    carriers: set[tuple[str, int]] = set()
+    representatives: set[tuple[str, int]] = set()
     unread: dict[str, Tensor] = {}
     for name, channels in readers.items():
         usable = independent[name] & seen[name].same & read_channels(modules[name]).cpu()
-        gone = _merge(modules[name], torch.nonzero(usable).flatten(), seen[name], channels, carriers)
+        gone = _merge(modules[name], torch.nonzero(usable).flatten(), seen[name], channels, representatives)
         if len(gone):
             unread[name] = gone
     if not unread:
@@ -71,46 +80,42 @@ Channels = Mapping[int, tuple[str, int]]
 
 
 def _readers(modules: Mapping[str, nn.Module], groups: Sequence[ChannelGroup]) -> dict[str, Channels]:
-    """Return the layers that read exact groups, and own their weights."""
-    shared = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
+    """Return the layers that read groups, and own their weights."""
+    uses = uses_of_parameters(modules)
     readers: dict[str, dict[int, tuple[str, int]]] = {}
     for group in groups:
-        for part in group.consumers if group.safety == "exact" else ():
+        for part in group.consumers:
             weight = modules[part.module]._parameters.get("weight")
-            if weight is not None and shared[id(weight)] == 1:
+            if weight is not None and uses[id(weight)] == 1:
                 pairs = zip(part.positions.tolist(), part.units.tolist(), strict=True)
                 readers.setdefault(part.module, {}).update({place: (group.name, unit) for place, unit in pairs})
     return dict(readers)
 
 
-def _has_silent_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> bool:
+def _has_constant_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> bool:
     """Whether something reads a unit that one of its layers computes without looking at its input."""
-    silent, read = torch.zeros(group.size, dtype=torch.bool), torch.zeros(group.size, dtype=torch.bool)
+    constant = torch.zeros(group.size, dtype=torch.bool)
     for part in group.producers:
-        found = _silent(modules[part.module])
-        if found is not None:
-            silent[part.units[found[0].cpu()[part.positions]]] = True
-    for part in group.consumers if bool(silent.any()) else ():
-        read[part.units[read_channels(modules[part.module]).cpu()[part.positions]]] = True
-    return bool((silent & read).any())
+        channels = _constant_channels(modules[part.module])
+        if channels is not None:
+            constant[part.units[channels.cpu()[part.positions]]] = True
+    return bool(constant.any()) and bool(constant.index_fill(0, unread_units(modules, group), False).any())
 
 
 def _merge(
-    module: nn.Module, constant: Tensor, seen: ReadValues, channels: Channels, carriers: set[tuple[str, int]]
+    module: nn.Module, constant: Tensor, seen: ReadValues, units: Channels, representatives: set[tuple[str, int]]
 ) -> Tensor:
     """Change a reader's float64 weight; return which of the constant channels it does not read any more."""
-    values = seen.values
-    zeros, others = constant[values[constant] == 0], constant[values[constant] != 0]
-    gone = [channel for channel in zeros.tolist() if channel in channels]
-    mergeable = [channel for channel in others.tolist() if channel in channels]
-    weight = module._parameters["weight"]
-    assert weight is not None
-    if getattr(module, "groups", 1) == 1 and len(mergeable) > 1:
-        carrier = _carrier(mergeable, values, channels, carriers)
-        columns = weight if getattr(module, "transposed", False) else weight.transpose(0, 1)
+    values, weight = seen.values, read_weight(module)
+    known = [channel for channel in constant.tolist() if channel in units]
+    gone = [channel for channel in known if values[channel] == 0]
+    mergeable = [channel for channel in known if values[channel] != 0]
+    if groups_of(module) == 1 and len(mergeable) > 1:
+        chosen = _representative(mergeable, values, units, representatives)
+        columns = weight if is_transposed(module) else weight.transpose(0, 1)
         for channel in mergeable:
-            if channel != carrier:
-                columns[carrier] += columns[channel] * float(values[channel] / values[carrier])
+            if channel != chosen:
+                columns[chosen] += columns[channel] * float(values[channel] / values[chosen])
                 gone.append(channel)
     closed = torch.zeros(input_channels(module), dtype=weight.dtype)
     closed[gone] = 1.0
@@ -118,72 +123,53 @@ def _merge(
     return torch.tensor(sorted(gone), dtype=torch.int64)
 
 
-def _carrier(channels: list[int], values: Tensor, units: Channels, carriers: set[tuple[str, int]]) -> int:
-    """Choose the channel that carries: one that another reader has chosen already, else the largest constant."""
-    largest = float(values[channels].abs().max())
-    known = [channel for channel in channels if units[channel] in carriers]
-    known = [channel for channel in known if float(values[channel].abs()) >= _SMALLEST_CARRIER * largest]
+def _representative(channels: list[int], values: Tensor, units: Channels, representatives: set[tuple[str, int]]) -> int:
+    """Choose the channel that stays: one that another reader has chosen already, else the largest constant."""
+    smallest = _SMALLEST * float(values[channels].abs().max())
+    known = [each for each in channels if units[each] in representatives and float(values[each].abs()) >= smallest]
     chosen = max(known or channels, key=lambda channel: float(values[channel].abs()))
-    carriers.add(units[chosen])
+    representatives.add(units[chosen])
     return chosen
 
 
-def _silent(module: nn.Module) -> tuple[Tensor, int] | None:
-    """Return which of a layer's output channels are its bias whatever it reads, bool, and their dimension."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return None
-    if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
-        silent, dimension = weight == 0, 1
-    elif isinstance(module, nn.Linear) or hasattr(module, "kernel_size"):
-        rows = output_dimension(module)
-        if rows is None or (rows == 1 and getattr(module, "groups", 1) > 1):  # a grouped transposed convolution
-            return None
-        silent = (weight == 0).movedim(rows, 0).flatten(1).all(1)
-        dimension = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)  # type: ignore[arg-type]
-    else:
-        return None
-    return (silent, dimension) if bool(silent.any()) else None
+def _constant_channels(module: nn.Module) -> Tensor | None:
+    """Return which of a layer's output channels are its bias whatever it reads, bool; None if there are none."""
+    norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+    known = norm or isinstance(module, nn.Linear) or hasattr(module, "kernel_size")
+    written = written_channels(module) if known and module._parameters.get("weight") is not None else None
+    return None if written is None or bool(written.all()) else ~written
 
 
 def _independent(model: nn.Module, readers: Mapping[str, Any], example_inputs: ExampleInputs) -> dict[str, Tensor]:
     """Run a float64 model on NaN; return, by reader, which of its input channels are numbers nevertheless, bool."""
+    unseen = {name: torch.zeros(input_channels(model.get_submodule(name)), dtype=torch.bool) for name in readers}
     found: dict[str, Tensor] = {}
 
-    def silence(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        silent = _silent(module)
-        if silent is None:
-            return output
-        channels, dimension = silent
+    def put_constants(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        channels = _constant_channels(module)
+        assert channels is not None
         own = module._parameters.get("bias")
         bias = torch.zeros_like(channels, dtype=output.dtype) if own is None else own.to(output.dtype)
         view = [1] * output.dim()
-        view[dimension] = -1
+        view[channel_dimension(module)] = -1
         return torch.where(channels.view(view), bias.view(view), output)
 
     def forget(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return torch.full_like(output, torch.nan)
 
     def read(name: str, module: nn.Module, inputs: Tensor) -> None:
-        dimension = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)  # type: ignore[arg-type]
-        number = ~inputs.isnan().movedim(dimension, 0).flatten(1).any(1).cpu()
+        number = ~inputs.isnan().movedim(channel_dimension(module), 0).flatten(1).any(1).cpu()
         found[name] = found.get(name, number) & number
 
-    handles: list[RemovableHandle] = []
+    hooks = []
     for name, module in model.named_modules():
-        if _silent(module) is not None:
-            handles.append(module.register_forward_hook(silence))
+        if _constant_channels(module) is not None:
+            hooks.append(module.register_forward_hook(put_constants))
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            handles.append(module.register_forward_hook(forget))
+            hooks.append(module.register_forward_hook(forget))
         if name in readers:
-            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: read(name, m, args[0])))
-    try:
-        with observing(model), computing_in(torch.float64):
-            call_model(model, inputs_on_device_of(model, tree_map(_nan_like, example_inputs)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    unseen = {name: torch.zeros(input_channels(model.get_submodule(name)), dtype=torch.bool) for name in readers}
+            hooks.append(module.register_forward_pre_hook(lambda m, args, name=name: read(name, m, args[0])))
+    run_in_float64(model, [tree_map(_nan_like, example_inputs)], hooks)
     return {**unseen, **found}
 
 

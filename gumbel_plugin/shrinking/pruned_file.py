@@ -1,14 +1,13 @@
-"""Small networks that travel: safetensors with a JSON header that says how to rebuild one from its dense factory."""
+"""Files of small networks: safetensors with a JSON header that says how to rebuild one from its dense factory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, nearest, shown
@@ -17,8 +16,8 @@ from gumbel_plugin.graph.residual_blocks import residual_block
 from gumbel_plugin.layers import compact_attention
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.layers.weights import modules_with_gates
-from gumbel_plugin.shrinking.closed_blocks import removed_blocks, replace_block
-from gumbel_plugin.storage.json_record import Record, read_record
+from gumbel_plugin.shrinking.closed_blocks import removed_blocks
+from gumbel_plugin.storage.json_form import read_json
 from gumbel_plugin.storage.tensor_file import DIGEST, read_tensors, require_digest, write_tensors
 from gumbel_plugin.storage.versions import VERSION
 
@@ -32,18 +31,10 @@ HINT = "this is a shrunk network: rebuild it with gumbel_plugin.load_pruned(path
 _MOST = 2**31
 """No size or index is larger."""
 
-_Size = Annotated[int, Field(gt=-_MOST, lt=_MOST)]
-_Index = Annotated[int, Field(ge=0, lt=_MOST)]
-
-
-class _Header(Record):
-    """What a network file says as JSON."""
-
-    kept: dict[str, list[list[_Index] | None]]
-    sizes: dict[str, dict[str, _Size | list[_Size]]]
-    replaced: dict[str, str]
-    blocks: list[str] = Field(default_factory=list)
-    input_shape: list[_Index] | None = None
+_SIZE, _INDEX = range(1 - _MOST, _MOST), range(_MOST)
+_REQUIRED = {"kept": {str: [(None, [_INDEX])]}, "sizes": {str: {str: (_SIZE, [_SIZE])}}, "replaced": {str: str}}
+_OPTIONAL = {"blocks": [str], "input_shape": (None, [_INDEX])}
+"""What a network file says as JSON."""
 
 
 def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
@@ -137,7 +128,7 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         found = shown(sorted(metadata))
         raise DataError(f"{path} is no network file of this version: its header has {found}, not {FORMAT!r}")
     require_digest(path, _KIND, DIGEST in metadata, old=old)
-    return tensors, read_record(_Header, text, f"network file {path} has a damaged header")
+    return tensors, read_json(text, _REQUIRED, _OPTIONAL, f"network file {path} has a damaged header")
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
@@ -203,12 +194,11 @@ def _remove_block(model: nn.Module, name: str, path: str | Path) -> None:
     block = residual_block(modules[name]) if name in modules else "it has no such module"
     if isinstance(block, str):
         raise DataError(f"{path}: the factory's network has no residual block {shown(name)}: {block}")
-    replace_block(model, name, block)
+    model.set_submodule(name, block.remainder())
 
 
 def _replace(model: nn.Module, name: str, kind: str, path: str | Path) -> None:
     """Put the kind of attention layer in place that can have lost heads."""
-    parent, _, child = name.rpartition(".")
     layers = dict(model.named_modules())
     make = getattr(compact_attention, kind, None)
     known = isinstance(make, type) and issubclass(make, nn.Module) and make.__module__ == compact_attention.__name__
@@ -220,7 +210,7 @@ def _replace(model: nn.Module, name: str, kind: str, path: str | Path) -> None:
         layer = getattr(make, "of", make)(layers[name])
     except (AttributeError, TypeError) as error:
         raise DataError(f"{path}: the factory's {name!r} is no attention layer that {kind} replaces") from error
-    setattr(layers[parent], child, layer)
+    model.set_submodule(name, layer)
 
 
 def _add_biases(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

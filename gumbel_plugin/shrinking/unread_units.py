@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor, nn
 
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.graph.removal import removable_units
-from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension, read_channels
-
-_logger = logging.getLogger(__name__)
+from gumbel_plugin.layers.geometry import output_dimension, read_channels
+from gumbel_plugin.layers.weights import read_weight
 
 
 def unread_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tensor:
@@ -59,28 +57,8 @@ def find_dead_units(
     return dead
 
 
-def column_masks(model: nn.Module, groups: Sequence[ChannelGroup], dead: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return, by consumer, the mask of its weight that closes the input channels of dead units."""
-    modules = dict(model.named_modules())
-    columns: dict[str, Tensor] = {}
-    for group in groups:
-        for part in group.consumers if group.name in dead else ():
-            module = modules[part.module]
-            open_channels = columns.setdefault(part.module, torch.ones(input_channels(module)))
-            open_channels[part.positions[torch.isin(part.units, dead[group.name])]] = 0.0
-    masks = {}
-    for name, open_channels in columns.items():
-        weight = modules[name].weight
-        assert isinstance(weight, Tensor)
-        masks[name] = columns_view(modules[name], open_channels.to(weight.device)).expand_as(weight).clone()
-    return masks
-
-
 def _zero_rows(module: nn.Module, part: ChannelSlice, units: Tensor) -> None:
-    rows = part.positions[torch.isin(part.units, units)]
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dimension = output_dimension(module)
-    if weight.dim() < 2 or dimension is None:  # a normalization: nothing before it depends on its own parameters
-        return
-    weight.index_fill_(dimension, rows.to(weight.device), 0.0)
+    weight, dimension = read_weight(module), output_dimension(module)
+    if weight.dim() > 1 and dimension is not None:  # nothing before a normalization depends on its own parameters
+        rows = part.positions[torch.isin(part.units, units)]
+        weight.index_fill_(dimension, rows.to(weight.device), 0.0)

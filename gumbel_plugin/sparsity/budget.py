@@ -6,13 +6,12 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks import LearnedMask, name_of
+from gumbel_plugin.sparsity.budgeted import BudgetedMask
 from gumbel_plugin.sparsity.ranking import count_to_prune
 
 _logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ class BudgetTerm:
     """
 
     name: str
-    mask: LearnedMask
+    mask: BudgetedMask
     weight_source: object
     cost: float = 1.0
     max_ratio: float = 1.0
@@ -53,9 +52,20 @@ class BudgetTerm:
         return math.prod(self.mask.shape)
 
     def prunable_range(self) -> tuple[int, int]:
-        """Return the least and the most units that may go."""
+        """Return the least and the most units that may go; a type that fixes its own density leaves no choice."""
+        density = self.mask.sparsity_type.density
+        if density is not None:
+            return (self.units - round(self.units * density),) * 2
         most = self.units - self._fewest()
         return min(count_to_prune(self.units, self.min_ratio), most), most
+
+    def removal_order(self, scores: Tensor) -> Tensor:
+        """Return the units in the order in which they go, from their scores, one dimension each."""
+        order = torch.argsort(scores, stable=True)
+        if self.mask.sparsity_type.density is None:
+            return order
+        kept = self.mask.sparsity_type.project(scores.reshape(self.mask.shape), 0.0).flatten()
+        return order[torch.argsort(kept[order], stable=True)]
 
     def round_down(self, kept: Tensor, scores: Tensor) -> None:
         """Close the lowest-scored of the kept units, in place, until their number is a multiple."""
@@ -105,10 +115,9 @@ class Budget:
         term.mask.sparsity = None if self.ratio is None else min(max(self.ratio, bounds[0]), bounds[1])
 
     @property
-    def method(self) -> Any:
-        """The method of its masks."""
-        mask = self.terms[0].mask
-        return type(getattr(mask, "bank", mask))
+    def method(self) -> BudgetedMask:
+        """One of its masks, which are all of one method."""
+        return self.terms[0].mask
 
     def check(self) -> None:
         """Refuse a budget that the method cannot have.
@@ -116,7 +125,7 @@ class Budget:
         Raises:
             ConfigError: If the method needs a ratio and there is none, or its masks cannot share one.
         """
-        method, what = name_of(self.method), self.terms[0].name
+        method, what = self.method.method_name, self.terms[0].name
         if self.method.manages_own_sparsity and self.ratio is None:
             raise ConfigError(f"sparse_ratio of {what!r} is missing: method {method!r} cannot find one by itself")
         if len(self.terms) > 1 and not self.method.shares_budget:
@@ -191,7 +200,7 @@ class Budget:
         candidates: list[tuple[Tensor, Tensor, int]] = []
         for number, (term, score) in enumerate(zip(self.terms, scores, strict=True)):
             least, most = term.prunable_range()
-            order = torch.argsort(score, stable=True)
+            order = term.removal_order(score)
             keep[number][order[:least]] = False
             gone += least * term.cost
             candidates.append((score[order[least:most]], order[least:most], number))
@@ -242,11 +251,11 @@ class Budget:
             kept = term.mask.probability(term.weight) >= self.threshold
         least, most = term.prunable_range()
         gone = int((~kept).sum())
-        if least <= gone <= most:
+        if least <= gone <= most and term.mask.sparsity_type.density is None:
             return kept
         if gone == term.units:
             _logger.warning("%s would lose its last unit; it keeps one", term.name)
-        order = torch.argsort(term.mask.scores(term.weight).flatten(), stable=True)
+        order = term.removal_order(term.mask.scores(term.weight).flatten())
         within = torch.ones_like(kept).flatten()
         within[order[: min(max(gone, least), most)]] = False
         return within.reshape(kept.shape)

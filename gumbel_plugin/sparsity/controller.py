@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.config_values import Section
 from gumbel_plugin.sparsity.budget import Budget
+from gumbel_plugin.sparsity.budgeted import HasBudgetLoss
 from gumbel_plugin.sparsity.cost_budget import CostBudget
 from gumbel_plugin.sparsity.schedules import Schedule
 
@@ -173,9 +174,12 @@ class FlatDensities:
 
 def _own_loss(budget: Budget) -> Tensor | None:
     masks, weights = [m.mask for m in budget.terms], [m.weight for m in budget.terms]
-    return None if budget.ratio is None else masks[0].budget_loss(masks, weights, budget.achievable, budget.usage)
+    first = masks[0]
+    if budget.ratio is None or not isinstance(first, HasBudgetLoss):
+        return None
+    return first.budget_loss(masks, weights, budget.achievable, budget.usage)
 
 
-def _at_least(values: Tensor, floors: Tensor) -> Tensor:
-    """Raise values to their floors but keep their gradients, so that a mask that closed everything can open again."""
-    return values + (floors - values.detach()).clamp_min(0.0)
+def _at_least(values: Tensor, lowest: Tensor) -> Tensor:
+    """Raise values to the lowest ones allowed, with their gradients: a mask that closed everything can open again."""
+    return values + (lowest - values.detach()).clamp_min(0.0)

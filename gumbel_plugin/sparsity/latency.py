@@ -20,7 +20,14 @@ from torch.utils.benchmark.utils.timer import timer  # waits for an accelerator 
 from gumbel_plugin.errors import ConfigError, DataError, TargetError, nearest
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.example_inputs import ExampleInputs, call_model, inputs_on_device_of, observing
-from gumbel_plugin.layers.geometry import is_depthwise, is_matrix, layer_channels
+from gumbel_plugin.layers.geometry import (
+    channel_dimension,
+    groups_of,
+    is_depthwise,
+    is_matrix,
+    is_transposed,
+    layer_channels,
+)
 from gumbel_plugin.sparsity.cost_model import CostModel, WidthCosts, Widths
 from gumbel_plugin.storage.files import write_bytes
 
@@ -239,19 +246,18 @@ def _measure_layer(module: nn.Module, shape: torch.Size, min_run_time: float) ->
     that contradict each other is the better one: no layer takes longer than a wider one was seen to.
     """
     wide_in, wide_out = layer_channels(module)
-    groups = int(getattr(module, "groups", 1))
+    groups = groups_of(module)
     depthwise = is_depthwise(module)
     outputs = _points(wide_out, 1 if depthwise else groups)
     inputs = (wide_in,) if depthwise else _points(wide_in, groups)
     times = torch.empty(len(inputs), len(outputs))
     weight = module.weight
     assert isinstance(weight, Tensor)
-    channel_dimension = -1 if weight.dim() == 2 else 1 - weight.dim()  # the channels are before the spatial dimensions
     for row, in_channels in enumerate(inputs):
         for column, out_channels in enumerate(outputs):
             size = list(shape)
-            size[channel_dimension] = out_channels if depthwise else in_channels
-            layer = _narrow(module, size[channel_dimension], out_channels).eval()
+            size[channel_dimension(module)] = out_channels if depthwise else in_channels
+            layer = _narrow(module, size[channel_dimension(module)], out_channels).eval()
             batch = torch.ones(size, device=weight.device, dtype=weight.dtype)  # times do not depend on the values
             with torch.no_grad():
                 times[row, column] = _milliseconds(partial(layer, batch), min_run_time)
@@ -293,13 +299,13 @@ def _narrow(module: nn.Module, in_channels: int, out_channels: int) -> Any:
     layer: Any = copy.deepcopy(module)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    groups = int(getattr(module, "groups", 1))
+    groups = groups_of(module)
     kind = "features" if isinstance(module, nn.Linear) else "channels"
     if is_depthwise(module):
         layer.groups, rows, columns = out_channels, out_channels, 1
     else:
         rows, columns = out_channels, in_channels // groups
-        if getattr(module, "transposed", False):
+        if is_transposed(module):
             rows, columns = in_channels, out_channels // groups
     layer.weight = nn.Parameter(weight.detach()[:rows, :columns].clone())
     if isinstance(layer.bias, Tensor):

@@ -49,6 +49,11 @@ class Schedule:
             raise ValueError(f"an exponential schedule needs positive ends, got {self.start} to {self.end}")
         return self
 
+    @property
+    def lowest(self) -> float:
+        """The lower one of its ends."""
+        return min(self.start, self.end)
+
     def __call__(self, progress: float) -> float:
         """Return the value at this progress (clamped to [0, 1])."""
         p = min(1.0, max(0.0, progress))
@@ -57,6 +62,6 @@ class Schedule:
         return self.start + (self.end - self.start) * _CURVES[self.shape](p)
 
 
-def constant(value: float) -> Schedule:
-    """Return the schedule that stays at a value."""
-    return Schedule(value, value, "constant")
+def as_schedule(value: float | Schedule) -> Schedule:
+    """Return a schedule as it is, and a number as the schedule that stays there."""
+    return value if isinstance(value, Schedule) else Schedule(value, value, "constant")

@@ -1,4 +1,4 @@
-"""How far the samples agree with the consensus: each is asked for its own gates before the gating modules go."""
+"""How far the gates of samples agree with the consensus: each sample is evaluated before the gating modules go."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.layers.example_inputs import ExampleInputs, batch_size_of, call_model, inputs_on_device_of, observing
-from gumbel_plugin.masks.base import LearnedMask, Phase
+from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.training.session import MaskingSession
 
 
@@ -21,7 +22,7 @@ class Agreement:
     """How far samples agree with the gates that were decided.
 
     Attributes:
-        samples: How many were asked.
+        samples: How many were evaluated.
         unanimous: The fraction of them all of whose own gates are the decided ones.
         gates: By mask name, for every gate the fraction of the samples whose own gate is the decided one.
     """
@@ -35,14 +36,14 @@ class Agreement:
         return asdict(self)
 
 
-def votes_per_sample(session: MaskingSession) -> bool:
+def has_sample_gates(session: MaskingSession) -> bool:
     """Return whether the gates of a session belong to samples, so that there is something to agree on."""
-    return any(mask.per_sample for mask in session.plan.masks.values())
+    return bool(_masks_of_samples(session))
 
 
 @torch.no_grad()
 def set_consensus_from(session: MaskingSession, batches: Iterable[ExampleInputs]) -> None:
-    """Set every gate's consensus to what most samples of some data vote for, instead of those of the last batches.
+    """Set every gate's consensus to what most samples of some data have, instead of those of the last batches.
 
     Args:
         session: A started session whose gates belong to samples and are not decided yet.
@@ -52,20 +53,21 @@ def set_consensus_from(session: MaskingSession, batches: Iterable[ExampleInputs]
         ConfigError: If the session's method has no gates of samples.
         DataError: If there is no batch.
     """
+    masks = _masks_of_samples(session)
     sums: dict[str, list[Tensor]] = {}
-    voters: dict[str, int] = {}  # more than samples where a network puts several rows of a sample through a layer
-    for _, votes in _votes(session, batches):
-        for name, (hard, soft) in votes.items():
+    rows: dict[str, int] = {}  # more than samples where a network puts several rows of a sample through a layer
+    for _, gates in _sample_gates(session, batches):
+        for name, (hard, soft) in gates.items():
             own = [hard.double().sum(0), soft.double().sum(0)]
             sums[name] = [a + b for a, b in zip(sums[name], own, strict=True)] if name in sums else own
-            voters[name] = voters.get(name, 0) + len(hard)
+            rows[name] = rows.get(name, 0) + len(hard)
     for name, (hard, soft) in sums.items():
-        session.plan.masks[name].set_consensus(hard / voters[name], soft / voters[name])
+        masks[name].set_consensus(hard / rows[name], soft / rows[name])
 
 
 @torch.no_grad()
 def measure_agreement(session: MaskingSession, batches: Iterable[ExampleInputs]) -> Agreement:
-    """Ask samples for their own gates and compare them with the decided ones; decides them if that is to be done.
+    """Compare the own gates of samples with the decided ones; decides them if that is to be done.
 
     Each sample runs through the network with its own gates in eval mode. To be called before `MaskingSession.detach`
     takes the gating modules away.
@@ -82,9 +84,9 @@ def measure_agreement(session: MaskingSession, batches: Iterable[ExampleInputs])
         session.decide()
     equal: dict[str, Tensor] = {}
     count, unanimous = 0, 0
-    for samples, votes in _votes(session, batches):
+    for samples, sample_gates in _sample_gates(session, batches):
         together = torch.ones(samples, dtype=torch.bool)
-        for name, (hard, _) in votes.items():
+        for name, (hard, _) in sample_gates.items():
             same = ((hard != 0) == session.plan.masks[name].hard.flatten()).cpu()
             same = same.reshape(samples, -1, same.shape[1]).all(1)  # all rows of a sample
             equal[name] = same.sum(0) + equal.get(name, 0)
@@ -95,27 +97,32 @@ def measure_agreement(session: MaskingSession, batches: Iterable[ExampleInputs])
     return Agreement(count, unanimous / count, gates)
 
 
-Votes = dict[str, tuple[Tensor, Tensor]]
+SampleGates = dict[str, tuple[Tensor, Tensor]]
 """By mask name: each sample's hard gates, and their σ, (samples, units)."""
 
 
-def _votes(session: MaskingSession, batches: Iterable[ExampleInputs]) -> Iterator[tuple[int, Votes]]:
-    """Yield the size of every batch, and its samples' votes."""
-    if not votes_per_sample(session):
+def _masks_of_samples(session: MaskingSession) -> dict[str, PerSample]:
+    return {name: mask for name, mask in session.plan.masks.items() if isinstance(mask, PerSample)}
+
+
+def _sample_gates(session: MaskingSession, batches: Iterable[ExampleInputs]) -> Iterator[tuple[int, SampleGates]]:
+    """Yield the size of every batch, and its samples' gates."""
+    masks = _masks_of_samples(session)
+    if not masks:
         raise ConfigError(f"method {session.config.method!r} has no gates that belong to samples")
     empty = True
-    with _evaluated_per_sample(list(session.plan.masks.values())), observing(session.model):
+    with _evaluated_per_sample(list(masks.values())), observing(session.model):
         for batch in batches:
             empty = False
             call_model(session.model, inputs_on_device_of(session.model, batch))
-            found = {name: mask.last_votes() for name, mask in session.plan.masks.items()}
-            yield batch_size_of(batch), {name: votes for name, votes in found.items() if votes is not None}
+            found = {name: mask.last_sample_gates() for name, mask in masks.items()}
+            yield batch_size_of(batch), {name: gates for name, gates in found.items() if gates is not None}
     if empty:
-        raise DataError("there is no batch whose samples could be asked for their gates")
+        raise DataError("there is no batch whose samples' gates could be evaluated")
 
 
 @contextmanager
-def _evaluated_per_sample(masks: list[LearnedMask]) -> Iterator[None]:
+def _evaluated_per_sample(masks: list[PerSample]) -> Iterator[None]:
     """Let every sample's own gates act meanwhile."""
     try:
         for mask in masks:

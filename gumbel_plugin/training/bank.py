@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.masks import LearnedMask
+from gumbel_plugin.sparsity.types import CHANNEL
 
 BANK = "/bank"
 """What the bank's mask is called among the masks that hang on layers; no module has such a name."""
@@ -60,7 +61,7 @@ class GateSlice:
     the phase, the schedules, the noise.
     """
 
-    granularity = None
+    sparsity_type = CHANNEL
 
     def __init__(self, size: int) -> None:
         self.shape = (size,)
@@ -129,3 +130,31 @@ class GateSlice:
         if name.startswith("_") or "_owner" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return self._sliced(getattr(self.bank, name))
+
+
+def joined_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's saved state for the bank's one parameter, where one was saved for every group (0.1.0).
+
+    Args:
+        optimizer: The optimizer that the state is for.
+        state: What `state_dict` returned; left alone, and returned as it is where it fits already.
+    """
+    joined: dict[str, Any] = {"state": {}, "param_groups": []}
+    number = 0
+    for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        numbers = saved["params"]
+        if len(own["params"]) == 1 < len(numbers):
+            parts = [state["state"][each] for each in numbers if each in state["state"]]
+            moments = (
+                {key: torch.cat([part[key] for part in parts]) for key in parts[0] if parts[0][key].dim()}
+                if parts
+                else {}
+            )
+            joined["state"][number] = {**parts[0], **moments} if parts else {}
+            numbers = numbers[:1]
+        else:
+            known = {number + place: state["state"].get(each) for place, each in enumerate(numbers)}
+            joined["state"].update({place: own_state for place, own_state in known.items() if own_state is not None})
+        joined["param_groups"].append({**saved, "params": list(range(number, number + len(numbers)))})
+        number += len(numbers)
+    return joined

@@ -10,6 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.layers.weights import Attached
 from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.masks.per_sample import PerSample
+from gumbel_plugin.sparsity.types import CHANNEL
 from gumbel_plugin.training.gated_layer import GatedLayerHooks
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.sample_gates import SampleHooks
@@ -38,7 +40,7 @@ class SessionHooks(Attached):
         ]
         # Nor can a wrapper that masks weights act on activations.
         self._of_layers += [
-            SampleHooks(gated) for gated in gated_layers if any(mask.per_sample for mask in gated.masks)
+            SampleHooks(gated) for gated in gated_layers if any(isinstance(mask, PerSample) for mask in gated.masks)
         ]
         for hook in self._of_layers:
             hook.attach()
@@ -53,7 +55,7 @@ class SessionHooks(Attached):
         for gated in self._plan.gated_layers.values():
             gated.unhide()
         masks = self._plan.learned()
-        if not (module.training or any(mask.evaluated_per_sample for mask in masks)):
+        if not (module.training or any(isinstance(mask, PerSample) and mask.evaluated_per_sample for mask in masks)):
             return
         if torch._C._current_graph_task_id() == -1:
             self._plan.noise.forward += 1
@@ -67,5 +69,5 @@ class SessionHooks(Attached):
             self._plan.bank.forget_sample()
             self._plan.bank.parts()
         for mask in masks:
-            if mask.granularity is None and not mask.per_sample:
+            if mask.sparsity_type == CHANNEL and not isinstance(mask, PerSample):
                 mask.gates()

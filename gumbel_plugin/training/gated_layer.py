@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.graph.channel_groups import ChannelSlice
 from gumbel_plugin.graph.residual_blocks import ResidualBlock
-from gumbel_plugin.layers.geometry import columns_view, input_channels
-from gumbel_plugin.layers.weights import Attached, unhide_weight
+from gumbel_plugin.layers.geometry import channel_dimension, columns_view, input_channels
+from gumbel_plugin.layers.weights import Attached, read_bias, read_weight, unhide_weight, write_weight
 from gumbel_plugin.masks.base import LearnedMask, Phase
+from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.training.rescale import Rescale, dynamic_scale
 
 # Layers whose weights the parent's forward reads instead of calling them, by the parent's class; torch's fused kernels
@@ -87,7 +88,6 @@ class GatedLayer:
     Attributes:
         name: The layer's name.
         module: The layer.
-        owner: What holds the weight parameter: the layer, or a wrapper around it.
         mask: The mask over this weight's own units, if any.
         columns: The gates of the layer's input channels, if any.
         scale: The learned scalar of smart rescale, if any.
@@ -99,7 +99,6 @@ class GatedLayer:
 
     name: str
     module: nn.Module
-    owner: nn.Module
     mask: LearnedMask | None = None
     columns: ColumnGates | None = None
     scale: nn.Parameter | None = None
@@ -111,16 +110,12 @@ class GatedLayer:
     @property
     def weight(self) -> Tensor:
         """The weight parameter, also while the gated weight of a forward hides it (see `GatedLayerHooks`)."""
-        weight = self.owner._parameters.get("weight")
-        weight = self.owner.weight if weight is None else weight  # type: ignore[assignment]
-        assert isinstance(weight, Tensor)
-        return weight
+        return read_weight(self.module)
 
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias parameter, if it has one."""
-        owned = self.owner._parameters.get("bias")
-        return self.module._parameters.get("bias") if owned is None else owned
+        return read_bias(self.module)
 
     @property
     def read_by_parent(self) -> bool:
@@ -140,7 +135,7 @@ class GatedLayer:
     @property
     def follows_samples(self) -> bool:
         """Whether each sample has gates of its own now, which act on activations (see `SampleHooks`)."""
-        return any(mask.follows_samples for mask in self.masks)
+        return any(isinstance(mask, PerSample) and mask.follows_samples for mask in self.masks)
 
     def unhide(self) -> None:
         """Let the layer have its own weight again, if the gated one of a forward hides it (see `GatedLayerHooks`).
@@ -180,8 +175,7 @@ class GatedLayer:
         """Return the layer's input with closed channels zeroed: the same as masking the weight's columns."""
         assert self.columns is not None
         gates = self.columns.vector().to(inputs.dtype)
-        spatial = 0 if isinstance(self.module, nn.Linear) else len(self.module.kernel_size)  # type: ignore[arg-type]
-        return scale_channels(inputs, gates, spatial)
+        return scale_channels(inputs, gates, -1 - channel_dimension(self.module))
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -190,7 +184,7 @@ class GatedLayer:
         With 0/1 gates s·(w·m) and (s·w)·m are the same floating-point numbers, so nothing changes but the storage.
         """
         self.unhide()
-        self.weight.copy_(self.apply(self.weight))
+        write_weight(self.module, self.apply(self.weight))
         if self.block is not None and self.mask is not None and self.bias is not None:
             self.bias.mul_(self.mask.hard.all())
         self.folded = True

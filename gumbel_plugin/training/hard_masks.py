@@ -1,4 +1,4 @@
-"""NNI's masks format, the one currency of masks: written from a plan's gates, and read back into decisions."""
+"""Masks in NNI's format: written from a plan's gates, and read back into decisions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import TargetError, nearest, shown
 from gumbel_plugin.graph.channel_groups import ChannelGroup
-from gumbel_plugin.layers.geometry import output_dimension
+from gumbel_plugin.layers.geometry import output_dimension, rows_view
+from gumbel_plugin.layers.weights import read_weight
 from gumbel_plugin.storage.mask_format import Masks, check_format
 from gumbel_plugin.training.plan import Plan
 
@@ -53,8 +54,7 @@ def decisions_of(plan: Plan, modules: Mapping[str, nn.Module], masks: Masks) -> 
         given = masks.get(name, {}).get("weight")
         if gated.mask is not None and given is not None:
             _check_shape(name, given, gated.weight)
-            granularity = gated.mask.granularity
-            decided[id(gated.mask)] = given if granularity is None else granularity.reduce(given.float())
+            decided[id(gated.mask)] = gated.mask.sparsity_type.reduce(given.float())
     for name, group in plan.groups.items():
         rows = {
             part.module: _open_rows(part.module, modules[part.module], masks[part.module]["weight"])
@@ -68,14 +68,11 @@ def decisions_of(plan: Plan, modules: Mapping[str, nn.Module], masks: Masks) -> 
 
 def _rows(module: nn.Module, positions: Tensor, hard: Tensor) -> dict[str, Tensor]:
     """Return row masks of a producer's weight and bias for the channels at these positions."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dim = output_dimension(module)
+    weight, dim = read_weight(module), output_dimension(module)
     assert dim is not None
     channels = torch.ones(weight.shape[dim], device=weight.device)
     channels[positions] = hard.to(channels)
-    shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-    masks = {"weight": channels.reshape(shape).expand_as(weight).clone()}
+    masks = {"weight": rows_view(module, channels).expand_as(weight).clone()}
     if isinstance(getattr(module, "bias", None), Tensor):
         masks["bias"] = channels.clone()
     return masks
@@ -97,8 +94,7 @@ def _check_shape(name: str, mask: Tensor, weight: Tensor) -> None:
 
 def _open_rows(name: str, module: nn.Module, mask: Tensor) -> Tensor:
     """Return which output channels of a producer its weight's mask keeps anything of, bool."""
-    assert isinstance(module.weight, Tensor)
-    _check_shape(name, mask, module.weight)
+    _check_shape(name, mask, read_weight(module))
     dimension = output_dimension(module)
     assert dimension is not None
     return (mask != 0).cpu().transpose(0, dimension).flatten(1).any(1) if mask.dim() > 1 else (mask != 0).cpu()

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError
 from gumbel_plugin.layers.example_inputs import observing
-from gumbel_plugin.layers.weights import GATES, Attached
+from gumbel_plugin.layers.weights import Attached, is_gate
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.session import MaskingSession
@@ -220,7 +220,7 @@ class _PlainStateDict:
     def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         if self._loop is None:
             return
-        for name in [name for name in state if name.startswith(prefix) and GATES in name]:
+        for name in [name for name in state if name.startswith(prefix) and is_gate(name)]:
             del state[name]
         masked = self._loop._masked_tensors()
         for name, module in model.named_modules(prefix=prefix.rstrip("."), remove_duplicate=False):
@@ -235,7 +235,7 @@ def _keep_gates(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
     """Let a plain state be loaded into a gated network: the gates stay as they are."""
     for tensors in (module.named_parameters, module.named_buffers):
         for name, tensor in tensors(remove_duplicate=False):
-            if GATES in name:
+            if is_gate(name):
                 state.setdefault(prefix + name, tensor.detach())
 
 

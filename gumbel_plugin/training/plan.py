@@ -16,9 +16,10 @@ from gumbel_plugin.graph.residual_blocks import ResidualBlock
 from gumbel_plugin.layers.geometry import is_matrix, output_dimension
 from gumbel_plugin.layers.weights import how_to_keep_weights
 from gumbel_plugin.masks import LearnedMask, NoiseSource, method_named
+from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
 from gumbel_plugin.sparsity.counting import macs_of_layers
-from gumbel_plugin.sparsity.types import WHOLE, Granularity
+from gumbel_plugin.sparsity.types import WHOLE, SparsityType
 from gumbel_plugin.training.bank import GateBank, GateSlice
 from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer, reader_of
 
@@ -54,7 +55,7 @@ class Plan:
         self._modules = dict(model.named_modules())
         self._config = config
         self.noise = NoiseSource(seed, per_rank=config.per_rank_samples)
-        counts = method_named(config.method).counts_macs and example_inputs is not None
+        counts = issubclass(method_named(config.method), PerSample) and example_inputs is not None
         self._macs = macs_of_layers(model, example_inputs) if counts else None
 
     def scales(self) -> list[nn.Parameter]:
@@ -73,10 +74,10 @@ class Plan:
         )
         return next((gated.weight for gated in owners if gated.mask is mask), None)
 
-    def gate_layer(self, name: str, granularity: Granularity) -> BudgetTerm:
+    def gate_layer(self, name: str, granularity: SparsityType) -> BudgetTerm:
         """Gate the units of one layer's weight."""
         gated = self.gated(name)
-        shape = granularity.gate_shape(gated.weight.shape)
+        shape = granularity.latent_shape(gated.weight.shape)
         self.masks[name] = gated.mask = self._new_mask(shape, granularity)
         return BudgetTerm(name, gated.mask, gated, float(granularity.unit_size(gated.weight.shape)))
 
@@ -84,7 +85,8 @@ class Plan:
         """Gate a whole residual block; the gate acts on its branch, at the last layer."""
         gated = self.gated(f"{name}.{block.last}")
         mask = self._new_mask((1,) * gated.weight.dim(), WHOLE)
-        mask.read(block.channels)
+        if isinstance(mask, PerSample):
+            mask.read_features(block.channels)
         self.masks[name] = gated.mask = mask
         gated.block = block
         layers = {f"{name}.{inner}": module for inner, module in block.module.named_modules() if is_matrix(module)}
@@ -96,7 +98,7 @@ class Plan:
         if self._config.method_options().gates_blocks:
             raise ConfigError("options.unit 'block': whole channels are gated here, not blocks; use 'channel'")
         method = method_named(self._config.method)
-        together = method.shares_budget and not method.per_sample
+        together = method.shares_budget and not issubclass(method, PerSample)
         self.masks[group.name] = GateSlice(group.size) if together else self._new_mask((group.size,), None)
         self.groups[group.name] = group
         return BudgetTerm(group.name, self.masks[group.name], None, self.unit_cost(group))
@@ -141,7 +143,7 @@ class Plan:
         for layer, parts in feeds.items():
             gated = self.gated(layer)
             gated.columns = ColumnGates.join(self._modules[layer], parts)
-            if gated.read_by_parent and any(mask.per_sample for mask in gated.masks):
+            if gated.read_by_parent and any(isinstance(mask, PerSample) for mask in gated.masks):
                 raise TargetError(
                     f"{layer!r} is never called, its parent reads its weight; method {self._config.method!r} gates the "
                     f"activations of each sample, which it cannot do there: exclude the channels that {layer!r} reads"
@@ -157,7 +159,7 @@ class Plan:
             module = self._modules[name]
             self._check_own_weight(name, module)
             scale = nn.Parameter(torch.ones(())) if self._config.rescale == "learned" else None
-            gated = GatedLayer(name, module, module, scale=scale, rescale=self._config.rescale)
+            gated = GatedLayer(name, module, scale=scale, rescale=self._config.rescale)
             gated.reader = reader_of(self._modules, name)
             self.gated_layers[name] = gated
         return self.gated_layers[name]
@@ -178,7 +180,7 @@ class Plan:
                     f"{name!r} shares its weight with {other!r}, which its mask would change too: exclude it"
                 )
 
-    def _new_mask(self, shape: Sequence[int], granularity: Granularity | None) -> LearnedMask:
+    def _new_mask(self, shape: Sequence[int], granularity: SparsityType | None) -> LearnedMask:
         method = method_named(self._config.method)
         mask = method(shape, self._config.method_options(), self.noise, len(self.masks), granularity)
         first = next(iter(self.masks.values()), mask)

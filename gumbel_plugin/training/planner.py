@@ -14,7 +14,8 @@ from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.residual_blocks import ResidualBlock, residual_block
-from gumbel_plugin.masks import name_of
+from gumbel_plugin.layers.geometry import input_dimension
+from gumbel_plugin.masks.weight_dependent import WeightDependent
 from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
 from gumbel_plugin.sparsity.types import granularity_of
 from gumbel_plugin.training.metric_budgets import budgets_by_metric
@@ -114,24 +115,25 @@ class _Builder:
             raise ConfigError(
                 f"{name!r} is masked by its own entry and as part of a channel group; exclude it from one"
             )
-        granularity = granularity_of(rule.granularity)
+        granularity = granularity_of(rule.granularity, input_dimension(self._modules[name]))
         first = self._tied_to(rule, name)
         if first is None:
             self._join_budget(rule, self.plan.gate_layer(name, granularity))
             return
-        if first.mask.reads_weight:
+        mask = self.plan.masks[first.name]
+        if isinstance(mask, WeightDependent):
             raise ConfigError(
-                f"dependency_group_id {rule.dependency_group_id!r}: gates of method {name_of(type(first.mask))!r} are "
+                f"dependency_group_id {rule.dependency_group_id!r}: gates of method {mask.method_name!r} are "
                 f"functions of one layer's weight, so {name!r} and {first.name!r} cannot share them"
             )
         gated = self.plan.gated(name)
-        shape = granularity.gate_shape(gated.weight.shape)
-        if (first.mask.shape, first.mask.granularity) != (shape, granularity):
+        shape = granularity.latent_shape(gated.weight.shape)
+        if (mask.shape, mask.sparsity_type) != (shape, granularity):
             raise ConfigError(
                 f"dependency_group_id {rule.dependency_group_id!r}: {name!r} has gates of shape {shape}, "
-                f"{first.name!r} of shape {first.mask.shape}; they cannot share them"
+                f"{first.name!r} of shape {mask.shape}; they cannot share them"
             )
-        gated.mask = first.mask
+        gated.mask = mask
         first.cost += granularity.unit_size(gated.weight.shape)
 
     def add_blocks(self, rule: LayerRule, selected: Sequence[str]) -> None:

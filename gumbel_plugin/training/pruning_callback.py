@@ -11,7 +11,7 @@ from torch import nn
 from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, LifecycleError
 from gumbel_plugin.layers.example_inputs import checked_inputs, inputs_following
-from gumbel_plugin.shrinking.shrink import Backend, shrink
+from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.loop import MaskingLoop
 from gumbel_plugin.training.session import MaskingSession
@@ -32,12 +32,11 @@ class PruningCallback:
         self._network: nn.Module | None = None
         self.masks: Masks | None = None
 
-    def shrink(self, example_inputs: Any = None, backend: Backend = "torch_pruning") -> nn.Module:
+    def shrink(self, example_inputs: Any = None) -> nn.Module:
         """Return a new dense network without the closed channels and heads, verified equal to the trained one.
 
         Args:
             example_inputs: What to trace with; by default what the callback was built with.
-            backend: See `gumbel_plugin.shrink`.
 
         Raises:
             LifecycleError: If nothing was trained yet.
@@ -49,7 +48,7 @@ class PruningCallback:
         inputs = self._example_inputs if example_inputs is None else example_inputs
         if inputs is None:
             raise ConfigError("shrink needs example_inputs: a tensor, a tuple of them, or a dict")
-        return shrink(self._network.cpu(), self.masks, self._fitting(inputs), backend)
+        return shrink(self._network.cpu(), self.masks, self._fitting(inputs))
 
     @property
     def settled(self) -> bool:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gumbel_plugin.errors import LifecycleError
+from gumbel_plugin.layers.geometry import channel_dimension
 from gumbel_plugin.layers.weights import Attached
 from gumbel_plugin.masks.base import LearnedMask, Phase
+from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer
 
 
@@ -53,7 +55,7 @@ class SampleHooks(Attached):
 
     def _read_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask, block = self.gated.mask, self.gated.block
-        assert mask is not None
+        assert isinstance(mask, PerSample)
         assert block is not None
         if mask.follows_samples:
             inputs = args[0] if args else next(iter(kwargs.values()))
@@ -61,7 +63,7 @@ class SampleHooks(Attached):
 
     def _gate_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         mask = self.gated.mask
-        assert mask is not None
+        assert isinstance(mask, PerSample)
         if mask.phase is Phase.OPEN and not mask.evaluated_per_sample:
             return output
         if not mask.follows_samples:
@@ -79,12 +81,13 @@ def gate_columns(columns: ColumnGates, inputs: Tensor, layer: nn.Module) -> Tens
             samples' dimension it is one sample.
         layer: The layer.
     """
-    last = isinstance(layer, nn.Linear)
-    whole_dims = 2 if last else 2 + len(layer.kernel_size)  # type: ignore[arg-type]
-    batch = inputs if inputs.dim() >= whole_dims else inputs.unsqueeze(0)
+    dimension = channel_dimension(layer)
+    last = dimension == -1
+    batch = inputs if inputs.dim() > -dimension else inputs.unsqueeze(0)
     means = cache(lambda: channel_means(batch, last))
     gates, start = [], 0
     for mask in columns.masks:
+        assert isinstance(mask, PerSample)
         places = (columns.index >= start) & (columns.index < start + mask.shape[0])
         gates.append(mask.gates_of_samples(_unit_means(means, places, columns.index[places] - start, mask), layer))
         start += mask.shape[0]

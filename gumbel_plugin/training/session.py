@@ -12,7 +12,7 @@ from gumbel_plugin.config import ConfigLike, OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.model_check import refuse_unusable
-from gumbel_plugin.layers.weights import GATES, modules_with_gates, remove_gates
+from gumbel_plugin.layers.weights import GATES, modules_with_gates, own_parameters, remove_gates
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.controller import BudgetController
 from gumbel_plugin.storage.mask_format import Masks
@@ -73,7 +73,7 @@ class MaskingSession:
             seed: Seeds initial weights and the masks' noise; by default the configuration's, else 0.
             plan: What is gated, where something else than the config list decides it.
             example_inputs: One batch, to find the channel groups with, and for methods that count multiply-accumulates
-                (`LearnedMask.counts_macs`): a budget shared by several masks is in multiply-accumulates then. Without
+                (`PerSample`): a budget shared by several masks is in multiply-accumulates then. Without
                 it, it is in weights.
             snapshot_every: After how many steps `guard` copies the model's state, to fall back to; None copies nothing.
 
@@ -165,7 +165,7 @@ class MaskingSession:
         if self._hooks is not None:
             raise LifecycleError("the session is attached to its model already; detach() comes before attach()")
         taken = set(modules_with_gates(self.model)) & {gated.module for gated in self.plan.gated_layers.values()}
-        if taken:  # sessions of several pruners of NNI's may hold different layers of one model
+        if taken:  # several sessions may hold different layers of one model
             raise LifecycleError("another masking session holds layers of this one; detach that one first")
         if self.config.weights == "frozen":
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
@@ -202,7 +202,7 @@ class MaskingSession:
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return what is trained of the network itself, for its own optimizer; nothing if the weights are frozen."""
-        return [p for name, p in self.model.named_parameters() if p.requires_grad and GATES not in name]
+        return own_parameters(self.model)
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """Return the learned parameters of all masks, each once."""

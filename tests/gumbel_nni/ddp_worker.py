@@ -66,11 +66,11 @@ def train_by_hand(rank: int, **more: Any) -> dict[str, Any]:
         for optimizer in optimizers:
             optimizer.step()
         session.step()
-    learnt = {"logit": torch.cat([p.detach() for p in session.gate_parameters()])}
-    learnt["scales"] = torch.stack([p.detach() for p in session.scale_parameters()])
+    learned = {"logit": torch.cat([p.detach() for p in session.gate_parameters()])}
+    learned["scales"] = torch.stack([p.detach() for p in session.scale_parameters()])
     masks = session.extract()
     session.detach()
-    return {"masks": masks, "weights": tensors_of(model), "learned": learnt, "samples": torch.stack(samples)}
+    return {"masks": masks, "weights": tensors_of(model), "learned": learned, "samples": torch.stack(samples)}
 
 
 def train_with_nni(rank: int) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def train_with_nni(rank: int) -> dict[str, Any]:
     )
     pruner = GumbelPruner(model, make_config(), evaluator)
     _, masks = pruner.compress(max_steps=STEPS)
-    learnt = {"logit": torch.cat([p.detach() for p in pruner.session.gate_parameters()])}
+    learned = {"logit": torch.cat([p.detach() for p in pruner.session.gate_parameters()])}
     pruner.unwrap_model()
-    return {"masks": masks, "weights": tensors_of(model), "learned": learnt}
+    return {"masks": masks, "weights": tensors_of(model), "learned": learned}
 
 
 def train_with_torch_pruning(rank: int) -> dict[str, Any]:
@@ -111,9 +111,9 @@ def train_with_torch_pruning(rank: int) -> dict[str, Any]:
         loss.backward()
         pruner.regularize(wrapped, loss)
         optimizer.step()
-    learnt = {"logit": torch.cat([p.detach() for p in pruner.gate_parameters()])}
+    learned = {"logit": torch.cat([p.detach() for p in pruner.gate_parameters()])}
     pruner.step()
-    return {"masks": pruner.masks(), "weights": tensors_of(model), "learned": learnt}
+    return {"masks": pruner.masks(), "weights": tensors_of(model), "learned": learned}
 
 
 def main(rank: int, world: int, folder: Path) -> None:

@@ -25,9 +25,12 @@ from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
 
 import gumbel_nni
+from gumbel_nni.any_masks import Backend
+from gumbel_nni.compat.exact_speedup import column_masks
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, TargetError
+from gumbel_plugin.layers.geometry import input_channels, read_channels
 from gumbel_plugin.shrinking.mask_file import save_masks
-from gumbel_plugin.shrinking.shrink import Backend, masked_copy
+from gumbel_plugin.shrinking.shrink import masked_copy
 
 BACKENDS: tuple[Backend, ...] = ("torch_pruning", "nni")
 Masks = dict[str, dict[str, Tensor]]
@@ -216,7 +219,7 @@ class Attention(nn.Module):
 
 
 class TestNothingCanLeave:
-    """A warning names the layers and says why; the network that is returned still computes what the masked one does."""
+    """A warning names the layers and the reasons; the network that is returned computes what the masked one does."""
 
     def rows_of(self, layer: nn.Module, closed: list[int]) -> dict[str, Tensor]:
         masks = {"weight": torch.ones_like(layer.weight), "bias": torch.ones_like(layer.bias)}
@@ -276,3 +279,22 @@ class TestNothingCanLeave:
         pruner.speedup()
         (message,) = caplog.messages
         assert "'0': the mask closes no whole channel" in message
+
+
+def test_column_masks_close_the_inputs_of_the_readers(network: Any) -> None:
+    groups = network.groups()
+    dead = {name: torch.tensor([0, group.size - 1]) for name, group in groups.items()}
+    masks = column_masks(network.model, list(groups.values()), dead)
+    assert set(masks) == {part.module for group in groups.values() for part in group.consumers}
+    for name, mask in masks.items():
+        layer = network.model.get_submodule(name)
+        assert mask.shape == layer.weight.shape
+        with torch.no_grad():
+            layer.weight.fill_(1.0).mul_(mask)
+        closed = torch.zeros(input_channels(layer), dtype=torch.bool)
+        for group in groups.values():
+            for part in group.consumers:
+                if part.module == name:
+                    closed[part.positions[torch.isin(part.units, dead[group.name])]] = True
+        assert torch.equal(read_channels(layer), ~closed)
+    assert column_masks(network.model, list(groups.values()), {}) == {}

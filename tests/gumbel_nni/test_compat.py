@@ -278,7 +278,7 @@ def test_masks_of_a_pruner_load_from_a_path(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_python_functions_run_inside_leaves() -> None:
-    class Normalised(nn.Module):
+    class Normalized(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.einsum("ij,kj->ik", F.normalize(x), x).norm(p=2.0, dim=1)
 
@@ -286,10 +286,10 @@ def test_python_functions_run_inside_leaves() -> None:
     x = torch.randn(3, 4)
     table[torch._C._VariableFunctions.norm] = ([], False, torch.norm)
     with pytest.raises(TypeError, match="norm"):
-        concrete_trace(Normalised(), (x,))
+        concrete_trace(Normalized(), (x,))
     assert tracing.python_functions_in_tracer()
-    traced = concrete_trace(Normalised(), (x,))
-    torch.testing.assert_close(traced(2 * x), Normalised()(2 * x), rtol=0, atol=0)
+    traced = concrete_trace(Normalized(), (x,))
+    torch.testing.assert_close(traced(2 * x), Normalized()(2 * x), rtol=0, atol=0)
 
 
 def test_traced_code_may_name_generic_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_speedup_leaves_modes_and_statistics_alone(monkeypatch: pytest.MonkeyPat
     assert (model.training, model[0].out_features) == (True, 3)
 
 
-def test_an_nni_that_does_not_work_here_is_told_in_a_sentence_and_costs_nothing_else(tmp_path: Path) -> None:
+def test_an_nni_that_does_not_work_here_is_one_error_and_costs_nothing_else(tmp_path: Path) -> None:
     """NNI imports typeguard; where that is not to be had, nothing but the adapter is lost."""
     program = """
 import sys
@@ -364,7 +364,7 @@ from torch import nn
 print(len(gumbel_torch_pruning.find_groups(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2)), torch.ones(1, 2))))
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    told, groups = ended.stdout.splitlines()
-    assert re.match(r"IncompatibleLibraryError NNI 3\.0 does not work with Python .* and torch .*typeguard", told)
-    assert told.endswith("the rest of gumbel_plugin does without it")
+    message, groups = ended.stdout.splitlines()
+    assert re.match(r"IncompatibleLibraryError NNI 3\.0 does not work with Python .* and torch .*typeguard", message)
+    assert message.endswith("the rest of gumbel_plugin does without it")
     assert int(groups) > 0

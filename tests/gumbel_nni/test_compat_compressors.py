@@ -20,7 +20,7 @@ from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.pruning.tools import sparse_gen
 from torch import Tensor, nn
 
-from gumbel_nni.compat import compressors, stacking
+from gumbel_nni.compat import compressors, stacking, training_length
 from gumbel_nni.compat.patching import innermost
 from gumbel_plugin.errors import ConfigError
 
@@ -207,7 +207,7 @@ def test_all_compressors_of_a_fusion_know_the_length(monkeypatch: pytest.MonkeyP
 
     class Curious(TaylorPruner):
         def _fuse_preprocess(self, evaluator: TorchEvaluator) -> None:
-            known.append(compressors.planned_length(evaluator))
+            known.append(training_length.planned_length(evaluator))
             super()._fuse_preprocess(evaluator)
 
     def train() -> None:

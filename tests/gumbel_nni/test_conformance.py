@@ -1,7 +1,7 @@
 """What NNI promises of every pruner, asked of `GumbelPruner` and of NNI's own alike.
 
 Each test is a row of the table, each pruner a column. A cell that NNI's own pruner fails stays in the table, with the
-reason (`KNOWN`): it is expected to fail, and the suite says so if it does not any more. `make nni-conformance` writes
+reason (`KNOWN`): it is expected to fail, and the suite fails if it does not any more. `make nni-conformance` writes
 the table to docs/nni_conformance.md.
 """
 

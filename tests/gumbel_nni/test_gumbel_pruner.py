@@ -174,7 +174,7 @@ def test_element_masks_meet_a_global_ratio_exactly():
     assert verify_equivalence(pruner_copy(pruner), pruner.speedup(inputs), inputs).passed
 
 
-def test_aligned_entries_follow_what_is_learnt():
+def test_aligned_entries_follow_what_is_learned():
     torch.manual_seed(0)
     model = ResidualNet()
     follower = {"op_names": ["bn2"], "target_settings": {"weight": {"align": {
@@ -247,7 +247,7 @@ def test_masks_round_trip_through_a_fresh_pruner():
     assert verify_equivalence(pruner_copy(fresh), fresh.speedup(), inputs).passed
 
 
-def test_masks_travel_through_a_file(tmp_path):
+def test_masks_are_read_from_a_file(tmp_path):
     pruner, inputs = compressed("residual")
     masks = pruner.get_masks()
     save_masks(tmp_path / "masks.safetensors", masks, "residual")
@@ -295,7 +295,7 @@ def test_inherits_another_pruners_wrappers():
     assert masks["conv1"]["bias"].mean() == 0.5
 
 
-def test_a_group_that_reaches_the_output_is_said_and_not_gated(caplog):
+def test_a_group_that_reaches_the_output_is_logged_and_not_gated(caplog):
     with caplog.at_level(logging.INFO):
         pruner = GumbelPruner(Mlp(), [{"op_types": ["Linear"], "sparse_ratio": 0.5}], example_inputs=torch.randn(1, 20))
     lines = [record.getMessage() for record in caplog.records if "fc3" in record.getMessage()]
@@ -346,7 +346,7 @@ def test_a_wrapped_model_is_refused_with_the_way_out():
         GumbelPruner(model, STRUCTURED["mlp"], example_inputs=torch.randn(1, 20))
 
 
-def test_masks_are_learnt_once():
+def test_masks_are_learned_once():
     pruner, _ = compressed("mlp", steps=4)
     with pytest.raises(LifecycleError, match="decided already"):
         pruner.compress(max_steps=1)

@@ -1,4 +1,4 @@
-"""What bad input gets: messages that say which entry, which layer, and what to write instead."""
+"""What bad input gets: messages that name which entry, which layer, and what to write instead."""
 
 from __future__ import annotations
 

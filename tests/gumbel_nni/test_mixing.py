@@ -233,8 +233,8 @@ def test_pruners_on_other_layers(name: str, gumbel_first: bool) -> None:
 def test_pruners_on_the_same_layers(name: str, gumbel_first: bool, caplog: pytest.LogCaptureFixture) -> None:
     """conv1 is gated by both, conv2 is read by conv1's gates and masked by the other."""
     mixed = mix(PRUNERS[name], ("conv1", "conv2"), gumbel_first)
-    said = [record.getMessage() for record in caplog.records if "multiply" in record.getMessage()]
-    assert said == ["conv1: an earlier pruner masks its weight and bias too; the masks multiply"]
+    logged = [record.getMessage() for record in caplog.records if "multiply" in record.getMessage()]
+    assert logged == ["conv1: an earlier pruner masks its weight and bias too; the masks multiply"]
     assert closed(mixed.gumbel, "conv1") == closed(mixed.partner, "conv1") == closed(mixed.partner, "conv2") == 0.5
     own = [pruner._target_spaces["conv1"]["weight"].mask for pruner in (mixed.gumbel, mixed.partner)]
     masks = masks_of(mixed.last._module_wrappers)
@@ -329,5 +329,5 @@ def test_the_evaluator_trains_what_another_pruner_has_wrapped_before() -> None:
 def test_the_log_stays_quiet_where_nothing_is_shared(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         mix(PRUNERS["l1norm"], ("fc1", "conv2"), gumbel_first=True)  # conv2 reads what conv1 computes: no mask of ours
-    told = [record.getMessage() for record in caplog.records]
-    assert [message for message in told if "far from the budget" not in message] == []  # twelve steps are few
+    logged = [record.getMessage() for record in caplog.records]
+    assert [message for message in logged if "far from the budget" not in message] == []  # twelve steps are few

@@ -67,7 +67,7 @@ class Data(pl.LightningDataModule):
 
 
 class Sentences(Dataset[dict[str, Tensor]]):
-    """Tokens whose first one says the label."""
+    """Tokens whose first one is the label."""
 
     def __len__(self) -> int:
         return len(TOKENS)
@@ -166,7 +166,7 @@ def with_phases(rules: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
-def test_the_loss_falls_and_masks_are_learnt(name: str, tmp_path: Path) -> None:
+def test_the_loss_falls_and_masks_are_learned(name: str, tmp_path: Path) -> None:
     pruner, loss = pruner_with(name, tmp_path)
     before = loss()
     pruner.compress(max_steps=STEPS)

@@ -12,7 +12,8 @@ import torchvision
 from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
 
-from gumbel_nni.model_speedup import remove_channels
+import gumbel_nni
+from gumbel_nni.compat.exact_speedup import remove_channels
 
 Masks = dict[str, dict[str, Tensor]]
 
@@ -41,12 +42,12 @@ def network(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, T
             model.classifier[0], model.classifier[3] = nn.Linear(512 * 49, 128), nn.Linear(128, 4096)
         elif name == "vit_b_16":
             del model.encoder.layers[2:]
-    model = randomised(model.to_empty(device="cpu").to(dtype)).eval()
+    model = randomized(model.to_empty(device="cpu").to(dtype)).eval()
     return model, torch.randn(2, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -124,7 +125,7 @@ def test_torchvision_networks_shrink_exactly(name: str) -> None:
 def test_float64_is_exact_to_float64_with_rows_too(name: str) -> None:
     model, x = network(name, torch.float64)
     masks = consumer_columns(model, x, seed=1, with_rows=True)
-    small = remove_channels(model, masks, x)
+    small = gumbel_nni.speedup(model, masks, x, backend="nni")
     assert {tensor.dtype for tensor in small.state_dict().values()} == {torch.float64, torch.int64}
     assert relative_error(masked_copy(model, masks), small, x) < 1e-13
     assert size(small) < 0.5 * size(model)

@@ -178,3 +178,11 @@ def test_inputs_that_nothing_can_be_traced_or_compared_with(inputs: Any, reason:
 )
 def test_infinities_and_empty_parts_are_left_to_the_model(inputs: Any) -> None:
     assert checked_inputs(inputs) is inputs
+
+
+@pytest.mark.parametrize("inputs", [[ONE, TEN], UserDict({"b": TEN, "a": ONE})], ids=lambda i: type(i).__name__)
+def test_inputs_are_normalized_once(inputs: Any) -> None:
+    normalized = checked_inputs(inputs)
+    assert type(normalized) in (tuple, dict)
+    assert checked_inputs(normalized) is normalized
+    assert call_model(Weighted(), normalized).item() == 32.0

@@ -12,18 +12,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-import gumbel_nni
-from gumbel_plugin import GumbelGroupPruner, GumbelPruner, MaskingSession, PruningConfig, shrink
+from gumbel_plugin import GumbelGroupPruner, MaskingSession, PruningConfig, shrink
 from gumbel_plugin.errors import ConfigError
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 RULES = [{"op_types": ["Linear"], "granularity": "element", "sparse_ratio": 0.5}]
 USES: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
-    "NNI": ("GumbelPruner", lambda model: GumbelPruner(model, RULES, example_inputs=X)),
     "Torch-Pruning": ("GumbelGroupPruner", lambda model: GumbelGroupPruner(model, X)),
     "session": ("a masking session", lambda model: MaskingSession(model, PruningConfig.load(RULES).pruning)),
     "shrink": ("shrinking", lambda model: shrink(model, {}, X)),
-    "speedup": ("speedup", lambda model: gumbel_nni.speedup(model, {}, X)),
 }
 
 
@@ -126,7 +123,7 @@ def train(wrap: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
             optimizer.step()
             optimizer.zero_grad()
         if pruner.current_step == 0:
-            learnt = pruner.gate_parameters()
-            assert not any(torch.equal(now, then) for now, then in zip(learnt, initial, strict=True))
+            learned = pruner.gate_parameters()
+            assert not any(torch.equal(now, then) for now, then in zip(learned, initial, strict=True))
             pruner.step()
     return [parameter.detach() for parameter in model.parameters()]

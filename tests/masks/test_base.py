@@ -8,15 +8,16 @@ from torch import Tensor
 
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks import METHODS, method_named
-from gumbel_plugin.masks.base import LearnedMask, MaskOptions, NoiseSource, Phase
-from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, Granularity
+from gumbel_plugin.masks.base import LearnedMask, LogitOptions, NoiseSource, Phase
+from gumbel_plugin.masks.per_sample import PerSample
+from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, SparsityType
 
 
 class Loud(LearnedMask):
     """A mask whose gates are the noise itself, and that counts how often it was asked."""
 
-    def __init__(self, shape: tuple[int, ...], granularity: Granularity | None = None, stream: int = 0) -> None:
-        super().__init__(shape, MaskOptions(), NoiseSource(3), stream, granularity)
+    def __init__(self, shape: tuple[int, ...], granularity: SparsityType | None = None, stream: int = 0) -> None:
+        super().__init__(shape, LogitOptions(), NoiseSource(3), stream, granularity)
         self.latent = torch.nn.Parameter(torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
         self.samples = 0
 
@@ -99,7 +100,7 @@ def test_a_score_of_zero_is_open() -> None:
 
 
 def test_gates_are_spread_over_the_weight_in_its_dtype() -> None:
-    mask = learning(Loud((4, 1), Granularity((1,), "back", -1)))
+    mask = learning(Loud((4, 1), OUT_CHANNEL))
     weight = torch.randn(4, 3, dtype=torch.float64)
     masked = mask.mask_weight(weight)
     assert masked.dtype == torch.float64
@@ -144,13 +145,13 @@ def test_a_method_is_found_by_its_name() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("granularity", [None, ELEMENT, OUT_CHANNEL])
-def test_every_method_keeps_the_contract(name: str, granularity: Granularity | None) -> None:
+def test_every_method_keeps_the_contract(name: str, granularity: SparsityType | None) -> None:
     """Gates of the mask's shape, in [0, 1]; decided gates are bool; what is learned has a gradient."""
     torch.manual_seed(0)
     weight = torch.randn(6, 4, requires_grad=True)
-    shape = (6,) if granularity is None else granularity.gate_shape(weight.shape)
+    shape = (6,) if granularity is None else granularity.latent_shape(weight.shape)
     method = method_named(name)
-    if method.per_sample:
+    if issubclass(method, PerSample):
         pytest.skip("its gates belong to samples, see test_consensus.py")
     for mode in ("frozen", "trained"):
         options = method.Options().for_weights(mode)

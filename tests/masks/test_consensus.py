@@ -248,7 +248,7 @@ def test_asking_outside_of_training_leaves_the_votes_alone() -> None:
     mask.noise.forward += 1
     constant_votes(mask, [[False, True]])
     assert torch.equal(mask.votes, before)
-    votes = mask.last_votes()
+    votes = mask.last_sample_gates()
     assert votes is not None
     assert votes[0].tolist() == [[0, 1]]
 
@@ -275,7 +275,7 @@ def test_a_mask_can_be_copied_while_it_learns() -> None:
     mask = make()
     ask(mask, features())
     duplicate = copy.deepcopy(mask)
-    assert duplicate.last_votes() is None
+    assert duplicate.last_sample_gates() is None
     assert torch.equal(ask(duplicate, features()), ask(mask, features()))
 
 

@@ -6,11 +6,11 @@ from torch import nn
 
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.edge_popup import EdgePopupMask, EdgePopupOptions
-from gumbel_plugin.sparsity.types import ELEMENT, Granularity
+from gumbel_plugin.sparsity.types import ELEMENT, SparsityType
 
 
 def make(
-    shape: tuple[int, ...], sparsity: float | None = 0.5, granularity: Granularity = ELEMENT, seed: int = 5
+    shape: tuple[int, ...], sparsity: float | None = 0.5, granularity: SparsityType = ELEMENT, seed: int = 5
 ) -> EdgePopupMask:
     mask = EdgePopupMask(shape, EdgePopupOptions(), NoiseSource(seed), 0, granularity)
     mask.phase = Phase.LEARNING

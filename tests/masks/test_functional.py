@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.functional import _midpoints, _mix, gumbel_gates, straight_through_gumbel, uniform_noise
+from gumbel_plugin.masks.functional import _midpoints, _mix, straight_through_gumbel, uniform_noise
 
 BITS = (16, 32)
 DTYPES = (torch.float32, torch.float64)
@@ -33,6 +33,11 @@ def tensors(shape: Any, seed: int = 0, dtype: torch.dtype = torch.float64) -> tu
     generator = torch.Generator().manual_seed(seed)
     weight, logit, grad = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3))
     return weight.requires_grad_(), (2 * logit).requires_grad_(), noise(shape, counter=seed, dtype=dtype), grad
+
+
+def gumbel_gates(logit: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the gates themselves: a weight of ones times its gates."""
+    return straight_through_gumbel(torch.ones_like(logit, requires_grad=False), logit, uniform, temperature)
 
 
 def soft_gates(logit: Tensor, uniform: Tensor, temperature: float) -> Tensor:

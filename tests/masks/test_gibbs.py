@@ -12,7 +12,7 @@ from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.gibbs import GibbsMask, GibbsOptions
 from gumbel_plugin.sparsity.schedules import Schedule
-from gumbel_plugin.sparsity.types import ELEMENT, KERNEL, OUT_CHANNEL, Granularity, granularity_of
+from gumbel_plugin.sparsity.types import ELEMENT, KERNEL, OUT_CHANNEL, SparsityType, granularity_of
 
 FILTERS = granularity_of([1, -1, -1, -1])
 _UNITS = {"unstructured": ELEMENT, "kernel": KERNEL, "filter": FILTERS}
@@ -22,7 +22,7 @@ def make(shape: tuple[int, ...], hamiltonian: str, sparsity: float = 0.5, **opti
     """Return a mask that is being learned over a weight of this shape."""
     granularity = _UNITS[hamiltonian]
     chosen = GibbsOptions(hamiltonian=hamiltonian, **options)
-    mask = GibbsMask(granularity.gate_shape(shape), chosen, NoiseSource(5), 0, granularity)
+    mask = GibbsMask(granularity.latent_shape(shape), chosen, NoiseSource(5), 0, granularity)
     mask.phase, mask.sparsity = Phase.LEARNING, sparsity
     return mask
 
@@ -351,9 +351,9 @@ def test_options_that_anneal_nothing_are_errors(wrong: dict[str, object], rule: 
     ],
 )
 def test_a_hamiltonian_needs_its_own_units(
-    hamiltonian: str, granularity: Granularity | None, shape: tuple[int, ...], rule: str
+    hamiltonian: str, granularity: SparsityType | None, shape: tuple[int, ...], rule: str
 ) -> None:
-    gates = shape if granularity is None else granularity.gate_shape(shape)
+    gates = shape if granularity is None else granularity.latent_shape(shape)
     with pytest.raises(ConfigError, match=rule):
         GibbsMask(gates, GibbsOptions(hamiltonian=hamiltonian), NoiseSource(), 0, granularity)
 

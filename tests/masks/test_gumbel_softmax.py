@@ -7,11 +7,11 @@ from pydantic import ValidationError
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.gumbel_softmax import GumbelSoftmaxMask, GumbelSoftmaxOptions
 from gumbel_plugin.sparsity.schedules import Schedule
-from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, Granularity, granularity_of
+from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, SparsityType, granularity_of
 
 
 def make(
-    shape: tuple[int, ...], granularity: Granularity | None = None, stream: int = 0, **options: object
+    shape: tuple[int, ...], granularity: SparsityType | None = None, stream: int = 0, **options: object
 ) -> GumbelSoftmaxMask:
     mask = GumbelSoftmaxMask(shape, GumbelSoftmaxOptions(**options), NoiseSource(5), stream, granularity)
     mask.phase = Phase.LEARNING

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.hard_concrete import HardConcreteMask, HardConcreteOptions
-from gumbel_plugin.sparsity.types import ELEMENT, Granularity
+from gumbel_plugin.sparsity.types import ELEMENT, SparsityType
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
 
-def make(shape: tuple[int, ...], granularity: Granularity | None = None, **options: float) -> HardConcreteMask:
+def make(shape: tuple[int, ...], granularity: SparsityType | None = None, **options: float) -> HardConcreteMask:
     mask = HardConcreteMask(shape, HardConcreteOptions(**options), NoiseSource(5), 0, granularity)
     mask.phase = Phase.LEARNING
     return mask

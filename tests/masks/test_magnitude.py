@@ -6,11 +6,11 @@ import torch
 from gumbel_plugin.errors import TargetError
 from gumbel_plugin.masks.base import MaskOptions, NoiseSource, Phase
 from gumbel_plugin.masks.magnitude import MagnitudeMask, RandomMask
-from gumbel_plugin.sparsity.types import ELEMENT, KERNEL, Granularity, granularity_of
+from gumbel_plugin.sparsity.types import ELEMENT, KERNEL, SparsityType, granularity_of
 
 
-def magnitude(weight: torch.Tensor, granularity: Granularity) -> MagnitudeMask:
-    return MagnitudeMask(granularity.gate_shape(weight.shape), MaskOptions(), NoiseSource(), 0, granularity)
+def magnitude(weight: torch.Tensor, granularity: SparsityType) -> MagnitudeMask:
+    return MagnitudeMask(granularity.latent_shape(weight.shape), MaskOptions(), NoiseSource(), 0, granularity)
 
 
 def random(shape: tuple[int, ...], seed: int = 0, stream: int = 0) -> RandomMask:
@@ -23,7 +23,7 @@ def test_a_weights_score_is_its_absolute_value() -> None:
 
 
 @pytest.mark.parametrize("granularity", [KERNEL, granularity_of([1, -1, -1, -1]), granularity_of([2, 2, 3, 3])])
-def test_a_units_score_is_the_root_mean_square_of_its_weights(granularity: Granularity) -> None:
+def test_a_units_score_is_the_root_mean_square_of_its_weights(granularity: SparsityType) -> None:
     weight = torch.randn(4, 6, 3, 3, generator=torch.Generator().manual_seed(0))
     scores = magnitude(weight, granularity).scores(weight)
     rows, columns = weight.shape[0] // scores.shape[0], weight.shape[1] // scores.shape[1]

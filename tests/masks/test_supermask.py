@@ -5,10 +5,10 @@ import torch
 
 from gumbel_plugin.masks.base import LogitOptions, NoiseSource, Phase
 from gumbel_plugin.masks.supermask import Supermask
-from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, Granularity
+from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, SparsityType
 
 
-def make(shape: tuple[int, ...], granularity: Granularity | None = None, **options: float) -> Supermask:
+def make(shape: tuple[int, ...], granularity: SparsityType | None = None, **options: float) -> Supermask:
     mask = Supermask(shape, LogitOptions(**options), NoiseSource(5), 0, granularity)
     mask.phase = Phase.LEARNING
     return mask

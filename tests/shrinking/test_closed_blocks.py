@@ -68,12 +68,12 @@ def _without(model: nn.Module, block: str) -> nn.Module:
     return smaller
 
 
-def test_both_backends_remove_blocks() -> None:
+def test_both_engines_remove_blocks(by_nni: Any) -> None:
     model = build("resnet20")
     masks = masks_of(model, "resnet20")
     masks["stage1.0.bn1"] = {"weight": torch.ones(16), "bias": torch.ones(16)}
     masks["stage1.0.bn1"]["weight"][3:9] = masks["stage1.0.bn1"]["bias"][3:9] = 0
-    ours, nnis = (shrink(model, masks, IMAGES, backend) for backend in ("torch_pruning", "nni"))
+    ours, nnis = shrink(model, masks, IMAGES), shrink(model, masks, IMAGES, engine=by_nni)
     assert removed_blocks(ours) == removed_blocks(nnis) == ("stage1.1", "stage3.2")
     assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in nnis.named_parameters()}
     assert verify_equivalence(ours, nnis, IMAGES).passed
@@ -110,7 +110,7 @@ def test_a_block_inside_a_block_goes_first() -> None:
         torch.testing.assert_close(small(inputs), expected, rtol=0, atol=0)
 
 
-def test_a_network_without_blocks_travels(tmp_path: Path) -> None:
+def test_a_network_without_blocks_is_saved_and_loaded(tmp_path: Path) -> None:
     model = build("resnet20")
     small = shrink(model, masks_of(model, "resnet20"), IMAGES)
     save_pruned(tmp_path / "small", small)

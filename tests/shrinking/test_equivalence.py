@@ -111,7 +111,7 @@ def test_the_tolerance_scales_both_dtypes() -> None:
     assert verify_equivalence(Returns(torch.ones_like), small, X, tolerance=2e-3).passed
 
 
-def test_outputs_that_are_all_zero_are_judged_absolutely() -> None:
+def test_outputs_that_are_all_zero_are_compared_absolutely() -> None:
     zero = Returns(torch.zeros_like)
     assert verify_equivalence(zero, zero, X).errors == {"float32": 0.0, "float64": 0.0}
     report = verify_equivalence(zero, Returns(lambda x: torch.full_like(x, 0.25)), X)
@@ -260,7 +260,7 @@ def test_reduced_precision_is_off_while_the_models_run_and_back_on_after_an_erro
         lambda x: torch.softmax(x, -1, dtype=torch.float32),
     ],
 )
-def test_a_cast_inside_the_model_does_not_blur_the_float64_judgement(cast: Callable[[Tensor], Tensor]) -> None:
+def test_a_cast_inside_the_model_does_not_blur_the_float64_comparison(cast: Callable[[Tensor], Tensor]) -> None:
     weight = torch.tensor([1.0, 0.0, 0.0])
     report = verify_equivalence(
         Returns(cast), Returns(lambda x: cast(x) + 1e-12 * weight.to(x)), X, dtypes=[torch.float64]
@@ -281,7 +281,7 @@ def test_a_tensor_made_in_the_forward_meets_weights_of_its_own_dtype() -> None:
     assert verify_equivalence(model, model, X).passed
 
 
-def test_a_model_in_half_precision_is_judged_in_the_dtypes_asked_for() -> None:
+def test_a_model_in_half_precision_is_compared_in_the_dtypes_asked_for() -> None:
     model = nn.Linear(3, 4).to(torch.bfloat16)
     assert verify_equivalence(model, model, X.to(torch.bfloat16)).passed
     assert model.weight.dtype == torch.bfloat16
@@ -302,7 +302,7 @@ def test_bad_arguments_are_named(argument: dict[str, Any], message: str) -> None
         verify_equivalence(nn.Identity(), nn.Identity(), X, **argument)
 
 
-def test_the_report_reads_well_and_travels_as_plain_types() -> None:
+def test_the_report_reads_well_and_has_plain_types() -> None:
     report = EquivalenceReport({"float64": 3e-16}, {"float64": 6e-16}, {"float64": 1e-10}, samples=2)
     assert str(report) == "equivalent: float64 error 3.0e-16 (tolerance 1e-10); 2 random inputs"
     assert report.max_relative_error == 3e-16

@@ -18,7 +18,6 @@ from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
 from gumbel_plugin.shrinking.shrink import remove_dead_units, shrink
 from gumbel_torch_pruning import find_groups
 
-BACKENDS = ("torch_pruning", "nni")
 ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh)
 
 
@@ -59,12 +58,11 @@ def convnet(padding: int = 0, mode: str = "zeros", act: type[nn.Module] = nn.Sig
 
 
 class TestWhatIsFolded:
-    @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("activation", ACTIVATIONS)
-    def test_a_linear_units_constant_is_its_activated_bias(self, activation: type[nn.Module], backend: Any) -> None:
+    def test_a_linear_units_constant_is_its_activated_bias(self, activation: type[nn.Module], engine: Any) -> None:
         model = mlp(activation)
         close([1, 4], model[0])
-        small = shrink(model, {}, torch.randn(3, 5), backend)
+        small = shrink(model, {}, torch.randn(3, 5), engine=engine)
         assert shapes(small) == {"0.weight": (4, 5), "0.bias": (4,), "2.weight": (4, 4), "2.bias": (4,)} | {
             name: shape for name, shape in shapes(model).items() if name.startswith("4")
         }
@@ -73,17 +71,16 @@ class TestWhatIsFolded:
         torch.testing.assert_close(small[2].bias.double(), expected, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(small[2].weight, model[2].weight[:, [0, 2, 3, 5]], rtol=0, atol=0)
 
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_a_reader_without_a_bias_gets_one(self, backend: Any) -> None:
+    def test_a_reader_without_a_bias_gets_one(self, engine: Any) -> None:
         model = mlp(bias=False)
         close([2], model[0])
-        small = shrink(model, {}, torch.randn(3, 5), backend)
+        small = shrink(model, {}, torch.randn(3, 5), engine=engine)
         constant = F.silu(model[0].bias[2].detach())
         torch.testing.assert_close(small[2].bias, model[2].weight[:, 2].detach() * constant)
         assert model[2].bias is None
         assert small[2].bias.requires_grad
 
-    def test_a_new_bias_travels(self, tmp_path: Path) -> None:
+    def test_a_new_bias_is_saved_and_loaded(self, tmp_path: Path) -> None:
         model, inputs = mlp(bias=False), torch.randn(3, 5)
         close([2], model[0])
         small = shrink(model, {}, inputs)
@@ -101,11 +98,10 @@ class TestWhatIsFolded:
         assert small[0].out_features == 5
         assert small[2].bias is None
 
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_through_batch_norm_in_eval_mode(self, backend: Any) -> None:
+    def test_through_batch_norm_in_eval_mode(self, engine: Any) -> None:
         model = convnet()
         close([0, 5], model[0])
-        small = shrink(model, {}, torch.randn(2, 2, 9, 9), backend)
+        small = shrink(model, {}, torch.randn(2, 2, 9, 9), engine=engine)
         assert small[0].weight.shape == (4, 2, 3, 3)
         assert small[3].weight.shape == (4, 4, 3, 3)
         norm = model[1]
@@ -114,22 +110,20 @@ class TestWhatIsFolded:
         expected = (model[3].weight[:, [0, 5]].sum((2, 3)) @ constants).detach()
         torch.testing.assert_close(small[3].bias.detach(), expected)
 
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_constants_make_constants(self, backend: Any) -> None:
+    def test_constants_make_constants(self, engine: Any) -> None:
         """Unit 0 of the second layer reads nothing but a constant: it is one itself, two layers on."""
         model = mlp(nn.Tanh)
         close([3], model[0])
         with torch.no_grad():
             model[2].weight[0, [0, 1, 2, 4, 5]] = 0.0
-        small = shrink(model, {}, torch.randn(3, 5), backend)
+        small = shrink(model, {}, torch.randn(3, 5), engine=engine)
         assert [small[n].weight.shape for n in (0, 2, 4)] == [(5, 5), (3, 5), (3, 3)]
 
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_an_output_that_nothing_reaches_is_a_constant(self, backend: Any) -> None:
+    def test_an_output_that_nothing_reaches_is_a_constant(self, engine: Any) -> None:
         model = mlp()
         close([0, 1, 2, 3], model[2])
         inputs = torch.randn(3, 5)
-        small = shrink(model, {}, inputs, backend)
+        small = shrink(model, {}, inputs, engine=engine)
         assert [small[n].weight.shape for n in (0, 2, 4)] == [(1, 5), (1, 1), (3, 1)]  # a group keeps a unit
         assert not small[4].weight.any()
         torch.testing.assert_close(small[4].bias, model(inputs)[0])
@@ -180,7 +174,7 @@ class TestPadding:
         assert sum(map(len, folded.values())) == 2 * folds
         torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-12, atol=1e-12)
 
-    def test_a_depthwise_convolution_carries_a_constant(self) -> None:
+    def test_a_depthwise_convolution_passes_a_constant_on(self) -> None:
         torch.manual_seed(0)
         for padding, left in ((0, 5), (1, 6)):
             model = nn.Sequential(
@@ -358,11 +352,11 @@ def test_a_sparse_convnet_shrinks_exactly(seed: int, density: float, padding: in
 
 @settings(quick, max_examples=2)
 @given(st.integers(0, 10**6), st.floats(0.05, 0.3))
-def test_both_backends_agree(seed: int, density: float) -> None:
+def test_both_engines_agree(by_nni: Any, seed: int, density: float) -> None:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 9), nn.Sigmoid(), nn.Linear(9, 7, bias=False), nn.Tanh(), nn.Linear(7, 3))
     sparsify(model, density)
-    first, second = (shrink(model, {}, torch.randn(4, 6), backend).state_dict() for backend in BACKENDS)
+    first, second = (shrink(model, {}, torch.randn(4, 6), engine=each).state_dict() for each in (None, by_nni))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], rtol=0, atol=0)

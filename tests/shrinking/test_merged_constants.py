@@ -13,7 +13,6 @@ from gumbel_plugin.shrinking.merged_constants import merge_constants
 from gumbel_plugin.shrinking.shrink import masked_copy, shrink
 from gumbel_torch_pruning import find_groups
 
-BACKENDS = pytest.mark.parametrize("backend", ["torch_pruning", "nni"])
 X = torch.randn(3, 2, 7, 7, generator=torch.Generator().manual_seed(0))
 
 
@@ -58,37 +57,33 @@ def rows(layer: nn.Module, *closed: int, bias: bool = True) -> dict[str, Tensor]
     return masks
 
 
-@BACKENDS
 @pytest.mark.parametrize("bias", [True, False])
-def test_one_channel_carries_the_constants_of_all(backend: Any, bias: bool) -> None:
+def test_one_channel_represents_all_constant_ones(engine: Any, bias: bool) -> None:
     model = padded()
-    small = shrink(model, {"0": rows(model[0], 1, 4, 6, bias=bias)}, X, backend)  # which verifies
+    small = shrink(model, {"0": rows(model[0], 1, 4, 6, bias=bias)}, X, engine=engine)  # which verifies
     assert (small[0].out_channels, small[1].num_features, small[3].in_channels) == (6, 6, 6)
     assert small[0].weight.flatten(1).any(1).sum() == 5
     assert {tensor.dtype for tensor in small.parameters()} == {torch.float32}
 
 
-@BACKENDS
-def test_zeros_are_carried_by_nobody(backend: Any) -> None:
+def test_zeros_need_no_representative(engine: Any) -> None:
     model = padded(nn.ReLU)
     model[1].bias.data[[1, 4, 6]] = -9.0
-    small = shrink(model, {"0": rows(model[0], 1, 4, 6)}, X, backend)
+    small = shrink(model, {"0": rows(model[0], 1, 4, 6)}, X, engine=engine)
     assert small[0].out_channels == 5
 
 
-@BACKENDS
-def test_batch_norm_scales_close_channels(backend: Any) -> None:
+def test_batch_norm_scales_close_channels(engine: Any) -> None:
     """What SlimPruner masks; NNI's own speedup removes nothing for it."""
     model = padded(nn.ReLU)
-    small = shrink(model, {"1": rows(model[1], 0, 2, 3, 7)}, X, backend)
+    small = shrink(model, {"1": rows(model[1], 0, 2, 3, 7)}, X, engine=engine)
     assert (small[0].out_channels, small[3].in_channels) == (4, 4)
 
 
-@BACKENDS
-def test_readers_agree_on_a_carrier(backend: Any) -> None:
+def test_readers_agree_on_a_representative(engine: Any) -> None:
     model = TwoReaders().eval()
     masks = {"stem": rows(model.stem, 0, 3, 5), "conv1": rows(model.conv1, 0, 3, 5)}
-    small = shrink(model, masks, X, backend)
+    small = shrink(model, masks, X, engine=engine)
     assert small.stem.out_channels == small.conv1.in_channels == small.conv2.in_channels == 4
 
 
@@ -106,10 +101,10 @@ def test_a_channel_that_is_constant_by_chance_is_left_alone() -> None:
     assert merge_constants(model, find_groups(model, X), X) == {}
     torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
     masks = {"0": rows(model[0], 6, 7)}
-    small, loud = shrink(model, masks, X), 1e4 * X
+    small, large = shrink(model, masks, X), 1e4 * X
     assert small[0].out_channels == 7
-    torch.testing.assert_close(small(loud), masked_copy(model, masks)(loud))
-    assert not torch.allclose(masked_copy(model, {**masks, "1": rows(model[1], 1, 4)})(loud), small(loud))
+    torch.testing.assert_close(small(large), masked_copy(model, masks)(large))
+    assert not torch.allclose(masked_copy(model, {**masks, "1": rows(model[1], 1, 4)})(large), small(large))
 
 
 def test_the_outputs_stay_to_double_precision() -> None:

@@ -70,10 +70,9 @@ class TestRoundTrip:
             assert torch.equal(part, left[name])
             assert part.shape == left[name].shape
 
-    @pytest.mark.parametrize("backend", ["torch_pruning", "nni"])
-    def test_both_backends(self, backend: Any, make_network: Any, tmp_path: Path) -> None:
+    def test_both_engines(self, engine: Any, make_network: Any, tmp_path: Path) -> None:
         network = make_network("residual")
-        small = remove_dead_units(half_closed(network), network.inputs, backend)
+        small = remove_dead_units(half_closed(network), network.inputs, engine=engine)
         save_pruned(tmp_path / "small", small)
         again = load_pruned(tmp_path / "small", lambda: make_network("residual").model)
         assert torch.equal(again.eval()(network.inputs), small.eval()(network.inputs))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.errors import ConfigError, EquivalenceError, TargetError
+from gumbel_plugin.errors import EquivalenceError, TargetError
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
-from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units, shrink
+from gumbel_plugin.shrinking.shrink import masked_copy, shrink
 from gumbel_plugin.training.session import MaskingSession
 
-BACKENDS = ("torch_pruning", "nni")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 Masks = dict[str, dict[str, Tensor]]
@@ -57,13 +55,12 @@ def flags_of(model: nn.Module) -> dict[str, tuple[bool, ...]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_small_network_computes_what_the_gated_one_did(
-    backend: Any, dtype: torch.dtype, network_name: str, masked: Any
+    engine: Any, dtype: torch.dtype, network_name: str, masked: Any
 ) -> None:
     """From the gates as they acted in eval mode, through extraction and removal, in both precisions."""
     network, masks, gated = masked(network_name, dtype)
-    small = shrink(network.model, masks, network.inputs, backend)
+    small = shrink(network.model, masks, network.inputs, engine=engine)
     with torch.no_grad():
         output = small.eval()(network.batch(4))
     assert output.dtype == dtype
@@ -78,9 +75,9 @@ def test_the_small_network_computes_what_the_gated_one_did(
             assert layer.bias.shape == (int(kept.sum()),)
 
 
-def test_both_backends_give_the_same_network(network_name: str, masked: Any) -> None:
+def test_both_engines_give_the_same_network(by_nni: Any, network_name: str, masked: Any) -> None:
     network, masks, _ = masked(network_name)
-    first, second = (shrink(network.model, masks, network.inputs, backend) for backend in BACKENDS)
+    first, second = (shrink(network.model, masks, network.inputs, engine=each) for each in (None, by_nni))
     ours, theirs = first.state_dict(), second.state_dict()
     assert list(ours) == list(theirs)
     for name, tensor in ours.items():
@@ -89,8 +86,7 @@ def test_both_backends_give_the_same_network(network_name: str, masked: Any) -> 
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_original_and_all_flags_are_kept(backend: Any, network_name: str, masked: Any) -> None:
+def test_the_original_and_all_flags_are_kept(engine: Any, network_name: str, masked: Any) -> None:
     network, masks, _ = masked(network_name)
     model = network.model.train()
     next(model.children()).eval()
@@ -99,7 +95,7 @@ def test_the_original_and_all_flags_are_kept(backend: Any, network_name: str, ma
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     flags, given = flags_of(model), copy.deepcopy(masks)
     generator = torch.get_rng_state()
-    small = shrink(model, masks, network.inputs, backend)
+    small = shrink(model, masks, network.inputs, engine=engine)
     after = model.state_dict(keep_vars=True)
     assert all(after[name] is tensor and torch.equal(tensor, value) for name, (tensor, value) in before.items())
     assert flags_of(model) == flags_of(small) == flags
@@ -118,8 +114,7 @@ def test_the_small_network_trains(network_name: str, masked: Any) -> None:
 # Masks from elsewhere ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_single_weights_kill_units_too(backend: Any) -> None:
+def test_single_weights_kill_units_too(engine: Any) -> None:
     """A unit whose outgoing weights are all masked is dead, and with it the unit that only it reads."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.Sigmoid(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -127,15 +122,16 @@ def test_single_weights_kill_units_too(backend: Any) -> None:
     last[:, 2] = 0
     middle[[0, 1, 3, 4, 5], 7] = 0
     middle[0, 0] = 0  # a single hole, that removes nothing
-    small = shrink(model, {"4": {"weight": last}, "2": {"weight": middle, "bias": None}}, torch.randn(4, 5), backend)
+    small = shrink(
+        model, {"4": {"weight": last}, "2": {"weight": middle, "bias": None}}, torch.randn(4, 5), engine=engine
+    )
     assert [small[n].weight.shape for n in (0, 2, 4)] == [(7, 5), (5, 7), (3, 5)]
     assert small[2].weight[0, 0] == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_open_masks_remove_nothing(backend: Any, make_network: Callable[..., Any]) -> None:
+def test_open_masks_remove_nothing(engine: Any, make_network: Callable[..., Any]) -> None:
     network = make_network("residual")
-    small = shrink(network.model, {"conv1": {"weight": torch.ones(6, 3, 3, 3)}}, network.inputs, backend)
+    small = shrink(network.model, {"conv1": {"weight": torch.ones(6, 3, 3, 3)}}, network.inputs, engine=engine)
     for name, parameter in network.model.named_parameters():
         assert torch.equal(small.get_parameter(name), parameter)
 
@@ -195,23 +191,30 @@ def test_a_bias_mask_for_a_layer_without_bias_is_ignored(make_network: Callable[
     assert all(torch.equal(tensor, network.model.state_dict()[name]) for name, tensor in masked.state_dict().items())
 
 
-def test_an_unknown_backend_names_the_nearest(make_network: Callable[..., Any]) -> None:
-    network = make_network("no_bn")
-    with pytest.raises(ConfigError, match="backend 'torch-pruning' is unknown; did you mean 'torch_pruning'"):
-        shrink(network.model, {}, network.inputs, "torch-pruning")
-
-
-def test_a_difference_is_an_error_unless_nobody_looks(monkeypatch: pytest.MonkeyPatch, masked: Any) -> None:
+def test_a_difference_is_an_error_unless_nobody_looks(masked: Any) -> None:
     network, masks, _ = masked("conv_bn_relu")
 
-    @functools.wraps(remove_dead_units)
-    def careless(*args: Any) -> nn.Module:
-        small = remove_dead_units(*args)
+    def careless(dependency: Any, dead: Any, inputs: Any, remove: Callable[[], nn.Module]) -> nn.Module:
+        small = remove()
         with torch.no_grad():
             small[6].bias.add_(0.1)
         return small
 
-    monkeypatch.setattr("gumbel_plugin.shrinking.shrink.remove_dead_units", careless)
     with pytest.raises(EquivalenceError, match="NOT equivalent"):
-        shrink(network.model, masks, network.inputs)
-    shrink(network.model, masks, network.inputs, verify=False)
+        shrink(network.model, masks, network.inputs, engine=careless)
+    shrink(network.model, masks, network.inputs, verify=False, engine=careless)
+
+
+def test_at_most_four_deep_copies_of_the_model(monkeypatch: pytest.MonkeyPatch, masked: Any) -> None:
+    """The masked one, the small one, one to check the groups on, and one to read from what was kept."""
+    network, masks, _ = masked("residual")
+    copies, deepcopy = [], copy.deepcopy
+
+    def counting(value: Any, memo: Any = None) -> Any:
+        if isinstance(value, type(network.model)):
+            copies.append(value)
+        return deepcopy(value, memo)
+
+    monkeypatch.setattr(copy, "deepcopy", counting)
+    shrink(network.model, masks, network.inputs)
+    assert 1 < len(copies) <= 4

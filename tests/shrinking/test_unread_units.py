@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
-from gumbel_plugin.layers.geometry import input_channels, read_channels
+from gumbel_plugin.layers.geometry import columns_view, input_channels, read_channels
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
-from gumbel_plugin.shrinking.unread_units import column_masks, find_dead_units, removable_units, unread_units
+from gumbel_plugin.shrinking.unread_units import find_dead_units, removable_units, unread_units
 from gumbel_torch_pruning import find_groups
 
 LAYERS = {
@@ -126,33 +126,16 @@ def test_zeroing_the_dead_changes_no_output(network: Any) -> None:
     with torch.no_grad():
         for group in groups.values():
             units = torch.randperm(group.size, generator=generator)[: group.size // 2]
-            masks = column_masks(network.model, [group], {group.name: units})
-            for name, mask in masks.items():
-                network.model.get_submodule(name).weight.mul_(mask)
+            for part in group.consumers:
+                layer = network.model.get_submodule(part.module)
+                closed = part.positions[torch.isin(part.units, units)]
+                columns = torch.ones(input_channels(layer)).index_fill(0, closed, 0.0)
+                layer.weight.mul_(columns_view(layer, columns))
     before = copy.deepcopy(network.model)
     dead = find_dead_units(network.model, list(groups.values()))
     assert all(len(dead[name]) >= group.size // 2 for name, group in groups.items())
     report = verify_equivalence(before, network.model, network.inputs)
     assert max(report.absolute_errors.values()) == 0.0
-
-
-def test_column_masks_close_the_inputs_of_the_readers(network: Any) -> None:
-    groups = network.groups()
-    dead = {name: torch.tensor([0, group.size - 1]) for name, group in groups.items()}
-    masks = column_masks(network.model, list(groups.values()), dead)
-    assert set(masks) == {part.module for group in groups.values() for part in group.consumers}
-    for name, mask in masks.items():
-        layer = network.model.get_submodule(name)
-        assert mask.shape == layer.weight.shape
-        with torch.no_grad():
-            layer.weight.fill_(1.0).mul_(mask)
-        closed = torch.zeros(input_channels(layer), dtype=torch.bool)
-        for group in groups.values():
-            for part in group.consumers:
-                if part.module == name:
-                    closed[part.positions[torch.isin(part.units, dead[group.name])]] = True
-        assert torch.equal(read_channels(layer), ~closed)
-    assert column_masks(network.model, list(groups.values()), {}) == {}
 
 
 def test_an_embeddings_dead_channels_are_zeroed_not_its_words() -> None:

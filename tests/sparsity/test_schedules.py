@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from gumbel_plugin.sparsity.schedules import Schedule, constant
+from gumbel_plugin.sparsity.schedules import Schedule, as_schedule
 
 SHAPES = ["linear", "cosine", "exponential", "cubic"]
 ends = st.floats(0.01, 100.0)
@@ -49,7 +49,7 @@ def test_the_curves_are_the_ones_named(shape: str, expected: float) -> None:
 
 
 def test_a_constant_stays() -> None:
-    assert [constant(0.7)(p) for p in (0.0, 0.3, 1.0)] == [0.7] * 3
+    assert [as_schedule(0.7)(p) for p in (0.0, 0.3, 1.0)] == [0.7] * 3
 
 
 def test_it_is_read_from_a_mapping_and_linear_by_default() -> None:

@@ -6,31 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nni.compression.utils import Scaling
 from torch import nn
 
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension
-from gumbel_plugin.sparsity.types import ELEMENT, IN_CHANNEL, KERNEL, OUT_CHANNEL, Granularity, granularity_of
-
-# Our granularities in NNI's own words: (kernel_size, padding mode, padding value).
-NAMED = {
-    "element": (ELEMENT, Scaling([1], "front", 1)),
-    "kernel": (KERNEL, Scaling([1, 1], "back", -1)),
-    "out_channel": (OUT_CHANNEL, Scaling([1], "back", -1)),
-    "in_channel": (IN_CHANNEL, Scaling([-1, 1], "back", -1)),
-}
-
-
-def assert_same_as_nni(granularity: Granularity, nni: Scaling, shape: tuple[int, ...]) -> None:
-    values = torch.randn(shape, dtype=torch.float64)
-    theirs = nni.shrink(values, lambda x: x.sum(-1), keepdim=True)
-    ours = granularity.reduce(values)
-    assert ours.shape == theirs.shape == granularity.gate_shape(shape)
-    torch.testing.assert_close(ours, theirs)
-    gates = torch.randn(ours.shape)
-    spread = granularity.spread(gates, shape)
-    torch.testing.assert_close(spread.expand(shape), nni.expand(gates, list(shape), keepdim=True), rtol=0, atol=0)
+from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, granularity_of
 
 
 @st.composite
@@ -42,48 +22,35 @@ def blocks(draw: st.DrawFn) -> tuple[list[int], tuple[int, ...]]:
     return steps, tuple(count * size for count, size in zip(counts, sizes, strict=True))
 
 
-@given(blocks(), st.integers(0, 5))
-def test_blocks_are_cut_as_nni_cuts_them(case: tuple[list[int], tuple[int, ...]], seed: int) -> None:
-    steps, shape = case
-    torch.manual_seed(seed)
-    assert_same_as_nni(granularity_of(steps), Scaling(steps, "front", 1), shape)
-
-
-@pytest.mark.parametrize("name", NAMED)
-@given(shape=st.lists(st.integers(1, 4), min_size=2, max_size=5))
-def test_named_granularities_are_cut_as_nni_cuts_them(name: str, shape: list[int]) -> None:
-    granularity, nni = NAMED[name]
-    assert granularity_of(name) == granularity
-    assert_same_as_nni(granularity, nni, tuple(shape))
-
-
 @given(blocks())
 def test_what_was_spread_is_summed_to_the_units_size_times_itself(case: tuple[list[int], tuple[int, ...]]) -> None:
     steps, shape = case
     granularity = granularity_of(steps)
-    gates = torch.arange(prod(granularity.gate_shape(shape)), dtype=torch.float64).view(granularity.gate_shape(shape))
-    spread = granularity.spread(gates, shape).expand(shape)
+    gates = torch.arange(prod(granularity.latent_shape(shape)), dtype=torch.float64).view(
+        granularity.latent_shape(shape)
+    )
+    spread = granularity.expand(gates, shape).expand(shape)
     torch.testing.assert_close(granularity.reduce(spread), gates * granularity.unit_size(shape))
     assert granularity.unit_size(shape) * gates.numel() == prod(shape)
 
 
 def test_gates_that_broadcast_are_not_copied() -> None:
     gates = torch.rand(8, 1, 1, 1)
-    assert OUT_CHANNEL.spread(gates, (8, 3, 3, 3)) is gates
-    assert ELEMENT.spread(torch.rand(8, 3), (8, 3)).shape == (8, 3)
+    assert OUT_CHANNEL.expand(gates, (8, 3, 3, 3)) is gates
+    assert ELEMENT.expand(torch.rand(8, 3), (8, 3)).shape == (8, 3)
 
 
 def test_a_spread_mask_sends_each_gate_the_sum_of_its_units_gradients() -> None:
     gates = torch.rand(2, 3, requires_grad=True)
     upstream = torch.rand(4, 9, dtype=torch.float32)
-    granularity_of([2, 3]).spread(gates, (4, 9)).backward(upstream)
+    granularity_of([2, 3]).expand(gates, (4, 9)).backward(upstream)
     torch.testing.assert_close(gates.grad, granularity_of([2, 3]).reduce(upstream))
 
 
 @pytest.mark.parametrize(("steps", "shape"), [([2, 2], (3, 4)), ([2], (3,)), ([4, 4], (2, 2)), ([1, 1, 1], (4, 4))])
 def test_units_that_do_not_tile_the_tensor_are_an_error(steps: list[int], shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"granularity \[.*\] (does not tile|has 3 dimensions)") as error:
-        granularity_of(steps).gate_shape(shape)
+        granularity_of(steps).latent_shape(shape)
     assert str(shape) in str(error.value)
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gumbel_nni
 from gumbel_plugin import shrink
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import TargetError
@@ -34,16 +33,10 @@ def fix_masks(masks: Any) -> None:
     MaskingSession(network(), PruningConfig.load({"pruning": {"config_list": [ENTRY]}}).pruning).fix_masks(masks)
 
 
-def update_masks(masks: Any) -> None:
-    gumbel_nni.GumbelPruner(network(), [ENTRY]).update_masks(masks)
-
-
 ENTRANCES: dict[str, Callable[[Any], Any]] = {
     "shrink": lambda masks: shrink(network(), masks, INPUTS),
     "masked_copy": lambda masks: masked_copy(network(), masks),
-    "speedup": lambda masks: gumbel_nni.speedup(network(), masks, INPUTS),
     "fix_masks": fix_masks,
-    "update_masks": update_masks,
 }
 
 
@@ -59,8 +52,7 @@ def quantized() -> Tensor:
         return torch.quantize_per_tensor(one_off(1), 1.0, 0, torch.quint8)
 
 
-@pytest.mark.parametrize("entrance", ENTRANCES)
-@pytest.mark.parametrize(
+OTHER_VALUES = pytest.mark.parametrize(
     ("mask", "problem"),
     [
         (one_off(65), "holds 65"),
@@ -75,13 +67,7 @@ def quantized() -> Tensor:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_values_are_refused(entrance: str, mask: Tensor, problem: str) -> None:
-    with pytest.raises(TargetError, match=rf"mask for 2\.weight .*{problem}"):
-        ENTRANCES[entrance]({"2": {"weight": mask}})
-
-
-@pytest.mark.parametrize("entrance", ENTRANCES)
-@pytest.mark.parametrize(
+MISFITS = pytest.mark.parametrize(
     ("masks", "problem"),
     [
         ({"3": {"weight": torch.ones(2, 8)}}, "module '3'"),
@@ -93,6 +79,17 @@ def test_other_values_are_refused(entrance: str, mask: Tensor, problem: str) -> 
         (torch.ones(2, 8), "masks are a Tensor"),
     ],
 )
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@OTHER_VALUES
+def test_other_values_are_refused(entrance: str, mask: Tensor, problem: str) -> None:
+    with pytest.raises(TargetError, match=rf"mask for 2\.weight .*{problem}"):
+        ENTRANCES[entrance]({"2": {"weight": mask}})
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@MISFITS
 def test_masks_that_fit_nothing_are_refused(entrance: str, masks: Any, problem: str) -> None:
     with pytest.raises(TargetError, match=problem):
         ENTRANCES[entrance](masks)

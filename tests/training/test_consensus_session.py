@@ -16,7 +16,8 @@ from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.layers.geometry import columns_view
 from gumbel_plugin.layers.weights import GATES, plain_copy
-from gumbel_plugin.masks import ConsensusMask, Phase
+from gumbel_plugin.masks import Phase
+from gumbel_plugin.masks.consensus import ConsensusMask
 from gumbel_plugin.runs.models import CifarResNet
 from gumbel_plugin.shrinking.mask_file import load_masks, save_masks
 from gumbel_plugin.sparsity.counting import count_macs
@@ -73,7 +74,7 @@ def ask(session: MaskingSession, inputs: Tensor) -> tuple[Tensor, dict[str, Tens
         mask.evaluated_per_sample = True
     training = model.training
     outputs = model.eval()(inputs).detach()
-    found = {name: mask.last_votes() for name, mask in session.plan.masks.items()}
+    found = {name: mask.last_sample_gates() for name, mask in session.plan.masks.items()}
     for mask in session.plan.masks.values():
         mask.evaluated_per_sample = False
     model.train(training)
@@ -155,8 +156,8 @@ def test_all_consumers_of_a_group_share_gates_that_are_computed_once(
     network = make_network("residual", torch.float64)
     session = channel_session(network)
     calls: list[int] = []
-    original = ConsensusMask._logits
-    monkeypatch.setattr(ConsensusMask, "_logits", lambda mask, x: (calls.append(id(mask)), original(mask, x))[1])
+    original = ConsensusMask.sample_logits
+    monkeypatch.setattr(ConsensusMask, "sample_logits", lambda mask, x: (calls.append(id(mask)), original(mask, x))[1])
     network.model(network.batch(3))
     assert sorted(calls) == sorted({id(mask) for mask in session.plan.masks.values()})
     assert max(len(group.consumers) for group in session.plan.groups.values()) == 2
@@ -179,7 +180,9 @@ def test_before_and_after_the_learning_samples_have_no_gates_of_their_own() -> N
     phases = []
     for _ in range(10):
         model(IMAGES)
-        phases.append((session.phase.value, any(m.last_votes() is not None for m in session.plan.masks.values())))
+        phases.append(
+            (session.phase.value, any(m.last_sample_gates() is not None for m in session.plan.masks.values()))
+        )
         session.step()
     assert phases == [("open", False)] * 2 + [("learning", True)] * 5 + [("fixed", False)] * 3
 
@@ -251,7 +254,7 @@ def test_the_loss_of_a_session_is_usage_and_polarisation() -> None:
     disagree(session)
     assert float(session.loss()) == 0  # before any forward
     model(IMAGES)
-    means = torch.stack([mask.last_votes()[0].mean() for mask in session.plan.masks.values()])
+    means = torch.stack([mask.last_sample_gates()[0].mean() for mask in session.plan.masks.values()])
     costs = torch.tensor([term.cost for term in session.plan.budgets[0].terms], dtype=torch.float64)
     usage = (means * costs).sum() / costs.sum()
     expected = 3.0 * (usage - 0.75) ** 2 + 0.5 * (means * (1 - means)).mean()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gumbel_plugin.graph.channel_groups import ChannelSlice
 from gumbel_plugin.masks.base import NoiseSource, Phase
 from gumbel_plugin.masks.gumbel_softmax import GumbelSoftmaxMask, GumbelSoftmaxOptions
-from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, Granularity
+from gumbel_plugin.sparsity.types import ELEMENT, OUT_CHANNEL, SparsityType
 from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer, GatedLayerHooks
 
 LAYERS = {
@@ -26,7 +26,7 @@ LAYERS = {
 }
 
 
-def mask_of(shape: tuple[int, ...], granularity: Granularity | None = None, stream: int = 0) -> GumbelSoftmaxMask:
+def mask_of(shape: tuple[int, ...], granularity: SparsityType | None = None, stream: int = 0) -> GumbelSoftmaxMask:
     mask = GumbelSoftmaxMask(shape, GumbelSoftmaxOptions(), NoiseSource(1), stream, granularity)
     nn.init.normal_(mask.logit, generator=torch.Generator().manual_seed(stream))
     mask.phase = Phase.LEARNING
@@ -37,12 +37,12 @@ def column_site(layer: nn.Module, size: int = 4) -> GatedLayer:
     columns = ColumnGates.join(
         layer, [(mask_of((size,)), ChannelSlice("layer", torch.arange(size), torch.arange(size)))]
     )
-    return GatedLayer("layer", layer, layer, columns=columns)
+    return GatedLayer("layer", layer, columns=columns)
 
 
-def element_site(layer: nn.Module, granularity: Granularity = ELEMENT, **keys: object) -> GatedLayer:
-    mask = mask_of(granularity.gate_shape(layer.weight.shape), granularity)
-    return GatedLayer("layer", layer, layer, mask=mask, **keys)
+def element_site(layer: nn.Module, granularity: SparsityType = ELEMENT, **keys: object) -> GatedLayer:
+    mask = mask_of(granularity.latent_shape(layer.weight.shape), granularity)
+    return GatedLayer("layer", layer, mask=mask, **keys)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -80,7 +80,7 @@ def test_a_concatenation_joins_its_groups_and_leaves_the_rest_open() -> None:
 
 @pytest.mark.parametrize("granularity", [ELEMENT, OUT_CHANNEL])
 @pytest.mark.parametrize("rescale", ["none", "learned", "dynamic"])
-def test_a_site_is_the_product_of_its_gates_and_its_scale(granularity: Granularity, rescale: str) -> None:
+def test_a_site_is_the_product_of_its_gates_and_its_scale(granularity: SparsityType, rescale: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4, 6)
     scale = nn.Parameter(torch.tensor(1.7)) if rescale == "learned" else None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gumbel_plugin import GumbelPruner, MaskingSession, PruningConfig
+from gumbel_plugin import MaskingSession, PruningConfig
 from gumbel_plugin.layers.weights import plain_copy
 from gumbel_plugin.training.loop import MaskingLoop
 from gumbel_torch_pruning import find_groups
@@ -170,15 +170,4 @@ def test_a_layer_that_its_parent_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     with interrupted(monkeypatch, KeyboardInterrupt):
         model(X)
     session.detach()
-    assert torch.equal(model(X), expected)
-
-
-def test_a_layer_that_its_parent_reads_and_nni_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = SelfAttention()
-    expected = model(X)
-    pruner = GumbelPruner(model, ATTENTION, example_inputs=X)
-    pruner.session.start(10, hooks=False)
-    with interrupted(monkeypatch, KeyboardInterrupt):
-        model(X)
-    pruner.unwrap_model()
     assert torch.equal(model(X), expected)

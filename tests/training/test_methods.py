@@ -17,7 +17,9 @@ from gumbel_plugin.config import OptimizerConfig, PruningConfig
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.layers.weights import plain_copy
 from gumbel_plugin.masks import METHODS, Phase
+from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.masks.reparametrization import soft_gate
+from gumbel_plugin.masks.weight_dependent import WeightDependent
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.session import MaskingSession
 
@@ -124,8 +126,7 @@ def kept_units(session: MaskingSession, masks: Masks) -> dict[str, int]:
     """Return how many whole units of each layer are open; a unit that is neither open nor closed is an error."""
     kept = {}
     for name, targets in masks.items():
-        granularity = session.plan.masks[name].granularity
-        assert granularity is not None
+        granularity = session.plan.masks[name].sparsity_type
         sizes = granularity.reduce(targets["weight"]) / granularity.unit_size(targets["weight"].shape)
         assert set(sizes.unique().tolist()) <= {0.0, 1.0}
         kept[name] = int(sizes.sum())
@@ -134,7 +135,9 @@ def kept_units(session: MaskingSession, masks: Masks) -> dict[str, int]:
 
 def test_every_method_is_here() -> None:
     """But for those whose gates belong to samples and not to weights, which have a file of their own."""
-    assert {case.method for case in CASES.values()} == {name for name, m in METHODS.items() if not m.per_sample}
+    assert {case.method for case in CASES.values()} == {
+        name for name, m in METHODS.items() if not issubclass(m, PerSample)
+    }
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.83])
@@ -165,7 +168,7 @@ def test_the_budget_is_met_exactly_and_the_extracted_network_is_the_masked_one(
 
 
 def test_the_loss_falls(case: Case, learn: Any) -> None:
-    """The hard network that comes out solves the problem, or at least, where nothing is learned about it, did before."""
+    """The hard network that comes out solves the problem, or did before where nothing is learned about it."""
     model = build(case)
     session = case.session(model, 0.5, phases={} if "weights" in case.keys else {"fixed": 0.25})
     losses = learn(model, session, 240)
@@ -328,7 +331,9 @@ def test_scaled_weights_are_drawn_larger() -> None:
 # Errors, before anything is trained ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.manages_own_sparsity and not m.per_sample])
+@pytest.mark.parametrize(
+    "method", [name for name, m in METHODS.items() if m.manages_own_sparsity and not issubclass(m, PerSample)]
+)
 def test_a_method_with_a_way_of_its_own_needs_a_ratio(method: str) -> None:
     for entry in ({}, {"sparse_threshold": 0.3}):
         with pytest.raises(ConfigError, match=f"sparse_ratio of '0' is missing: method '{method}'"):
@@ -342,14 +347,14 @@ def test_a_method_that_ranks_each_layer_by_itself_has_no_global_budget(method: s
     Case(method, entry={"global_group_id": 1, "op_types": None, "op_names": ["2"]}).session(linear_network())
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.reads_weight])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if issubclass(method, WeightDependent)])
 def test_a_function_of_one_layers_weight_cannot_be_shared(method: str) -> None:
     square = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(ConfigError, match=f"dependency_group_id 1: gates of method '{method}'.*'1' and '0'"):
         Case(method, entry={"dependency_group_id": 1}).session(square)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.reads_weight])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if issubclass(method, WeightDependent)])
 @pytest.mark.parametrize("word", ["out_channel", "default"])
 def test_a_function_of_one_layers_weight_has_no_channel_groups(make_network: Any, method: str, word: str) -> None:
     network = make_network("conv_bn_relu")
@@ -359,7 +364,9 @@ def test_a_function_of_one_layers_weight_has_no_channel_groups(make_network: Any
         MaskingSession(network.model, pruning, list(network.groups().values()))
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.reads_weight])
+@pytest.mark.parametrize(
+    "method", [name for name, method in METHODS.items() if not issubclass(method, WeightDependent)]
+)
 def test_the_other_methods_gate_channel_groups(make_network: Any, method: str) -> None:
     network = make_network("residual")
     entry = {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "granularity": "out_channel"}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from nni.compression.base import apply_method, compressor, config
+from nni.compression.base.compressor import Pruner
+from nni.compression.base.target_space import TargetType
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.pruning.basic_pruner import _NormPruner
+from nni.compression.pruning.tools import sparse_gen
 from torch import Tensor, nn
 
+from gumbel_nni.compat import stacking
 from gumbel_nni.compat.patching import replace_once
 
 _logger = logging.getLogger(__name__)
-_PLANNED = "_planned_length"
 _OWN = "_own_parameters"
 _HOOK = "_unfusing_hook"
 
@@ -24,10 +29,7 @@ def two_pruners_on_one_layer() -> bool:
     Cause (a gap, whatever the versions): NNI drops the second pruner's settings, saying "already configured, the new
     config will be ignored".
     """
-    from gumbel_nni.compat import stacking
-
-    stacking.install()
-    return True
+    return stacking.install()
 
 
 def total_sparsity_of_old_lists() -> bool:
@@ -36,13 +38,7 @@ def total_sparsity_of_old_lists() -> bool:
     Cause (a slip, whatever the versions): they are translated with a key ``group_id``, which NNI's own schema rejects;
     it is called ``global_group_id``.
     """
-    from nni.compression.base import compressor, config
-
-    if not hasattr(config.trans_legacy_config_list, "__wrapped__"):
-        original = config.trans_legacy_config_list
-        repaired = functools.update_wrapper(functools.partial(_translated, original), original)
-        config.trans_legacy_config_list = compressor.trans_legacy_config_list = repaired
-    return True
+    return replace_once("trans_legacy_config_list", _translated, config, compressor)
 
 
 def masks_of_unknown_modules() -> bool:
@@ -50,10 +46,7 @@ def masks_of_unknown_modules() -> bool:
 
     Cause (a slip, whatever the versions): it warns that they will be ignored, and goes on to a KeyError.
     """
-    from nni.compression.base.compressor import Pruner
-
-    replace_once(Pruner, "update_masks", _update_known_masks)
-    return True
+    return replace_once("update_masks", _update_known_masks, Pruner)
 
 
 def slim_factors_in_weights() -> bool:
@@ -62,10 +55,7 @@ def slim_factors_in_weights() -> bool:
     Cause (a gap, whatever the versions): the network is trained with weight times factor, but unwrapping gives back
     the weight alone: another network. Remedy: unwrapping multiplies the factor in, and leaves ones.
     """
-    from nni.compression.base.wrapper import ModuleWrapper
-
-    replace_once(ModuleWrapper, "unwrap", _unwrap_with_factors)
-    return True
+    return replace_once("unwrap", _unwrap_with_factors, ModuleWrapper)
 
 
 def biases_of_norms() -> bool:
@@ -75,10 +65,7 @@ def biases_of_norms() -> bool:
     ``tensor.sum([])`` sums over all of them. SlimPruner on batch norms then masks scales and no shifts, and channels
     that it closes still send their shift. Remedy: such a mask is not summed.
     """
-    from nni.compression.pruning.tools import sparse_gen
-
-    replace_once(sparse_gen, "_generate_align_sparsity", _generate_align_sparsity)
-    return True
+    return replace_once("_generate_align_sparsity", _generate_align_sparsity, sparse_gen)
 
 
 def norm_pruners_in_fusion() -> bool:
@@ -88,10 +75,7 @@ def norm_pruners_in_fusion() -> bool:
     scheduler sets it: ``from_compressor`` and ``compress`` then train, and leave every mask open. Remedy: without
     a schedule, and if they have none yet, they make their masks at the start, as they do when they are alone.
     """
-    from nni.compression.pruning.basic_pruner import _NormPruner
-
-    replace_once(_NormPruner, "_fuse_preprocess", _prune_at_the_start)
-    return True
+    return replace_once("_fuse_preprocess", _prune_at_the_start, _NormPruner)
 
 
 def layers_survive_unwrapping() -> bool:
@@ -101,11 +85,8 @@ def layers_survive_unwrapping() -> bool:
     before, and an evaluator that holds one, then train parameters that are no longer the model's, without a word;
     and a saved optimizer state no longer fits. A bound method stays behind as the layer's forward.
     """
-    from nni.compression.base.wrapper import ModuleWrapper
-
-    replace_once(ModuleWrapper, "wrap", _wrap_and_remember)
-    replace_once(ModuleWrapper, "unwrap", _unwrap_and_restore)
-    return True
+    replace_once("wrap", _wrap_and_remember, ModuleWrapper)
+    return replace_once("unwrap", _unwrap_and_restore, ModuleWrapper)
 
 
 def wrapped_layers_in_fused_kernels() -> bool:
@@ -115,23 +96,8 @@ def wrapped_layers_in_fused_kernels() -> bool:
     model is evaluated as if it was dense. Any hook inside of it switches the kernel off. Remedy: one that does nothing
     on every wrapped layer.
     """
-    from nni.compression.base.wrapper import ModuleWrapper
-
-    replace_once(ModuleWrapper, "wrap", _wrap_with_hook)
-    replace_once(ModuleWrapper, "unwrap", _unwrap_without_hook)
-    return True
-
-
-def length_of_a_fused_training() -> bool:
-    """Let every compressor of a fusion know how long the training will be.
-
-    Cause (a gap, whatever the versions): ``compress(max_steps, max_epochs)`` tells the evaluator only, and that after
-    all compressors were prepared. Remedy: the evaluator carries it (see `planned_length`).
-    """
-    from nni.compression.base.compressor import Compressor
-
-    replace_once(Compressor, "_fusion_compress", _fusion_compress)
-    return True
+    replace_once("wrap", _wrap_with_hook, ModuleWrapper)
+    return replace_once("unwrap", _unwrap_without_hook, ModuleWrapper)
 
 
 def gradients_of_quantized_values() -> bool:
@@ -140,11 +106,8 @@ def gradients_of_quantized_values() -> bool:
     Cause: ``ctx.saved_variables`` is deprecated since torch 0.4 and warns; and both write into the gradient that they
     are given, which belongs to whatever else reads it. Remedy: ``saved_tensors``, and a new tensor.
     """
-    from nni.compression.base import apply_method
-
-    replace_once(apply_method.QATClampRound, "backward", _qat_backward)
-    replace_once(apply_method.BNNClampRound, "backward", _bnn_backward)
-    return True
+    replace_once("backward", _qat_backward, apply_method.QATClampRound)
+    return replace_once("backward", _bnn_backward, apply_method.BNNClampRound)
 
 
 def _translated(original: Any, config_list: Any) -> Any:
@@ -156,31 +119,17 @@ def _translated(original: Any, config_list: Any) -> Any:
     return translated
 
 
-def _update_known_masks(self: Any, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+def _update_known_masks(original: Any, self: Any, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
     known = {name: targets for name, targets in masks.items() if name in self._module_wrappers}
     for name in masks.keys() - known.keys():
         _logger.warning("masks of %s are ignored: this pruner does not wrap it", name)
-    _update_known_masks.__wrapped__(self, known)  # type: ignore[attr-defined]
-
-
-def planned_length(evaluator: Any) -> tuple[int | None, int | None]:
-    """Return the steps and the epochs of the training that an evaluator is about to do; either may be None."""
-    steps, epochs = getattr(evaluator, _PLANNED, (None, None))
-    return steps, epochs
-
-
-def _fusion_compress(self: Any, max_steps: int | None, max_epochs: int | None) -> None:
-    if self.evaluator is not None:
-        setattr(self.evaluator, _PLANNED, (max_steps, max_epochs))
-    _fusion_compress.__wrapped__(self, max_steps, max_epochs)  # type: ignore[attr-defined]
+    original(self, known)
 
 
 def with_slim_factor(wrapper: Any, target: str, tensor: Tensor) -> Tensor:
     """Return a tensor times the factor that a SlimPruner has learned for it, if there is one."""
-    from gumbel_nni.compat.stacking import spaces_of
-
     factor = getattr(wrapper, f"{target}_slim_factor", None)
-    for space in spaces_of(wrapper, target):
+    for space in stacking.spaces_of(wrapper, target):
         if factor is not None and space.apply_method == "slim_mul":
             spread = factor if space._scaler is None else space._scaler.expand(factor, space.shape, keepdim=True)
             scaled: Tensor = tensor * spread.detach()
@@ -189,47 +138,40 @@ def with_slim_factor(wrapper: Any, target: str, tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _unwrap_with_factors(self: Any) -> None:
+def _unwrap_with_factors(original: Any, self: Any) -> None:
     for name, space in self.pruning_target_spaces.items():
         factor = getattr(self, f"{name}_slim_factor", None)
         if factor is not None:
             space.target.copy_(with_slim_factor(self, name, space.target))
             factor.fill_(1.0)
-    _unwrap_with_factors.__wrapped__(self)  # type: ignore[attr-defined]
+    original(self)
 
 
-def _generate_align_sparsity(masks: Any, target_spaces: Any) -> Any:
+def _generate_align_sparsity(original: Any, masks: Any, target_spaces: Any) -> Any:
     """Show NNI a mask without dimensions to sum over as one that has a last dimension of size one."""
-    sources = {
-        (space.align["module_name"] or name, space.align["target_name"])
-        for name, spaces in target_spaces.items()
-        for space in spaces.values()
-        if len(space.align["dims"]) == 1
+    shown = {
+        name: {key: m.unsqueeze(-1) if m is not None and m.dim() == 1 else m for key, m in targets.items()}
+        for name, targets in masks.items()
     }
-    shown = {name: dict(targets) for name, targets in masks.items()}
-    for name, target in sources:
-        mask = shown.get(name, {}).get(target)
-        if mask is not None and mask.dim() == 1:
-            shown[name][target] = mask.unsqueeze(-1)
-    return _generate_align_sparsity.__wrapped__(shown, target_spaces)  # type: ignore[attr-defined]
+    return original(shown, target_spaces)
 
 
-def _prune_at_the_start(self: Any, evaluator: Any) -> None:
-    _prune_at_the_start.__wrapped__(self, evaluator)  # type: ignore[attr-defined]
+def _prune_at_the_start(original: Any, self: Any, evaluator: Any) -> None:
+    original(self, evaluator)
     masks = [space.mask for targets in self._target_spaces.values() for space in targets.values()]
     untouched = all(mask is None or bool((mask == 1).all()) for mask in masks)
     if self.interval_steps < 0 and untouched:
         self.update_masks(self.generate_masks())
 
 
-def _wrap_and_remember(self: Any) -> None:
+def _wrap_and_remember(original: Any, self: Any) -> None:
     own, forward = dict(self.module._parameters), vars(self.module).get("forward")
-    _wrap_and_remember.__wrapped__(self)  # type: ignore[attr-defined]
+    original(self)
     self.__dict__[_OWN] = own, forward
 
 
-def _unwrap_and_restore(self: Any) -> None:
-    _unwrap_and_restore.__wrapped__(self)  # type: ignore[attr-defined]
+def _unwrap_and_restore(original: Any, self: Any) -> None:
+    original(self)
     new = self.module._parameters
     own, forward = self.__dict__.pop(_OWN, ({}, None))
     if forward is None:
@@ -244,31 +186,29 @@ def _unwrap_and_restore(self: Any) -> None:
             new[name] = new.pop(name)
 
 
-def _wrap_with_hook(self: Any) -> None:
-    _wrap_with_hook.__wrapped__(self)  # type: ignore[attr-defined]
+def _wrap_with_hook(original: Any, self: Any) -> None:
+    original(self)
     self.__dict__[_HOOK] = self.module.register_forward_pre_hook(_do_nothing)
 
 
-def _unwrap_without_hook(self: Any) -> None:
+def _unwrap_without_hook(original: Any, self: Any) -> None:
     if _HOOK in self.__dict__:
         self.__dict__.pop(_HOOK).remove()
-    _unwrap_without_hook.__wrapped__(self)  # type: ignore[attr-defined]
+    original(self)
 
 
 def _do_nothing(module: nn.Module, args: Any) -> None:
     """Be there."""
 
 
-def _qat_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+def _qat_backward(original: Any, ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     (transformed,) = ctx.saved_tensors
     space = ctx.target_space
     outside = (transformed < space.qmin) | (transformed > space.qmax)
     return gradient.masked_fill(outside, 0.0), None
 
 
-def _bnn_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    from nni.compression.base.target_space import TargetType
-
+def _bnn_backward(original: Any, ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     (target,) = ctx.saved_tensors
     if ctx.target_space.type is TargetType.OUTPUT:
         gradient = gradient.masked_fill(target.abs() > 1, 0.0)

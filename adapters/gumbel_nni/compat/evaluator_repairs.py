@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import nni
 import torch
+from nni.compression.utils import evaluator
 
 from gumbel_nni.compat.patching import replace_once
 
+Tasks = Sequence[Callable[[], Any]]
 _STEP_PATCHES = "_step_patches"
 
 
@@ -40,14 +43,11 @@ def loss_with_item_count() -> bool:
     Cause: Trainer calls ``compute_loss(..., num_items_in_batch=...)`` (Transformers 4.46 and later), which NNI's
     replacement does not take.
     """
-    from nni.compression.utils import evaluator
-
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False
     if "num_items_in_batch" not in inspect.signature(evaluator.HFTrainer.compute_loss).parameters:
         return False
-    replace_once(evaluator.TransformersEvaluator, "patch_loss", _patch_loss)
-    return True
+    return replace_once("patch_loss", _patch_loss, evaluator.TransformersEvaluator)
 
 
 def default_optimizer_of_trainer() -> bool:
@@ -57,14 +57,11 @@ def default_optimizer_of_trainer() -> bool:
     instance with the model too (Transformers 4.39 and later), and NNI leaves a plain function where the static
     method was.
     """
-    from nni.compression.utils import evaluator
-
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False
     if "model" not in inspect.signature(evaluator.HFTrainer.get_optimizer_cls_and_kwargs).parameters:
         return False
-    replace_once(evaluator.TransformersEvaluator, "_init_optimizer_helpers", _init_optimizer_helpers)
-    return True
+    return replace_once("_init_optimizer_helpers", _init_optimizer_helpers, evaluator.TransformersEvaluator)
 
 
 def steps_after_backward() -> bool:
@@ -74,12 +71,9 @@ def steps_after_backward() -> bool:
     "before the step" ran before the backward: a pruner's own optimizer used the gradients of the step before, and never
     the last ones. Remedy: the closure runs first.
     """
-    from nni.compression.utils import evaluator
-
     if not evaluator.LIGHTNING_INSTALLED:
         return False
-    replace_once(evaluator.LightningEvaluator, "patch_optimizer_step", _patch_lightning_step)
-    return True
+    return replace_once("patch_optimizer_step", _patch_lightning_step, evaluator.LightningEvaluator)
 
 
 def steps_of_trainer() -> bool:
@@ -89,39 +83,36 @@ def steps_of_trainer() -> bool:
     (Transformers 4.9 and later); and it keeps one patch in a class attribute, which a second patch replaces, in the
     whole process.
     """
-    from nni.compression.utils import evaluator
-
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False
-    replace_once(evaluator.TransformersEvaluator, "patch_optimizer_step", _patch_trainer_step)
-    return True
+    return replace_once("patch_optimizer_step", _patch_trainer_step, evaluator.TransformersEvaluator)
 
 
-Tasks = Sequence[Callable[[], Any]]
-
-
-def _patch_lightning_step(self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
-    _patch_lightning_step.__wrapped__(self, [], after_step_tasks)  # type: ignore[attr-defined]
+def _patch_lightning_step(original: Any, self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
+    original(self, [], after_step_tasks)
     if not before_step_tasks:
         return
     configure = self.model.configure_optimizers
 
     def with_tasks(_: Any) -> Any:
         configured = configure()
-        _run_before_step(_first_optimizer(configured), before_step_tasks)
+        _run_around_step(_first_optimizer(configured), before_step_tasks)
         return configured
 
     self.model.configure_optimizers = types.MethodType(with_tasks, self.model)
 
 
-def _run_before_step(optimizer: Any, tasks: Tasks) -> None:
+def _run_around_step(optimizer: Any, before: Tasks, after: Tasks = ()) -> None:
     step = optimizer.step
 
     def patched(_: Any, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
         loss = closure() if closure is not None else None
-        for task in tasks:
+        for task in before:
             task()
-        return step(**({} if closure is None else {"closure": lambda: loss}), **extra)
+        output = step(**({} if closure is None else {"closure": lambda: loss}), **extra)
+        for task in after:
+            task()
+        return output
 
     optimizer.step = types.MethodType(patched, optimizer)
 
@@ -134,7 +125,7 @@ def _first_optimizer(configured: Any) -> Any:
     return first[0] if isinstance(first, list | tuple) else first
 
 
-def _patch_trainer_step(self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
+def _patch_trainer_step(original: Any, self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
     patches = getattr(self.trainer, _STEP_PATCHES, None)
     if patches is None:
         patches = []
@@ -157,21 +148,7 @@ def _step_patcher(trainer: Any, patches: Sequence[tuple[Tasks, Tasks]]) -> Any:
     return StepPatcher()
 
 
-def _run_around_step(optimizer: Any, before: Tasks, after: Tasks) -> None:
-    step = optimizer.step
-
-    def patched(_: Any, *args: Any, **kwargs: Any) -> Any:
-        for task in before:
-            task()
-        output = step(*args, **kwargs)
-        for task in after:
-            task()
-        return output
-
-    optimizer.step = types.MethodType(patched, optimizer)
-
-
-def _patch_loss(self: Any, patch: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+def _patch_loss(original: Any, self: Any, patch: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
     compute_loss = self.trainer.compute_loss
 
     def patched(_: Any, model: Any, inputs: Any, return_outputs: bool = False, **extra: Any) -> Any:
@@ -181,15 +158,13 @@ def _patch_loss(self: Any, patch: Callable[[torch.Tensor, Any], torch.Tensor]) -
     self.trainer.compute_loss = types.MethodType(patched, self.trainer)
 
 
-def _init_optimizer_helpers(self: Any, pure_model: Any) -> None:
-    import nni
-
-    with _traced_default_optimizer(self.traced_trainer, nni):
-        _init_optimizer_helpers.__wrapped__(self, pure_model)  # type: ignore[attr-defined]
+def _init_optimizer_helpers(original: Any, self: Any, pure_model: Any) -> None:
+    with _traced_default_optimizer(self.traced_trainer):
+        original(self, pure_model)
 
 
 @contextmanager
-def _traced_default_optimizer(trainer: Any, nni: Any) -> Iterator[None]:
+def _traced_default_optimizer(trainer: Any) -> Iterator[None]:
     """Put the Trainer's default optimizer, traced, where the user gave none that is traced."""
     if trainer.optimizer is not None and nni.common.is_traceable(trainer.optimizer):
         yield

@@ -1,42 +1,44 @@
-"""Where NNI fails without a word, or says nothing and goes wrong: the same checks, with what to write instead."""
+"""Where NNI fails without a message, or goes on and is wrong: the same checks, with what to write instead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from nni.common import is_traceable
+from nni.compression.base.compressor import Compressor
+from nni.compression.base.config import default_config_schema
+from nni.compression.base.setting import PruningSetting, QuantizationSetting
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator, evaluator
+from nni.compression.utils.constructor_helper import LRSchedulerConstructHelper, OptimizerConstructHelper
+from schema import SchemaError
+from torch import Tensor, nn
 
 from gumbel_nni.compat.patching import replace_once
-from gumbel_plugin.errors import ConfigError, TargetError
+from gumbel_plugin.errors import ConfigError, TargetError, nearest, shown
+from gumbel_plugin.storage.mask_format import check_format
 
 
 def config_errors_with_index() -> bool:
-    """Let the error of a config list say which entry it is about.
+    """Let the error of a config list name the entry that it is about.
 
     Cause (whatever the versions): NNI validates entry by entry, and its message names the key only.
     """
-    from nni.compression.base.compressor import Compressor
-
-    replace_once(Compressor, "_validate_config", _validate_config)
-    return True
+    return replace_once("_validate_config", _validate_config, Compressor)
 
 
 def untraced_optimizers() -> bool:
-    """Say the line to write where an evaluator's optimizer or scheduler was not made through ``nni.trace``.
+    """Give the line to write where an evaluator's optimizer or scheduler was not made through ``nni.trace``.
 
     Cause (whatever the versions): TorchEvaluator asserts without a message; TransformersEvaluator takes the default
     optimizer instead of the given one.
     """
-    from nni.compression.utils import constructor_helper, evaluator
-
-    replace_once(evaluator.TorchEvaluator, "__init__", _init_torch_evaluator)
-    replace_once(evaluator.TransformersEvaluator, "__init__", _init_transformers_evaluator)
-    for helper in (constructor_helper.OptimizerConstructHelper, constructor_helper.LRSchedulerConstructHelper):
-        if not hasattr(helper.from_trace, "__wrapped__"):
-            helper.from_trace = staticmethod(_traced_only(helper.from_trace))
-    return True
+    replace_once("__init__", _init_torch_evaluator, evaluator.TorchEvaluator)
+    replace_once("__init__", _init_transformers_evaluator, evaluator.TransformersEvaluator)
+    replace_once("from_trace", _from_trace, OptimizerConstructHelper)
+    return replace_once("from_trace", _from_trace, LRSchedulerConstructHelper)
 
 
 def optimizers_of_another_model() -> bool:
@@ -45,10 +47,7 @@ def optimizers_of_another_model() -> bool:
     Cause (a gap, whatever the versions): NNI rebuilds it with the parameters that it recognizes, and trains the others
     no more, without a word; that is what an optimizer made on a wrapped model comes to.
     """
-    from nni.compression.utils.constructor_helper import OptimizerConstructHelper
-
-    replace_once(OptimizerConstructHelper, "params2names", _params2names)
-    return True
+    return replace_once("params2names", _params2names, OptimizerConstructHelper)
 
 
 def layer_types_by_name() -> bool:
@@ -56,17 +55,11 @@ def layer_types_by_name() -> bool:
 
     Cause (whatever the versions): an AssertionError names the type only, and an internal registry.
     """
-    from nni.compression.base.wrapper import ModuleWrapper
-
-    replace_once(ModuleWrapper, "extend_target_spaces", _extend_known_layers)
-    return True
+    return replace_once("extend_target_spaces", _extend_known_layers, ModuleWrapper)
 
 
 def complaints(config_list: Sequence[Any], mode: str = "pruning") -> list[str]:
-    """Return what NNI says against the entries of a config list, one line each."""
-    from nni.compression.base.config import default_config_schema
-    from schema import SchemaError
-
+    """Return NNI's complaints about the entries of a config list, one line each."""
     found = []
     for index, entry in enumerate(config_list):
         try:
@@ -76,40 +69,85 @@ def complaints(config_list: Sequence[Any], mode: str = "pruning") -> list[str]:
     return found
 
 
-def _validate_config(self: Any) -> None:
+def _validate_config(original: Any, self: Any) -> None:
     found = complaints(self.config_list, self.mode)
     if found:
         raise ConfigError("; ".join(found))
 
 
-def _init_torch_evaluator(self: Any, training_func: Any, optimizers: Any, *args: Any, **kwargs: Any) -> None:
-    for optimizer in optimizers if isinstance(optimizers, list | tuple) else [optimizers]:
-        _check_traced(optimizer)
+def check_evaluator(given: Any) -> None:
+    """Refuse what is neither one of NNI's evaluators nor None.
+
+    Raises:
+        ConfigError: With the line to write.
+    """
+    if given is not None and not isinstance(given, Evaluator):
+        raise ConfigError(
+            f"evaluator is {_described(given)}; it must be one of NNI's, such as "
+            "TorchEvaluator(training_func, nni.trace(torch.optim.Adam)(model.parameters()), training_step), or None "
+            "where the configuration names what to train with"
+        )
+
+
+def check_compressor(given: Any) -> None:
+    """Refuse what is no compressor of NNI's where one is inherited from.
+
+    Raises:
+        ConfigError: With what to call instead.
+    """
+    if not isinstance(given, Compressor):
+        raise ConfigError(
+            f"from_compressor needs a compressor of NNI's, but got {_described(given)}; for a plain model call "
+            "GumbelPruner(model, config_list, evaluator)"
+        )
+
+
+def check_masks(masks: Mapping[str, Mapping[str, Tensor | None]], wrappers: Mapping[str, ModuleWrapper]) -> None:
+    """Refuse masks that do not fit a pruner, which NNI ignores or takes as they are.
+
+    Raises:
+        TargetError: If a module or target is not masked by the pruner, or a mask has the wrong shape.
+    """
+    check_format(masks)
+    for name, targets in masks.items():
+        if name not in wrappers:
+            raise TargetError(f"mask for module {name!r}, not wrapped here{nearest(name, wrappers)}")
+        spaces = wrappers[name].pruning_target_spaces
+        for target, mask in targets.items():
+            if target not in spaces:
+                raise TargetError(f"mask for {name}.{target}, no pruning target{nearest(target, spaces)}")
+            shape = spaces[target].shape
+            if mask is not None and shape is not None and list(mask.shape) != list(shape):
+                raise TargetError(f"{name}.{target}: mask {tuple(mask.shape)}, tensor {tuple(shape)}")
+
+
+def _described(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else shown(value)
+
+
+def _init_torch_evaluator(
+    original: Any, self: Any, training_func: Any, optimizers: Any, *args: Any, **kwargs: Any
+) -> None:
     schedulers = args[1] if len(args) > 1 else kwargs.get("lr_schedulers")
-    for scheduler in schedulers if isinstance(schedulers, list | tuple) else [schedulers] if schedulers else []:
-        _check_traced(scheduler)
-    _init_torch_evaluator.__wrapped__(self, training_func, optimizers, *args, **kwargs)  # type: ignore[attr-defined]
+    for made in (optimizers, schedulers or []):
+        for each in made if isinstance(made, list | tuple) else [made]:
+            _check_traced(each)
+    original(self, training_func, optimizers, *args, **kwargs)
 
 
-def _init_transformers_evaluator(self: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+def _init_transformers_evaluator(original: Any, self: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
     for made in (getattr(trainer, "optimizer", None), getattr(trainer, "lr_scheduler", None)):
         if made is not None:
             _check_traced(made)
-    _init_transformers_evaluator.__wrapped__(self, trainer, *args, **kwargs)  # type: ignore[attr-defined]
+    original(self, trainer, *args, **kwargs)
 
 
-def _traced_only(from_trace: Any) -> Any:
-    def checked(*args: Any) -> Any:
-        _check_traced(args[-1])
-        return from_trace(*args)
-
-    checked.__wrapped__ = from_trace  # type: ignore[attr-defined]
-    return checked
+def _from_trace(original: Any, *args: Any) -> Any:
+    _check_traced(args[-1])
+    return original(*args)
 
 
 def _check_traced(made: Any) -> None:
-    from nni.common import is_traceable
-
     if is_traceable(made):
         return
     cls = type(made)
@@ -130,7 +168,7 @@ def _path(cls: type) -> str:
     return f"{module}.{lr}{cls.__name__}"
 
 
-def _params2names(self: Any, model: nn.Module, params: Iterable[Any]) -> list[dict[str, Any]]:
+def _params2names(original: Any, self: Any, model: nn.Module, params: Iterable[Any]) -> list[dict[str, Any]]:
     given = [{**group, "params": _listed(group["params"])} if isinstance(group, dict) else group for group in params]
     tensors = [tensor for group in given for tensor in _tensors(group)]
     own = {id(parameter) for parameter in model.parameters()}
@@ -140,23 +178,21 @@ def _params2names(self: Any, model: nn.Module, params: Iterable[Any]) -> list[di
             f"{strangers} of the optimizer's parameters are not the model's, and would not be trained: make the "
             "optimizer on the plain model, before any compressor wraps it or after unwrap_model()"
         )
-    groups: list[dict[str, Any]] = _params2names.__wrapped__(self, model, given)  # type: ignore[attr-defined]
+    groups: list[dict[str, Any]] = original(self, model, given)
     return groups
 
 
-def _tensors(group: Any) -> list[torch.Tensor]:
+def _tensors(group: Any) -> list[Tensor]:
     params = group["params"] if isinstance(group, dict) else group
-    return [params] if isinstance(params, torch.Tensor) else list(params)
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def _listed(params: Any) -> Any:
-    """Make a list of a generator; a set stays one, for NNI to complain of."""
-    return params if isinstance(params, torch.Tensor | set) else list(params)
+    """Make a list of a generator; a set stays one, for NNI to refuse."""
+    return params if isinstance(params, Tensor | set) else list(params)
 
 
-def _extend_known_layers(self: Any, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
-    from nni.compression.base.setting import PruningSetting, QuantizationSetting
-
+def _extend_known_layers(original: Any, self: Any, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
     known = {"pruning": set(PruningSetting.registry), "quantization": set(QuantizationSetting.registry)}
     kind = type(self.module).__name__
     if mode in known and kind not in known[mode]:
@@ -166,5 +202,5 @@ def _extend_known_layers(self: Any, sub_config: dict[str, Any], mode: str) -> di
             f"{self.name!r} is a {kind}: {mode} does not take this layer type, {other} "
             f"{'does' if kind in known[other] else 'does not either'}; both take {shared}"
         )
-    spaces: dict[str, Any] = _extend_known_layers.__wrapped__(self, sub_config, mode)  # type: ignore[attr-defined]
+    spaces: dict[str, Any] = original(self, sub_config, mode)
     return spaces

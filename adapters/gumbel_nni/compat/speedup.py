@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nni.compression.speedup import ModelSpeedup, mask_updater, model_speedup, utils
+from nni.compression.speedup.container import NodeInfo
 from torch import nn
+from torch.fx import immutable_collections as fx
 from torch.utils import _pytree as pytree
 
 from gumbel_nni.compat.patching import replace_once
 from gumbel_plugin.shrinking.mask_file import load_masks
-
-_SPEEDUP_MODULES = ("utils", "mask_updater", "model_speedup")
 
 
 def size_is_a_leaf() -> bool:
@@ -27,13 +27,7 @@ def size_is_a_leaf() -> bool:
     "'tuple' object has no attribute 'numel'", or "Inconsistent tree nodes length". As the import may still
     come, the repair is made everywhere.
     """
-    import nni.compression.speedup as package
-
-    for name in _SPEEDUP_MODULES:
-        module = getattr(package, name)
-        if not hasattr(module.tree_map_zip, "__wrapped__"):
-            module.tree_map_zip = functools.update_wrapper(_tree_map_zip, module.tree_map_zip)
-    return True
+    return replace_once("tree_map_zip", _tree_map_zip, utils, mask_updater, model_speedup)
 
 
 def values_last_used_by_size() -> bool:
@@ -41,7 +35,6 @@ def values_last_used_by_size() -> bool:
 
     Cause (a slip, whatever the versions): it deletes ``_output_randomize``; the attribute is ``output_randomize``.
     """
-    from nni.compression.speedup.container import NodeInfo
 
     def forget(info: Any) -> None:
         del info.output_randomize
@@ -56,8 +49,6 @@ def pytree_nodes_of_fx() -> bool:
     Cause: speedup registers them as pytree nodes over torch's own registration, without key paths and serialized names.
     ``tree_flatten_with_path`` and ``treespec_dumps``, which torch.export uses, then fail in the whole process.
     """
-    from torch.fx import immutable_collections as fx
-
     if not hasattr(fx, "_immutable_list_flatten"):
         return False
     functions: dict[type, tuple[Any, ...]] = {
@@ -84,10 +75,7 @@ def masks_by_path() -> bool:
     Cause: torch.load builds only what is on its list (torch 2.6 and later); a pruner's masks are a
     ``defaultdict(dict)``. Remedy: `load_masks`, which builds that and nothing else.
     """
-    from nni.compression.speedup import ModelSpeedup
-
-    replace_once(ModelSpeedup, "__init__", _init_speedup)
-    return True
+    return replace_once("__init__", _init_speedup, ModelSpeedup)
 
 
 def modes_and_statistics() -> bool:
@@ -96,39 +84,42 @@ def modes_and_statistics() -> bool:
     Cause (a slip, whatever the versions): tracing runs the model in the mode it is in, so that a model in train mode
     gets the dummy input into its running means; and replaced modules come back in train mode.
     """
-    from nni.compression.speedup import ModelSpeedup
-
-    replace_once(ModelSpeedup, "__init__", _init_in_eval_mode)
-    replace_once(ModelSpeedup, "speedup_model", _speedup_in_eval_mode)
-    return True
+    replace_once("__init__", _init_in_eval_mode, ModelSpeedup)
+    return replace_once("speedup_model", _speedup_in_eval_mode, ModelSpeedup)
 
 
-def _tree_map_zip(function: Callable[..., Any], *trees: Any) -> Any:
+def _tree_map_zip(original: Any, function: Callable[..., Any], *trees: Any) -> Any:
     flat = [pytree.tree_flatten(tree, is_leaf=lambda node: isinstance(node, torch.Size)) for tree in trees]
     leaves = zip(*(leaves for leaves, _ in flat), strict=True)
     return pytree.tree_unflatten([function(*values) for values in leaves], flat[0][1])
 
 
 def _init_speedup(
-    self: Any, model: Any, dummy_input: Any, masks_or_file: Any, map_location: Any = None, *args: Any, **kwargs: Any
+    original: Any,
+    self: Any,
+    model: Any,
+    dummy_input: Any,
+    masks_or_file: Any,
+    map_location: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     if isinstance(masks_or_file, (str, Path)):
         masks_or_file = {
             name: {target: mask.to(map_location or mask.device) for target, mask in targets.items()}
             for name, targets in load_masks(masks_or_file).items()
         }
-    original = _init_speedup.__wrapped__  # type: ignore[attr-defined]
     original(self, model, dummy_input, masks_or_file, map_location, *args, **kwargs)
 
 
-def _init_in_eval_mode(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+def _init_in_eval_mode(original: Any, self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
     with _eval_mode(model):
-        _init_in_eval_mode.__wrapped__(self, model, *args, **kwargs)  # type: ignore[attr-defined]
+        original(self, model, *args, **kwargs)
 
 
-def _speedup_in_eval_mode(self: Any) -> nn.Module:
+def _speedup_in_eval_mode(original: Any, self: Any) -> nn.Module:
     with _eval_mode(self.bound_model):
-        model: nn.Module = _speedup_in_eval_mode.__wrapped__(self)  # type: ignore[attr-defined]
+        model: nn.Module = original(self)
     return model
 
 

@@ -15,8 +15,8 @@ import torch
 from nni.compression.base.compressor import Pruner
 from nni.compression.base.setting import canonicalize_settings
 from nni.compression.base.target_space import PruningTargetSpace
-from nni.compression.base.wrapper import ModuleWrapper
-from torch import Tensor
+from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
+from torch import Tensor, nn
 
 from gumbel_nni.compat.patching import replace_once
 
@@ -36,16 +36,16 @@ class StackedTargetSpace(PruningTargetSpace):  # type: ignore[misc]
         return f"{self._target_name}_mask_{self._number}"
 
 
-def install() -> None:
+def install() -> bool:
     """Let NNI's wrappers and pruners know stacked target spaces. Idempotent.
 
     A target space may have a function ``before_unwrap``, called whoever unwraps the layer.
     """
-    replace_once(ModuleWrapper, "extend_target_spaces", _extend_target_spaces)
-    replace_once(ModuleWrapper, "_apply_mask_helper", _apply_all_masks)
-    replace_once(ModuleWrapper, "unwrap", _unwrap)
-    replace_once(Pruner, "get_masks", _get_masks)
-    replace_once(Pruner, "update_masks", _update_masks)
+    replace_once("extend_target_spaces", _extend_target_spaces, ModuleWrapper)
+    replace_once("_apply_mask_helper", _apply_all_masks, ModuleWrapper)
+    replace_once("unwrap", _unwrap, ModuleWrapper)
+    replace_once("get_masks", _get_masks, Pruner)
+    return replace_once("update_masks", _update_masks, Pruner)
 
 
 def add_space(wrapper: ModuleWrapper, target: str, setting: Mapping[str, Any]) -> StackedTargetSpace:
@@ -60,6 +60,26 @@ def add_space(wrapper: ModuleWrapper, target: str, setting: Mapping[str, Any]) -
 def hide(space: PruningTargetSpace) -> None:
     """Keep a target space's mask out of `get_masks`: nobody asked for it by a config list."""
     space.is_hidden = True
+
+
+def weight_space(pruner: Pruner, name: str, module: nn.Module) -> PruningTargetSpace:
+    """Return a pruner's target space on a layer's weight: a hidden one where its config list does not ask for any."""
+    space = pruner._target_spaces.get(name, {}).get("weight")
+    if space is not None:
+        return space
+    wrapper = pruner._module_wrappers.get(name)
+    if wrapper is not None and "weight" in wrapper.pruning_target_spaces:
+        space = add_space(wrapper, "weight", {"sparse_ratio": None, "granularity": None})
+    else:
+        if wrapper is not None:
+            wrapper.unwrap()
+        weight_only = {"target_names": ["weight"]}
+        wrapper, spaces = create_module_wrapper(pruner.bound_model, module, name, "pruning", weight_only, wrapper)
+        pruner._module_wrappers[name] = wrapper
+        wrapper.wrap()
+        space = spaces["weight"]
+    hide(space)
+    return space
 
 
 def spaces_of(wrapper: ModuleWrapper, target: str) -> Iterator[PruningTargetSpace]:
@@ -80,8 +100,7 @@ def masks_of(wrappers: Mapping[str, ModuleWrapper]) -> dict[str, dict[str, Tenso
     return masks
 
 
-def _extend_target_spaces(self: ModuleWrapper, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
-    original = _extend_target_spaces.__wrapped__  # type: ignore[attr-defined]
+def _extend_target_spaces(original: Any, self: ModuleWrapper, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
     known = set(self.pruning_target_spaces) if mode == "pruning" else set()
     settings = canonicalize_settings(self.module, sub_config, mode) if known else {}
     twice = [name for name in settings if name in known]
@@ -95,43 +114,36 @@ def _extend_target_spaces(self: ModuleWrapper, sub_config: dict[str, Any], mode:
     return {**spaces, **{name: add_space(self, name, settings[name]) for name in twice}}
 
 
-def _apply_all_masks(self: ModuleWrapper, target: Tensor, target_space: PruningTargetSpace) -> Tensor:
-    original = _apply_all_masks.__wrapped__  # type: ignore[attr-defined]
+def _apply_all_masks(original: Any, self: ModuleWrapper, target: Tensor, target_space: PruningTargetSpace) -> Tensor:
     result: Tensor = original(self, target, target_space)
     for space in getattr(self, _STACK, {}).get(target_space._target_name, ()):
         result = original(self, result, space)
     return result
 
 
-def _unwrap(self: ModuleWrapper) -> None:
+def _unwrap(original: Any, self: ModuleWrapper) -> None:
     for target in self.pruning_target_spaces:
         for space in spaces_of(self, target):
-            getattr(space, "before_unwrap", _nothing)()
-    _unwrap.__wrapped__(self)  # type: ignore[attr-defined]
+            if hasattr(space, "before_unwrap"):
+                space.before_unwrap()
+    original(self)
 
 
-def _nothing() -> None:
-    """Do nothing: NNI's own pruners have nothing to do before their layers are unwrapped."""
-
-
-def _get_masks(self: Pruner) -> dict[str, dict[str, Tensor | None]]:
+def _get_masks(original: Any, self: Pruner) -> dict[str, dict[str, Tensor | None]]:
     return masks_of(self._module_wrappers)
 
 
-def _update_masks(self: Pruner, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+@torch.no_grad()
+def _update_masks(original: Any, self: Pruner, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
     """Write each mask to this pruner's own target space; what it was not configured for goes where NNI puts it."""
-    own: dict[str, dict[str, Tensor | None]] = {}
     others: dict[str, dict[str, Tensor | None]] = {}
     for name, targets in masks.items():
         for target, mask in targets.items():
-            stacked = isinstance(self._target_spaces.get(name, {}).get(target), StackedTargetSpace)
-            (own if stacked else others).setdefault(name, {})[target] = mask
-    with torch.no_grad():
-        for name, targets in own.items():
-            for target, mask in targets.items():
-                space = self._target_spaces[name][target]
+            space = self._target_spaces.get(name, {}).get(target)
+            if isinstance(space, StackedTargetSpace):
                 space.mask = None if mask is None else mask.to(space.target.device)
-    original = _update_masks.__wrapped__  # type: ignore[attr-defined]
+            else:
+                others.setdefault(name, {})[target] = mask
     original(self, others)
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from nni.common.concrete_trace_utils import concrete_proxy, concrete_tracer
+from nni.common.concrete_trace_utils.concrete_tracer import ConcreteTracer
 from torch import nn
 
 from gumbel_nni.compat.patching import replace_once
@@ -20,16 +22,14 @@ from gumbel_nni.compat.patching import replace_once
 def tensor_methods_in_tracer() -> bool:
     """Let concrete_trace record tensor methods.
 
-    Cause: the tracer tells them by ``__qualname__.startswith("_TensorBase")``, and torch calls the class TensorBase now
+    Cause: the tracer knows them by ``__qualname__.startswith("_TensorBase")``, and torch calls the class TensorBase now
     (every version this project supports). Methods then stay unpatched, and builtins without a module fail: "'NoneType'
-    object has no attribute 'startswith'". Remedy: say in the tracer's own table where each method is to be patched.
+    object has no attribute 'startswith'". Remedy: the tracer's own table names where each method is to be patched.
     Static constructors (``_make_subclass``) never see a proxy and leave the table; what torch.Tensor overrides in
     Python is filed under the override, which is what the tracer made of it when it recognized the class.
     """
     if torch._C._TensorBase.__qualname__ == "_TensorBase":
         return False
-    from nni.common.concrete_trace_utils.concrete_tracer import ConcreteTracer
-
     table = ConcreteTracer.default_autowrap_leaf_function
     for method in [key for key in table if getattr(key, "__qualname__", "").startswith("TensorBase.")]:
         _, force, to_function = table.pop(method)
@@ -47,8 +47,6 @@ def python_functions_in_tracer() -> bool:
     name, whose arguments differ: ``F.normalize`` in Swin V2 fails with a TypeError. Remedy: file them under the Python
     function only.
     """
-    from nni.common.concrete_trace_utils.concrete_tracer import ConcreteTracer
-
     table = ConcreteTracer.default_autowrap_leaf_function
     for name in torch.functional.__all__:
         public = getattr(torch, name)
@@ -67,11 +65,8 @@ def generic_classes_in_tracer() -> bool:
     until about torch 2.8: AttributeError. Remedy: a subscript, or an attribute that the object has not, goes to the
     class behind it.
     """
-    from nni.common.concrete_trace_utils import concrete_tracer
-
-    replace_once(concrete_tracer, "_create_wrapped_leaf_class", _wrapped_class)
-    replace_once(concrete_tracer, "_create_wrapped_leaf_iterable_class", _wrapped_iterable_class)
-    return True
+    replace_once("_create_wrapped_leaf_class", _wrapped_class, concrete_tracer)
+    return replace_once("_create_wrapped_leaf_iterable_class", _wrapped_class, concrete_tracer)
 
 
 def type_in_tracer() -> bool:
@@ -82,8 +77,6 @@ def type_in_tracer() -> bool:
     """
     if isinstance(getattr(type, "__type_params__", ()), tuple):
         return False
-    from nni.common.concrete_trace_utils import concrete_tracer
-
     names: tuple[str, ...] = functools.WRAPPER_ASSIGNMENTS
     assigned = tuple(name for name in names if name != "__type_params__")
     wraps = functools.partial(functools.wraps, assigned=assigned)
@@ -99,10 +92,7 @@ def classes_after_tracing() -> bool:
     torch.func and the defaults of their arguments, in the whole process (until about torch 2.13). The fx patcher also
     leaves copies of inherited methods behind (hundreds on torch.Tensor).
     """
-    from nni.common.concrete_trace_utils.concrete_tracer import ConcreteTracer
-
-    replace_once(ConcreteTracer, "trace", _trace)
-    return True
+    return replace_once("trace", _trace, ConcreteTracer)
 
 
 def impure_with_two_arguments() -> bool:
@@ -111,20 +101,9 @@ def impure_with_two_arguments() -> bool:
     Cause: torch.fx calls ``node.is_impure(impure_random)`` (from about torch 2.8); NNI puts a one-argument function in
     its place: TypeError.
     """
-    from nni.common.concrete_trace_utils import concrete_tracer
-
     if "impure_random" not in inspect.signature(torch.fx.Node.is_impure).parameters:
         return False
-    original = concrete_tracer.node_is_impure_wrapper
-    if len(inspect.signature(original, follow_wrapped=False).parameters) > 1:
-        return True
-
-    def node_is_impure(node: torch.fx.Node, impure_random: bool = True) -> bool:
-        return bool(original(node))
-
-    node_is_impure.__wrapped__ = original  # type: ignore[attr-defined]
-    concrete_tracer.node_is_impure_wrapper = node_is_impure
-    return True
+    return replace_once("node_is_impure_wrapper", _node_is_impure, concrete_tracer)
 
 
 def bytecode_caches_in_proxy() -> bool:
@@ -137,8 +116,6 @@ def bytecode_caches_in_proxy() -> bool:
     """
     if sys.version_info < (3, 11):
         return False
-    from nni.common.concrete_trace_utils import concrete_proxy
-
     proxy = concrete_proxy.ConcreteProxy
     concrete_proxy.dis = types.SimpleNamespace(
         get_instructions=_one_instruction_a_unit, opmap=dis.opmap, Instruction=dis.Instruction
@@ -151,15 +128,7 @@ def bytecode_caches_in_proxy() -> bool:
     return True
 
 
-def _wrapped_class(tracer: Any, clz: type) -> Any:
-    return _like_its_class(_wrapped_class.__wrapped__(tracer, clz), clz)  # type: ignore[attr-defined]
-
-
-def _wrapped_iterable_class(tracer: Any, clz: type) -> Any:
-    return _like_its_class(_wrapped_iterable_class.__wrapped__(tracer, clz), clz)  # type: ignore[attr-defined]
-
-
-def _like_its_class(wrapper: Any, clz: Any) -> Any:
+def _wrapped_class(original: Any, tracer: Any, clz: Any) -> Any:
     """Give the wrapper's class, which is its own, the subscript and the methods of the class that it stands for."""
 
     def public(self: Any, name: str) -> Any:
@@ -167,14 +136,19 @@ def _like_its_class(wrapper: Any, clz: Any) -> Any:
             raise AttributeError(name)
         return getattr(clz, name)
 
+    wrapper = original(tracer, clz)
     type(wrapper).__getitem__ = lambda self, item: clz[item]
     type(wrapper).__getattr__ = public
     return wrapper
 
 
-def _trace(self: Any, *args: Any, **kwargs: Any) -> torch.fx.Graph:
+def _node_is_impure(original: Any, node: torch.fx.Node, impure_random: bool = True) -> bool:
+    return bool(original(node))
+
+
+def _trace(original: Any, *args: Any, **kwargs: Any) -> torch.fx.Graph:
     with _class_attributes_kept(torch.Tensor, nn.Module, torch.autograd.Function):
-        graph: torch.fx.Graph = _trace.__wrapped__(self, *args, **kwargs)  # type: ignore[attr-defined]
+        graph: torch.fx.Graph = original(*args, **kwargs)
     return graph
 
 

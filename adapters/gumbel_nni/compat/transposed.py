@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from nni.compression.base import compressor
+from nni.compression.base.target_space import PruningTargetSpace
+from nni.compression.pruning.tools import sparse_gen
+from nni.compression.utils.scaling import Scaling
 from torch import Tensor, nn
 
 from gumbel_nni.compat.patching import replace_once
@@ -22,61 +25,37 @@ def channels_of_transposed_convolutions() -> bool:
     outputs, closes the wrong channels without a word; tied layers share the wrong ones. Remedy: such weights are
     measured, masked and followed in the order of an ordinary convolution, (out, in / groups, ...).
     """
-    from nni.compression.base import compressor
-    from nni.compression.pruning.tools import sparse_gen
-
-    replace_once(compressor, "register_scalers", _register_scalers)
-    replace_once(sparse_gen, "_generate_align_sparsity", _generate_align_sparsity)
-    return True
+    replace_once("register_scalers", _register_scalers, compressor)
+    return replace_once("_generate_align_sparsity", _generate_align_sparsity, sparse_gen)
 
 
 def _ordinary(weight: Tensor, groups: int) -> Tensor:
-    """Return (in, out / groups, ...) as (out, in / groups, ...)."""
+    """Return (in, out / groups, ...) as (out, in / groups, ...), or the other way round."""
     split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     return split.transpose(1, 2).flatten(0, 1)
 
 
-def _transposed(weight: Tensor, groups: int) -> Tensor:
-    """Return (out, in / groups, ...) as (in, out / groups, ...)."""
-    return _ordinary(weight, groups)  # each is the other's inverse
+class _TransposedScaling(Scaling):  # type: ignore[misc]
+    """NNI's scaling of a transposed weight by a kernel for an ordinary one."""
+
+    def __init__(self, kernel_size: list[int], groups: int) -> None:
+        super().__init__(kernel_size, kernel_padding_mode="back", kernel_padding_val=-1)
+        self._groups = groups
+
+    def _shrink(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shrunk: Tensor = super()._shrink(_ordinary(target, self._groups), *args, **kwargs)
+        return shrunk
+
+    def _expand(self, target: Tensor, kernel_size: list[int], expand_size: list[int], *args: Any, **kw: Any) -> Tensor:
+        inputs, outputs, *kernel = expand_size
+        ordinary = [outputs * self._groups, inputs // self._groups, *kernel]
+        expanded = super()._expand(target, kernel_size, ordinary, *args, **kw)
+        channels = expanded.expand(*ordinary[:2], *expanded.shape[2:])  # (out, 1, ...) could not be put in order
+        return _ordinary(channels, self._groups)  # its own inverse
 
 
-def _scaling(kernel_size: list[int], groups: int) -> Any:
-    """Return NNI's scaling of a transposed weight by a kernel for an ordinary one."""
-    from nni.compression.utils.scaling import Scaling
-
-    class TransposedScaling(Scaling):  # type: ignore[misc]
-        def _shrink(
-            self,
-            target: Tensor,
-            kernel_size: list[int],
-            reduce_func: Callable[[Tensor], Tensor] | None = None,
-            keepdim: bool = False,
-        ) -> Tensor:
-            shrunk: Tensor = super()._shrink(_ordinary(target, groups), kernel_size, reduce_func, keepdim)
-            return shrunk
-
-        def _expand(
-            self,
-            target: Tensor,
-            kernel_size: list[int],
-            expand_size: list[int],
-            keepdim: bool = False,
-            full_expand: bool = True,
-        ) -> Tensor:
-            inputs, outputs, *kernel = expand_size
-            ordinary = [outputs * groups, inputs // groups, *kernel]
-            expanded = super()._expand(target, kernel_size, ordinary, keepdim, full_expand)
-            channels = expanded.expand(*ordinary[:2], *expanded.shape[2:])  # (out, 1, ...) could not be put in order
-            return _transposed(channels, groups)
-
-    return TransposedScaling(kernel_size, kernel_padding_mode="back", kernel_padding_val=-1)
-
-
-def _register_scalers(target_spaces: Any, set_default_granularity: Any) -> None:
-    from nni.compression.base.target_space import PruningTargetSpace
-
-    _register_scalers.__wrapped__(target_spaces, set_default_granularity)  # type: ignore[attr-defined]
+def _register_scalers(original: Any, target_spaces: Any, set_default_granularity: Any) -> None:
+    original(target_spaces, set_default_granularity)
     for name, spaces in target_spaces.items():
         for target, space in spaces.items():
             if not isinstance(space, PruningTargetSpace):
@@ -84,9 +63,9 @@ def _register_scalers(target_spaces: Any, set_default_granularity: Any) -> None:
             module = space._wrapper.module
             if target == "weight" and isinstance(module, _TRANSPOSED):
                 if space.granularity == "out_channel":
-                    space._scaler = _scaling([1], module.groups)
+                    space._scaler = _TransposedScaling([1], module.groups)
                 elif space.granularity == "in_channel":
-                    space._scaler = _scaling([-1, 1], 1)  # all inputs lie in dimension 0, whatever the groups
+                    space._scaler = _TransposedScaling([-1, 1], 1)  # all inputs lie in dimension 0, whatever the groups
             if space.align is not None:
                 source = target_spaces.get(space.align["module_name"] or name, {}).get(space.align["target_name"])
                 followed = None if source is None else source._wrapper.module
@@ -95,7 +74,7 @@ def _register_scalers(target_spaces: Any, set_default_granularity: Any) -> None:
                     setattr(space, _SOURCE_GROUPS, followed.groups)
 
 
-def _generate_align_sparsity(masks: Any, target_spaces: Any) -> Any:
+def _generate_align_sparsity(original: Any, masks: Any, target_spaces: Any) -> Any:
     """Show NNI the masks of transposed weights in the order of ordinary ones."""
     shown = {name: dict(targets) for name, targets in masks.items()}
     groups = {
@@ -107,4 +86,4 @@ def _generate_align_sparsity(masks: Any, target_spaces: Any) -> Any:
     for name, number in groups.items():
         if name in shown:
             shown[name]["weight"] = _ordinary(shown[name]["weight"], number)
-    return _generate_align_sparsity.__wrapped__(shown, target_spaces)  # type: ignore[attr-defined]
+    return original(shown, target_spaces)

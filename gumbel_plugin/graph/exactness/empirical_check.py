@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.exactness.channel_labels import Safety
 from gumbel_plugin.layers.example_inputs import call_model, named_tensors, observing, random_inputs_like
-from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension
+from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension, rows_view
 
 
 class Removable(Protocol):
@@ -120,5 +120,5 @@ def _close(model: nn.Module, group: ChannelGroup, units: Tensor) -> None:
         else:
             dimension = output_dimension(module)
             assert dimension is not None
-            factors = torch.ones(weight.shape[dimension]).index_fill(0, chosen, 4.0).to(weight)
-            weight.mul_(factors.reshape([-1 if d == dimension else 1 for d in range(weight.dim())]))
+            factors = torch.ones(weight.shape[dimension]).index_fill(0, chosen, 4.0)
+            weight.mul_(rows_view(module, factors).to(weight))

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from gumbel_plugin.graph.exactness.channel_labels import Safety, core, varying
 from gumbel_plugin.graph.exactness.propagation import Flow
+from gumbel_plugin.layers.geometry import channel_dimension, is_depthwise
 
 _CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _OVER_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
@@ -113,8 +114,8 @@ class Layers:
         self._check_weight(name, module, inputs[0], output)
 
     def _convolution(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
-        dim = -1 - len(module.kernel_size)
-        if 1 < module.groups == module.in_channels == module.out_channels:  # depthwise
+        dim = channel_dimension(module)
+        if is_depthwise(module):
             self._read((name, False), inputs[0], dim)
             self._pass_on(inputs[0], output)
         else:

@@ -17,10 +17,8 @@ TargetSpaces = Mapping[str, Mapping[str, PruningTargetSpace]]
 
 
 def split_aligned(entries: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the entries that say how much goes, and those whose weights are aligned with another module's."""
-    follow = [isinstance(entry, Mapping) and "align" in _weight_settings(entry) for entry in entries]
-    learnt = [entry for entry, follows in zip(entries, follow, strict=True) if not follows]
-    return learnt, [entry for entry, follows in zip(entries, follow, strict=True) if follows]
+    """Return the entries with a sparsity of their own, and those whose weights are aligned with another module's."""
+    return [entry for entry in entries if not _is_aligned(entry)], [entry for entry in entries if _is_aligned(entry)]
 
 
 def check_followers(model: nn.Module, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -83,6 +81,6 @@ def _follows_own(space: PruningTargetSpace, name: str) -> bool:
     return following
 
 
-def _weight_settings(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    settings = entry.get("target_settings") or {}
-    return {**entry, **(settings.get("weight") or {})}
+def _is_aligned(entry: Any) -> bool:
+    settings = (entry.get("target_settings") or {}) if isinstance(entry, Mapping) else {}
+    return isinstance(entry, Mapping) and "align" in {**entry, **(settings.get("weight") or {})}

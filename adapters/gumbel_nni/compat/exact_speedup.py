@@ -3,36 +3,75 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
 import torch
+from nni.compression.speedup import ModelSpeedup
+from nni.compression.speedup.mask_updater import NoChangeMaskUpdater
+from nni.compression.speedup.replacement import convert_to_coarse_mask
 from torch import Tensor, nn
 
-from gumbel_nni import compat
-from gumbel_plugin.errors import ConfigError, GraphError, TargetError, nearest
-from gumbel_plugin.layers.example_inputs import call_model, observing
+from gumbel_plugin.errors import ConfigError, GraphError
+from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.graph.dependency_groups import DependencyGroups
+from gumbel_plugin.layers.example_inputs import ExampleInputs, call_model, observing
+from gumbel_plugin.layers.geometry import columns_view, input_channels
+from gumbel_plugin.shrinking.shrink import masked_copy
 
-compat.apply()
-
-from nni.compression.speedup import ModelSpeedup  # noqa: E402
-from nni.compression.speedup.mask_updater import NoChangeMaskUpdater  # noqa: E402
-from nni.compression.speedup.replacement import convert_to_coarse_mask  # noqa: E402
-
-Masks = dict[str, dict[str, Tensor]]
+Masks = dict[str, Tensor]
+_logger = logging.getLogger(__name__)
 
 # NNI takes a tensor for batched if its size is a multiple of the batch size: a prime mistakes fewer than NNI's 8. A few
 # samples are enough where only exact zeros count, and memory grows with them.
 _BATCH_SIZE = 5
-# Dimension of the weight that holds what the module computes, for the modules whose channels NNI can remove.
-_OUTPUT_DIMENSION = {nn.Linear: 0, nn.Conv1d: 0, nn.Conv2d: 0, nn.ConvTranspose2d: 1, nn.Embedding: 1}
+# Dimension of the weight that holds what the module reads, for the modules whose channels NNI can remove.
+_INPUT_DIMENSION = {nn.Linear: 1, nn.Conv1d: 1, nn.Conv2d: 1, nn.ConvTranspose2d: 0}
+
+
+def remove_by_nni(
+    dependency: DependencyGroups,
+    dead: Mapping[str, Tensor],
+    example_inputs: ExampleInputs,
+    remove: Callable[[], nn.Module],
+) -> nn.Module:
+    """Remove dead units as an engine of `shrink`; warn where NNI leaves some, and Torch-Pruning's functions do it."""
+    columns = column_masks(dependency.model, dependency.groups, dead)
+    masks = {name: {"weight": mask} for name, mask in columns.items()}
+    try:
+        by_nni = remove_channels(dependency.model, masks, example_inputs)
+    except GraphError as error:
+        small, problem = remove(), str(error)
+    else:
+        small = remove()
+        left, right = (sum(parameter.numel() for parameter in each.parameters()) for each in (by_nni, small))
+        if left == right:
+            return by_nni
+        problem = f"it leaves {left - right} parameters that can go"
+    _logger.warning("NNI's ModelSpeedup cannot shrink this model (%s); Torch-Pruning's functions do it", problem)
+    return small
+
+
+def column_masks(model: nn.Module, groups: Sequence[ChannelGroup], dead: Mapping[str, Tensor]) -> Masks:
+    """Return, by consumer, the mask of its weight that closes the input channels of dead units."""
+    columns: Masks = {}
+    for group in groups:
+        for part in group.consumers if group.name in dead else ():
+            layer = model.get_submodule(part.module)
+            open_channels = columns.setdefault(part.module, torch.ones(input_channels(layer)))
+            open_channels[part.positions[torch.isin(part.units, dead[group.name])]] = 0.0
+    masks = {}
+    for name, open_channels in columns.items():
+        layer = model.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        masks[name] = columns_view(layer, open_channels.to(weight.device)).expand_as(weight).clone()
+    return masks
 
 
 def remove_channels(
@@ -40,13 +79,9 @@ def remove_channels(
 ) -> nn.Module:
     """Remove the closed channels of a masked model with NNI's ModelSpeedup.
 
-    The masks are multiplied into a deep copy, so that fine-grained zeros stay zero. Whole closed columns (the input
-    channels of a consumer) and whole closed rows (the output channels of a producer, where the bias is closed too) are
-    then handed to NNI, which removes the channels together with all that computes or carries them.
-
-    Columns are exact: a channel that every consumer multiplies by zero does not matter. Rows are exact only if what
-    follows keeps a zero a zero or the consumers' columns are zero in the model already; a batch norm after
-    unmasked rows is not. `verify_equivalence` tells. Layers are never emptied: one channel stays, with zero weights.
+    The masks are multiplied into a copy, so that fine-grained zeros stay zero. The input channels that a layer's mask
+    closes as a whole are then handed to NNI, which removes them together with all that computes or passes them on: what
+    every reader multiplies by zero does not matter. Layers are never emptied: one channel stays, with zero weights.
 
     Args:
         model: The plain model (no wrappers, no gates), float32 or float64. It is left alone.
@@ -57,19 +92,19 @@ def remove_channels(
         A dense, smaller copy. Train/eval flags, ``requires_grad``, hooks and dtypes are those of the model.
 
     Raises:
-        TargetError: If a mask's module or parameter does not exist, or its shape does not fit.
+        TargetError: If a mask does not fit (see `masked_copy`).
         GraphError: If the model does not run, NNI cannot trace or shrink it, or the result does not run.
         ConfigError: If the example inputs are none of the above.
     """
-    small = copy.deepcopy(model)
-    rows, columns = _bake(small, masks)
-    if _all_open(rows) and _all_open(columns):
+    small = masked_copy(model, masks)
+    columns = _open_columns(small, masks)
+    if all(bool(mask.all()) for mask in columns.values()):
         return small
     _check_runs(small, example_inputs, f"{type(model).__name__} does not run on the example inputs")
     before = dict(small.named_modules(remove_duplicate=False))
     trainable = [(parameter, parameter.requires_grad) for parameter in small.parameters()]
     attributes = set(vars(small))
-    unsupported = _run_nni(small, rows, columns, example_inputs)
+    unsupported = _run_nni(small, columns, example_inputs)
     for parameter, flag in trainable:
         parameter.requires_grad_(flag)
         parameter.grad = None
@@ -81,78 +116,29 @@ def remove_channels(
     return small
 
 
-@torch.no_grad()
-def _bake(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> tuple[Masks, Masks]:
-    """Multiply the masks into the model, and return what they close: whole rows, and whole columns."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = {module: name for name, module in model.named_modules()}  # the name that the graph will use
-    rows: Masks = {}
+def _open_columns(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | None]]) -> Masks:
+    """Return which input channels of masked layers are not closed as a whole, by the name that the graph will use."""
+    names = {module: name for name, module in model.named_modules()}
     columns: Masks = {}
     for name, targets in masks.items():
-        if name not in modules:
-            raise TargetError(f"mask for module {name!r}, which the model does not have{nearest(name, modules)}")
-        module = modules[name]
-        for target, mask in targets.items():
-            _bake_one(module, f"{name}.{target}", target, mask)
-        mask = targets.get("weight")
-        dimension = _OUTPUT_DIMENSION.get(type(module))
+        module, mask = model.get_submodule(name), targets.get("weight")
+        dimension = _INPUT_DIMENSION.get(type(module))
         if mask is not None and dimension is not None:
-            rows[names[module]], columns[names[module]] = _structure(module, mask, dimension)
-    return rows, columns
+            others = [each for each in range(mask.dim()) if each != dimension]
+            is_open = (mask != 0).any(dim=others, keepdim=True)
+            if not is_open.any():
+                is_open.view(-1)[0] = True
+            columns[names[module]] = is_open.to(module.get_parameter("weight")).expand_as(mask).clone()
+    return columns
 
 
-def _bake_one(module: nn.Module, label: str, target: str, mask: Tensor | None) -> None:
-    parameters = dict(module.named_parameters(recurse=False))
-    if mask is None or (target == "bias" and target not in parameters):
-        return
-    if target not in parameters:
-        raise TargetError(f"mask for {label}, which is no parameter of that module{nearest(target, parameters)}")
-    if mask.shape != parameters[target].shape:
-        raise TargetError(f"{label}: the mask is {tuple(mask.shape)}, the tensor {tuple(parameters[target].shape)}")
-    parameters[target].mul_(mask.to(parameters[target]))
-
-
-def _structure(module: nn.Module, mask: Tensor, dimension: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the masks of closed output channels and of closed input channels of one (baked) module."""
-    weight = module.weight
-    bias = getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    is_open = (mask != 0).to(weight.device)
-    outputs = _open_slices(is_open, dimension)
-    if bias is not None and bias.shape == outputs.shape:
-        outputs |= bias != 0  # it still sends its bias
-    rows = {"weight": _spread(outputs, weight, dimension)}
-    if bias is not None and bias.shape == outputs.shape:
-        rows["bias"] = outputs.to(bias)
-    if isinstance(module, nn.Embedding):  # its other dimension is the vocabulary
-        return rows, {"weight": torch.ones_like(weight)}
-    return rows, {"weight": _spread(_open_slices(is_open, 1 - dimension), weight, 1 - dimension)}
-
-
-def _open_slices(is_open: Tensor, dimension: int) -> Tensor:
-    slices = is_open.transpose(0, dimension).flatten(1).any(1)
-    if not slices.any():
-        slices[0] = True
-    return slices
-
-
-def _spread(slices: Tensor, weight: Tensor, dimension: int) -> Tensor:
-    shape = [1] * weight.dim()
-    shape[dimension] = -1
-    return slices.to(weight).view(shape).expand_as(weight).clone()
-
-
-def _all_open(masks: Masks) -> bool:
-    return all(bool((mask != 0).all()) for targets in masks.values() for mask in targets.values())
-
-
-def _run_nni(small: nn.Module, rows: Masks, columns: Masks, example_inputs: Any) -> list[str]:
+def _run_nni(small: nn.Module, columns: Masks, example_inputs: Any) -> list[str]:
     """Shrink the model in place; return the types of modules with parameters that NNI has no replacement for."""
     step = "trace"
     with _quiet(), observing(small), torch.enable_grad(), _default_dtype(small):
         torch.manual_seed(0)  # observing() puts the caller's generators back
         try:
-            nni = _ExactSpeedup(small, _positional(small, example_inputs), rows, columns)
+            nni = _ExactSpeedup(small, _positional(small, example_inputs), columns)
             step = "shrink"
             nni.speedup_model()
         except Exception as error:
@@ -180,33 +166,23 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
     below 1e-6) or has no gradient. Three things make that wrong or fragile, and are changed here:
 
     - a constant that is not zero matters, and a small weight is not a constant: only exact zeros count;
-    - weights that happen to be zero or constant (a fresh classifier, a layer scale) say nothing: they are randomized;
+    - weights that happen to be zero or constant (a fresh classifier, a layer scale) mean nothing: they are randomized;
     - a gradient of ones cancels where a sum is constant (differences, softmax): it is random and positive.
 
-    Conflicts between masks are NNI's to resolve for rows; its resolution would rewrite columns from rows. The passes
-    over the graph are NNI's too, but hold the activations of the whole network once and not five times.
+    Conflicts are none between masks of input channels; NNI's resolution would rewrite them. The passes over the graph
+    are NNI's, but hold the activations of the whole network once and not five times.
     """
 
-    def __init__(self, model: nn.Module, arguments: tuple[Any, ...], rows: Masks, columns: Masks) -> None:
-        logger = logging.Logger("nni.compression.speedup")  # a private one, that nobody hears
+    def __init__(self, model: nn.Module, arguments: tuple[Any, ...], columns: Masks) -> None:
+        logger = logging.Logger("nni.compression.speedup")  # a private one, without an output
         logger.addHandler(logging.NullHandler())
         updaters = [_CarryingMaskUpdater()]
-        super().__init__(
-            model, arguments, rows, batch_size=_BATCH_SIZE, customized_mask_updaters=updaters, logger=logger
-        )
+        super().__init__(model, arguments, {}, batch_size=_BATCH_SIZE, customized_mask_updaters=updaters, logger=logger)
         called = {node.target for node in self.graph_module.graph.nodes if node.op == "call_module"}
-        self.masks: Masks = {name: dict(rows[name]) for name in rows if name in called}
-        self._columns: Masks | None = {name: columns[name] for name in self.masks}
+        self.masks = {name: {"weight": mask} for name, mask in columns.items() if name in called}
 
     def fix_mask_conflict(self) -> None:
-        """Resolve the rows, then add the columns; once, because NNI's second call has no effect."""
-        if self._columns is None:
-            return
-        if not _all_open(self.masks):
-            super().fix_mask_conflict()
-        for name, targets in self._columns.items():
-            self.masks[name]["weight"] = self.masks[name]["weight"] * targets["weight"]
-        self._columns = None
+        """Leave the masks as they are."""
 
     @torch.no_grad()
     def initialize_propagate(self, args: Sequence[Any]) -> None:
@@ -245,7 +221,7 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
         """Replace, unless two calls of one module would take different channels; NNI would go by the first."""
         open_channels: dict[str, list[Tensor]] = {}
         for node, info in self.node_infos.items():
-            if type(info.module) in _OUTPUT_DIMENSION:
+            if type(info.module) in (*_INPUT_DIMENSION, nn.Embedding):
                 channel = -1 if isinstance(info.module, (nn.Linear, nn.Embedding)) else 1
                 masks = (self.node_infos[node.args[0]].output_masks, info.output_masks)
                 found = [convert_to_coarse_mask(mask, channel)[1] for mask in masks if isinstance(mask, Tensor)]

@@ -12,14 +12,15 @@ from nni.compression.pruning import L1NormPruner
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gumbel_nni.model_speedup import remove_channels
+import gumbel_nni
+from gumbel_nni.compat.exact_speedup import remove_channels
 from gumbel_plugin.errors import ConfigError, GraphError, TargetError
 
 Masks = dict[str, dict[str, Tensor]]
 
 
 @torch.no_grad()
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -76,7 +77,7 @@ class Small(nn.Module):
 
 
 def small_network() -> tuple[nn.Module, Tensor, Masks]:
-    model = randomised(Small()).eval()
+    model = randomized(Small()).eval()
     return model, torch.randn(2, 2, 8, 8), half_of_columns(model, "conv2", "head")
 
 
@@ -87,7 +88,7 @@ def test_quick_start_with_a_pruner_of_nni() -> None:
     _, masks = pruner.compress()
     pruner.unwrap_model()
     x = torch.randn(3, 12)
-    small = remove_channels(model, masks, x)
+    small = gumbel_nni.speedup(model, masks, x, backend="nni")
     assert [tuple(layer.weight.shape) for layer in small if isinstance(layer, nn.Linear)] == [(8, 12), (5, 8), (4, 5)]
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
 
@@ -140,7 +141,7 @@ def test_the_result_is_an_ordinary_module() -> None:
     assert size(remove_channels(model, masks, x[:1])) == size(small) < size(model)
 
 
-def test_nothing_is_said(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     model, x, masks = small_network()
     level = logging.getLogger("nni").level
     with caplog.at_level(logging.DEBUG):
@@ -161,7 +162,7 @@ def test_fine_grained_zeros_do_not_revive() -> None:
 
 
 def test_a_row_stays_while_its_bias_is_sent() -> None:
-    model = randomised(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    model = randomized(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     x = torch.randn(2, 3)
     rows = torch.ones(4, 3)
     rows[1] = 0
@@ -171,7 +172,7 @@ def test_a_row_stays_while_its_bias_is_sent() -> None:
     assert small[0].out_features == 4
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
     masks["0"]["bias"] = rows[:, 0]
-    small = remove_channels(model, masks, x)
+    small = gumbel_nni.speedup(model, masks, x, backend="nni")
     assert small[0].out_features == 3
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
 
@@ -187,11 +188,11 @@ class Sum(nn.Module):
 
 
 def test_rows_that_disagree_at_a_sum_are_resolved() -> None:
-    model, x = randomised(Sum()), torch.randn(2, 2, 5, 5)
+    model, x = randomized(Sum()), torch.randn(2, 2, 5, 5)
     masks = {name: {"weight": torch.ones(6, 2, 1, 1)} for name in ("left", "right")}
     masks["left"]["weight"][[0, 1, 2]] = 0
     masks["right"]["weight"][[2, 3]] = 0
-    small = remove_channels(model, masks, x)
+    small = gumbel_nni.speedup(model, masks, x, backend="nni")
     assert small.left.out_channels == small.right.out_channels == small.last.in_channels == 5
     assert relative_error(masked_copy(model, masks), small, x) < 1e-6
 
@@ -256,7 +257,7 @@ class Attending(nn.Module):
     ],
 )
 def test_structures(build: Callable[[], nn.Module], masked: list[str], shapes: dict[str, tuple[int, int]]) -> None:
-    model, x = randomised(build()), torch.randn(2, 6)
+    model, x = randomized(build()), torch.randn(2, 6)
     masks = half_of_columns(model, *masked)
     small = remove_channels(model, masks, x)
     assert {name: tuple(small.get_submodule(name).weight.shape) for name in shapes} == shapes
@@ -264,7 +265,7 @@ def test_structures(build: Callable[[], nn.Module], masked: list[str], shapes: d
 
 
 def test_keyword_inputs_in_an_order_of_their_own() -> None:
-    model, x = randomised(Twice()), torch.randn(2, 6)
+    model, x = randomized(Twice()), torch.randn(2, 6)
     small = remove_channels(model, half_of_columns(model, "last", "alias"), {"offset": torch.randn(2, 2), "x": x})
     assert (small.alias is small.shared, small.last.in_features) == (True, 3)
 
@@ -277,7 +278,7 @@ class TwoReaders(Twice):
 
 @pytest.mark.parametrize("build", [Twice, TwoReaders])
 def test_calls_of_one_module_that_would_shrink_differently_are_refused(build: Callable[[], nn.Module]) -> None:
-    model = randomised(build())
+    model = randomized(build())
     with pytest.raises(GraphError, match=r"calls of '(shared|last)' would lose different channels"):
         remove_channels(model, half_of_columns(model, "last"), torch.randn(2, 6))
 
@@ -303,7 +304,7 @@ class Constants(nn.Module):
 
 @pytest.mark.parametrize("spoil", ["tiny", "zero", "nothing"])
 def test_only_masks_close_channels(spoil: str) -> None:
-    model, x = randomised(Constants()), torch.randn(2, 3, 6)
+    model, x = randomized(Constants()), torch.randn(2, 3, 6)
     if spoil == "tiny":
         model.first.weight.data.mul_(1e-9)
         model.scale.data.fill_(1e-9)
@@ -342,8 +343,8 @@ def test_masks_that_close_nothing_give_a_copy() -> None:
     ("masks", "message"),
     [
         ({"conv3": {"weight": torch.ones(1)}}, "'conv3', which the model does not have; did you mean 'conv"),
-        ({"conv2": {"weight": torch.ones(10, 8)}}, r"conv2.weight: the mask is \(10, 8\), the tensor \(10, 8, 3, 3\)"),
-        ({"conv2": {"_input_0": torch.ones(1)}}, "conv2._input_0, which is no parameter of that module"),
+        ({"conv2": {"weight": torch.ones(10, 8)}}, r"conv2.weight: mask \(10, 8\), tensor \(10, 8, 3, 3\)"),
+        ({"conv2": {"_input_0": torch.ones(1)}}, "conv2._input_0, which is no tensor of that module"),
     ],
 )
 def test_masks_that_do_not_fit(masks: Masks, message: str) -> None:
@@ -386,7 +387,7 @@ class Grouped(nn.Module):
     ],
 )
 def test_what_nni_cannot_do_is_a_graph_error(build: Callable[[], nn.Module], masked: list[str], message: str) -> None:
-    model = randomised(build())
+    model = randomized(build())
     with pytest.raises(GraphError, match=message):
         remove_channels(model, half_of_columns(model, *masked), torch.randn(2, 2, 8, 8))
 
