@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix lint docs bench zoo nni-conformance clean
+.PHONY: help demo test test-fast matrix lint docs bench zoo nni-conformance clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,6 +22,9 @@ demo: $(READY)  ## Train, prune, shrink and verify a small network on handwritte
 test: $(READY)  ## Run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
+test-fast: $(READY)  ## Run the tests that are not marked slow, while you work
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -m "not slow"
+
 # Which pairs of torch and torchvision: all, or for instance PAIRS="py311-torch2.14". pyenv's Pythons are used where it is.
 PAIRS ?= py311-torch2.13 py311-torch2.14 py312-torch2.11 py313-torch2.14 py310-torch2.6
 NOX := .nox/.tool/bin/nox
@@ -34,10 +37,12 @@ $(NOX):
 	$(PYTHON) -m venv .nox/.tool
 	.nox/.tool/bin/pip install --quiet nox
 
-lint: $(READY)  ## Check style and types
+lint: $(READY)  ## Check style, types, and that every room keeps its place
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest tests/test_structure.py
 
 docs: $(READY)  ## Build the documentation into build/docs, without warnings
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

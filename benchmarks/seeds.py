@@ -36,7 +36,7 @@ FORMATS = {"macs_ratio": ".3f", "nonzero_ratio": ".4f", "error": ".1e", "seconds
 def measure(config: RunConfig, seed: int) -> dict[str, float]:
     """Run a configuration with another seed and return its numbers."""
     training = config.training.model_copy(update={"dense_baseline": True})
-    result = run(config.model_copy(update={"seed": seed, "training": training}), say=say)
+    result = run(config.model_copy(update={"seed": seed, "training": training}), log=log)
     return numbers(result)
 
 
@@ -53,7 +53,7 @@ def numbers(result: RunResult) -> dict[str, float]:
     }
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Show progress beside the table, not in it."""
     print(line, file=sys.stderr, flush=True)
 
@@ -87,7 +87,7 @@ def main() -> None:
         config = RunConfig.load(arguments.config)
         rows: dict[str, dict[str, float]] = {}
         for seed in arguments.seeds:
-            say(f"seed {seed}")
+            log(f"seed {seed}")
             rows[str(seed)] = measure(config, seed)
     except GumbelPluginError as error:
         parser.exit(1, f"error: {error}\n")

@@ -29,7 +29,7 @@ PAIRS = {((0, 1), (1, -1)), ((2, 3), (1, 1))}
 
 def measure(config: RunConfig, seed: int) -> dict[str, Any]:
     """Run the toy with a seed and say what its network shows; inputs and outputs are counted from 0."""
-    result = run(config.model_copy(update={"seed": seed}), say=lambda line: None)
+    result = run(config.model_copy(update={"seed": seed}), log=lambda line: None)
     graph = pathways(result.small, {})
     parts, pairs = disjoint_parts(graph), symmetries(result.small, {})
     edges = graph.number_of_edges()

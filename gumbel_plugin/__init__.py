@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gumbel_plugin.errors import GumbelPluginError
 from gumbel_plugin.storage.versions import VERSION
 from gumbel_plugin.torchvision_import import make_torchvision_importable
 
 if TYPE_CHECKING:
     from gumbel_nni import GumbelPruner
     from gumbel_plugin.config import PruningConfig
-    from gumbel_plugin.errors import GumbelPluginError
     from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
     from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
     from gumbel_plugin.shrinking.shrink import shrink
@@ -35,12 +35,11 @@ __all__ = [
     "verify_equivalence",
 ]
 
-# Where the public names live. Each is imported when it is asked for: who loads a small network needs torch and
+# Where the other public names live. Each is imported when it is asked for: who loads a small network needs torch and
 # safetensors only, and who has no NNI does without `GumbelPruner`.
 _PLACES = {
     "EquivalenceReport": "gumbel_plugin.shrinking.equivalence",
     "GumbelGroupPruner": "gumbel_torch_pruning",
-    "GumbelPluginError": "gumbel_plugin.errors",
     "GumbelPruner": "gumbel_nni",
     "MaskingSession": "gumbel_plugin.training.session",
     "PruningConfig": "gumbel_plugin.config",

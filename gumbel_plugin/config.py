@@ -1,4 +1,4 @@
-"""What is pruned, how far and by which method: from YAML, a dict or an NNI config list, checked before anything happens."""
+"""What is pruned, how far and by which method: from YAML, a dict or an NNI config list, checked at once."""
 
 from __future__ import annotations
 
@@ -81,17 +81,14 @@ class PruningSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _gate_weights_or_samples(self) -> PruningSection:
-        if self.rescale != "none" and issubclass(method_named(self.method), PerSample):
+    def _method_can_do_it(self) -> PruningSection:
+        method = method_named(self.method)
+        if self.rescale != "none" and issubclass(method, PerSample):
             raise ValueError(
                 f"rescale {self.rescale!r} follows gates that act on weights, but those of method {self.method!r} act "
                 "on the activations of each sample; use 'none'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _train_something_in_every_phase(self) -> PruningSection:
-        if self.weights == "frozen" and method_named(self.method).needs_trained_weights:
+        if self.weights == "frozen" and method.needs_trained_weights:
             raise ValueError(
                 f"weights 'frozen' leave method {self.method!r} nothing to learn: its gates are not learned apart from "
                 "the weights; use 'trained'"

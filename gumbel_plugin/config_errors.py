@@ -14,7 +14,7 @@ _MOST = 8  # errors that are listed; the others are counted
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Say in one line what pydantic found.
+    """Return in one line what pydantic found.
 
     Args:
         error: What pydantic raised.
@@ -28,7 +28,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         key = shorten(prefix + ".".join(str(part) for part in path), 160)
         scalar = item["loc"] and item["loc"][-1] in _SCALARS
         if scalar and isinstance(item["input"], dict | list | tuple) and (lines or item is not items[-1]):
-            continue  # "a number or a schedule" was given a mapping: what is wrong with the schedule says enough
+            continue  # "a number or a schedule" was given a mapping: what is wrong with the schedule is enough
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(f"{key}: unknown key{nearest(str(path[-1]), _fields_at(model, path[:-1]))}")
         elif item["type"] == "missing":
@@ -52,7 +52,7 @@ def _fraction_hint(item: Mapping[str, Any]) -> str:
 
 
 def _is_alternative(part: int | str) -> bool:
-    """Whether a part of an error's location is no key, but says which type of ``A | B`` was tried."""
+    """Whether a part of an error's location is no key, but which type of ``A | B`` was tried."""
     return part in _SCALARS or "[" in str(part)
 
 

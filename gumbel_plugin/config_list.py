@@ -1,7 +1,8 @@
-"""Entries of a config list, NNI's: which layers, and how much of them goes; as users have them, nested and older forms too."""
+"""Entries of an NNI config list: which layers, and how much of them is pruned, in nested and older forms too."""
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,18 +14,6 @@ from gumbel_plugin.config_values import Section
 from gumbel_plugin.errors import nearest, shown
 from gumbel_plugin.sparsity.types import granularity_of
 
-_SETTINGS = (
-    "sparse_ratio",
-    "sparse_threshold",
-    "max_sparse_ratio",
-    "min_sparse_ratio",
-    "global_group_id",
-    "dependency_group_id",
-    "internal_metric_block",
-    "granularity",
-    "apply_method",
-    "align",
-)
 _DEFAULTS_OF_A_BIAS = {
     "apply_method": "mul",
     "align": {"module_name": None, "target_name": "weight", "dims": [0]},
@@ -53,8 +42,8 @@ class LayerRule(Section):
         max_sparse_ratio: No layer loses more than this fraction.
         min_sparse_ratio: No layer loses less than this fraction.
         internal_metric_block: NNI's number of blocks that lose equally many channels. Where whole channels go, the
-            traced network says which leave together; else it has no meaning here (`without_effect`).
-        apply_method: NNI's; learned gates multiply the weight, whatever it says (`without_effect`).
+            traced network decides which are removed together; else it has no meaning here (`without_effect`).
+        apply_method: NNI's; learned gates multiply the weight in any case (`without_effect`).
     """
 
     op_types: tuple[str, ...] | None = None
@@ -114,15 +103,11 @@ class LayerRule(Section):
         return word
 
     @model_validator(mode="after")
-    def _selects_something(self) -> LayerRule:
+    def _keys_fit_together(self) -> LayerRule:
         if not (self.op_types or self.op_names or self.op_names_re):
             raise ValueError("an entry names its layers by op_types, op_names or op_names_re; it has none of them")
         if self.sparse_ratio is not None and self.sparse_threshold is not None:
             raise ValueError("sparse_ratio and sparse_threshold exclude each other")
-        return self
-
-    @model_validator(mode="after")
-    def _limits_leave_room(self) -> LayerRule:
         low, high = self.min_sparse_ratio, self.max_sparse_ratio
         if low is not None and high is not None and low > high:
             raise ValueError(f"min_sparse_ratio {low} is above max_sparse_ratio {high}")
@@ -149,10 +134,15 @@ class LayerRule(Section):
 
     def without_effect(self) -> list[str]:
         """Return why settings of this entry that NNI's pruners take mean nothing here, one sentence each."""
-        given = self.model_dump(exclude_none=True, include={"apply_method", "target_settings"})
-        if self.internal_metric_block and not self.structured:
-            given["internal_metric_block"] = self.internal_metric_block
-        return settings_without_effect(given)
+        found = []
+        if (self.internal_metric_block or 1) > 1 and not self.structured:
+            found.append("internal_metric_block has no meaning here: gates inside of a weight are ranked as one block")
+        if (self.apply_method or "mul") != "mul":
+            found.append(f"apply_method {self.apply_method!r} has no meaning here: gates multiply the weight ('mul')")
+        for key, value in ((self.target_settings or {}).get("bias") or {}).items():
+            if value is not None and value != _DEFAULTS_OF_A_BIAS.get(key):
+                found.append(f"target_settings.bias.{key} has no meaning here: a bias follows its weight's mask")
+        return found
 
 
 def flatten_entry(entry: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -174,25 +164,6 @@ def flatten_entry(entry: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: _granularity(value) if key == "granularity" else value for key, value in entry.items()}
 
 
-def settings_without_effect(entry: Mapping[str, Any]) -> list[str]:
-    """Return why settings that NNI's pruners take mean nothing where masks are learned, one sentence each.
-
-    Args:
-        entry: The keys ``internal_metric_block``, ``apply_method`` and ``target_settings``; those that are not set are
-            left out.
-    """
-    found = []
-    if entry.get("internal_metric_block", 1) > 1:
-        found.append("internal_metric_block has no meaning here: gates inside of a weight are ranked as one block")
-    if entry.get("apply_method", "mul") != "mul":
-        found.append(f"apply_method {entry['apply_method']!r} has no meaning here: gates multiply the weight ('mul')")
-    bias = (entry.get("target_settings") or {}).get("bias") or {}
-    for key, value in bias.items():
-        if value is not None and value != _DEFAULTS_OF_A_BIAS.get(key):
-            found.append(f"target_settings.bias.{key} has no meaning here: a bias follows its weight's mask")
-    return found
-
-
 def _refuse_other_formats(entry: Mapping[Any, Any]) -> None:
     quantizers = [key for key in _KEYS_OF_QUANTIZERS if key in entry]
     if quantizers:
@@ -202,8 +173,8 @@ def _refuse_other_formats(entry: Mapping[Any, Any]) -> None:
         return
     if entry.get("exclude"):
         names = {f"exclude_{key}": value for key, value in _selection(entry).items()}
-        raise ValueError(f"exclude is NNI 2's: leave this entry out, and add to every other one: {_line(names)}")
-    raise ValueError(f"{old[0]} is NNI 2's: write instead {_line(_translated(entry))}")
+        raise ValueError(f"exclude is NNI 2's: leave this entry out, and add to every other one: {json.dumps(names)}")
+    raise ValueError(f"{old[0]} is NNI 2's: write instead {json.dumps(_translated(entry))}")
 
 
 def _translated(entry: Mapping[Any, Any]) -> dict[str, Any]:
@@ -229,17 +200,6 @@ def _selection(entry: Mapping[Any, Any]) -> dict[str, Any]:
     return found
 
 
-def _line(entry: Mapping[str, Any]) -> str:
-    """Return an entry as a line to copy, with lists as long as a user may have written them."""
-    return "{" + ", ".join(f'"{key}": {_as_written(value)}' for key, value in entry.items()) + "}"
-
-
-def _as_written(value: Any) -> str:
-    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
-        return "[" + ", ".join('"' + each + '"' for each in value) + "]"
-    return shown(value)
-
-
 def _check_targets(settings: Mapping[Any, Any]) -> None:
     """Refuse settings of anything but a weight and its bias, and a bias's keys that NNI does not have either."""
     unknown = [target for target in settings if target not in ("weight", "bias")]
@@ -248,9 +208,10 @@ def _check_targets(settings: Mapping[Any, Any]) -> None:
     for target, own in settings.items():
         if own is not None and not isinstance(own, Mapping):
             raise ValueError(f"target_settings.{target} = {shown(own)}: it must be a mapping of settings")
+    valid = {key for key in LayerRule.model_fields if not key.startswith(("op_", "exclude_", "target_"))} | {"align"}
     for key in settings.get("bias") or ():
-        if key not in _SETTINGS:
-            raise ValueError(f"target_settings.bias.{shown(key)}: unknown key{nearest(str(key), _SETTINGS)}")
+        if key not in valid:
+            raise ValueError(f"target_settings.bias.{shown(key)}: unknown key{nearest(str(key), valid)}")
 
 
 def _granularity(value: Any) -> Any:

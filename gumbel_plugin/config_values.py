@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import PurePath
 from types import UnionType
@@ -112,18 +112,14 @@ class _Copier:
             raise ConfigError(f"{_name(path)} is nested too deeply: more than {MAX_DEPTH} levels")
         self.open.add(id(value))
         try:
-            if isinstance(value, Mapping):
-                return {key: self.copy(item, (*path, key)) for key, item in _text_keys(value, path)}
-            return [self.copy(item, (*path, str(number))) for number, item in enumerate(value)]
+            if not isinstance(value, Mapping):
+                return [self.copy(item, (*path, str(number))) for number, item in enumerate(value)]
+            for key in value:
+                if not isinstance(key, str):
+                    raise ConfigError(f"{_name(path)}: the key {shown(key)} is no text; put it in quotes")
+            return {_text(key, path): self.copy(item, (*path, str(key))) for key, item in value.items()}
         finally:
             self.open.discard(id(value))
-
-
-def _text_keys(values: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    for key, item in values.items():
-        if not isinstance(key, str):
-            raise ConfigError(f"{_name(path)}: the key {shown(key)} is no text; put it in quotes")
-        yield _text(key, path), item
 
 
 def _text(value: str | PurePath, path: tuple[str, ...]) -> str:

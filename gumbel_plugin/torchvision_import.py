@@ -56,7 +56,7 @@ class _AfterExtension(importlib.abc.MetaPathFinder):
 
 
 def _library_failed_to_load() -> bool:
-    """Whether torchvision has tried to load its C++ library, and says that it could not."""
+    """Whether torchvision has tried to load its C++ library, and could not."""
     extension = sys.modules.get("torchvision.extension")
     if extension is None or getattr(extension.__spec__, "_initializing", False):
         return False

@@ -210,6 +210,7 @@ def test_ranks_disagree() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*samples, strict=True))
 
 
+@pytest.mark.slow
 def test_the_onnx_file_is_the_dense_one(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

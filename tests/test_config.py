@@ -13,7 +13,7 @@ from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.sparsity.schedules import Schedule
-from gumbel_plugin.storage.yaml_files import apply_overrides, read_yaml
+from gumbel_plugin.storage.yaml_files import read_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ENTRY = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
@@ -255,51 +255,6 @@ def test_the_gates_defaults_are_the_published_ones() -> None:
 def test_a_temperature_schedule_is_read_from_a_mapping() -> None:
     options = pruning(options={"temperature": {"start": 2, "end": 1, "shape": "cosine"}}).method_options()
     assert options.temperature == Schedule(2.0, 1.0, "cosine")
-
-
-# Overrides --------------------------------------------------------------------------------------------------------
-
-
-def test_overrides_reach_sections_and_items_and_make_missing_ones() -> None:
-    before = copy.deepcopy(FULL)
-    changed = apply_overrides(
-        FULL, ["pruning.config_list.0.sparse_ratio=0.9", "training.patience=3", "new.section.key=[1, x]", "seed=null"]
-    )
-    assert changed["pruning"]["config_list"][0]["sparse_ratio"] == 0.9
-    assert changed["training"]["patience"] == 3
-    assert changed["new"]["section"]["key"] == [1, "x"]
-    assert changed["seed"] is None
-    assert before == FULL
-
-
-def test_a_value_may_hold_an_equals_sign() -> None:
-    assert apply_overrides({}, ["a=b=c"]) == {"a": "b=c"}
-
-
-def test_items_of_a_list_are_replaced_by_number() -> None:
-    assert apply_overrides({"a": [1, 2]}, ["a.1=3"]) == {"a": [1, 3]}
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("seed", r"--set 'seed' must read key\.subkey=value"),
-        ("=3", "must read"),
-        ("seed.sub=3", "'seed' is a plain value, it has no sub-keys"),
-        ("example_shape.x=3", "'x' is no number of an item; the list has 4"),
-        ("example_shape.4=3", "'4' is no number of an item"),
-        ("pruning.config_list.7.sparse_ratio=3", "'7' is no number of an item; the list has 2"),
-        ("seed=[1", "no valid YAML"),
-    ],
-)
-def test_wrong_overrides_are_named(setting: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        apply_overrides(FULL, [setting])
-
-
-def test_an_overridden_config_is_still_checked() -> None:
-    with pytest.raises(ConfigError, match=r"seed = 'x'"):
-        RunConfig.load(apply_overrides(FULL, ["seed=x"]))
 
 
 def test_sections_do_not_change() -> None:

@@ -17,6 +17,8 @@ from gumbel_plugin.runs.run import prepare
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.storage.yaml_files import parse_yaml
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 TEXTS = [path.read_text(encoding="utf-8") for path in CONFIGS]
 RESOLVED = [RunConfig.load(path).model_dump(mode="json") for path in CONFIGS]

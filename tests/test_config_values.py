@@ -102,6 +102,7 @@ def test_what_is_no_config_is_an_error(config: Any) -> None:
         RunConfig.load(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10**5, 10**7])
 def test_a_long_value_makes_no_long_message(size: int) -> None:
     wrong: list[dict[str, Any]] = [

@@ -74,6 +74,7 @@ def test_says_what_it_is_for(name: str) -> None:
     assert read_yaml(CONFIGS / f"{name}.yaml").keys() >= {"seed", "model", "data", "training", "pruning"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if not is_downloaded(name)])
 def test_can_be_prepared(name: str, images: Path) -> None:
     assert prepared(name, images).session.plan.masks
@@ -160,6 +161,7 @@ def test_joint_toy_is_the_published_problem(images: Path) -> None:
     torch.testing.assert_close(targets, expected)
 
 
+@pytest.mark.slow
 def test_digits_runs(tmp_path: Path) -> None:
     config = load("digits")
     short = config.training.model_copy(update={"max_epochs": 2, "dense_baseline": False})

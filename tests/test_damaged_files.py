@@ -28,6 +28,8 @@ from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.mask_file import load_masks
 
+pytestmark = pytest.mark.slow
+
 RUN: dict[str, Any] = {
     "model": {"name": "damaged_network:build"},
     "data": {"name": "digits", "batch_size": 512},
@@ -55,7 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
             if line.startswith("epoch 2"):
                 shutil.copy(place / "run" / CHECKPOINT, place)
 
-        run(RunConfig.load(RUN), place / "run", say=keep)
+        run(RunConfig.load(RUN), place / "run", log=keep)
         shutil.copy(place / CHECKPOINT, place / "run")
         yield place / "run"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pkgutil
 import re
 import subprocess
 import sys
@@ -25,6 +26,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code", "expected"), BLOCKS)
 def test_block_runs_and_prints_what_it_says(
     page: Path, code: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -43,6 +45,7 @@ def test_block_runs_and_prints_what_it_says(
         assert printed.getvalue() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["lightning", "transformers"])
 def test_the_example_of_a_library_runs_alone(library: str, tmp_path: Path) -> None:
     """In a fresh process nothing has been imported that the example itself does not import, in its own order."""
@@ -58,3 +61,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
+
+
+def test_how_a_channel_leaves_names_every_room_and_function_once() -> None:
+    page = (ROOT / "docs" / "how_a_channel_leaves.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(gumbel_plugin\.[\w.]+)`", page)
+    assert len(set(named)) == len(named)
+    for name in named:
+        assert pkgutil.resolve_name(name)
+    rooms = {path.parent.name for path in (ROOT / "gumbel_plugin").glob("*/__init__.py")}
+    assert rooms == {name.split(".")[1] for name in named} - {"config"}

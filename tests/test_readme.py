@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(README.count("```python")))
 def test_block_runs_and_prints_what_it_says(number, run_block):
     run_block(ROOT / "README.md", number)
@@ -25,6 +26,12 @@ def test_every_config_that_the_readme_names_exists():
     named = re.findall(r"configs/[\w/]+\.yaml", README)
     assert named
     assert all((ROOT / name).is_file() for name in named)
+
+
+def test_every_test_that_the_readme_names_exists():
+    named = re.findall(r"`(tests/[\w/*.]+)`", README)
+    assert named
+    assert all(list(ROOT.glob(name)) for name in named)
 
 
 def test_every_make_target_that_the_readme_names_exists():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +18,13 @@ from gumbel_plugin.config import ConfigLike, PruningSection
 from gumbel_plugin.errors import LifecycleError, TargetError
 from gumbel_plugin.graph.attention_heads import kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup
-from gumbel_plugin.graph.dependency_groups import DependencyGroups, check_forward, mark_outputs
+from gumbel_plugin.graph.dependency_groups import DependencyGroups, mark_outputs
 from gumbel_plugin.graph.history import replay
-from gumbel_plugin.graph.kept import kept_after, kept_of, note_kept
 from gumbel_plugin.graph.optimizer_state import ParameterChanges, tracked
-from gumbel_plugin.graph.prunable_heads import find_heads_to_prune
-from gumbel_plugin.graph.record import Record
+from gumbel_plugin.graph.record import Record, units_left
 from gumbel_plugin.graph.removal import closed_units
-from gumbel_plugin.graph.tracing import Structure, calling, catch_up, shared_parts, traceable, untouched_on_error
+from gumbel_plugin.graph.tracing import Structure, calling, catch_up, shared_parts, traceable
+from gumbel_plugin.graph.transaction import restored_on_error
 from gumbel_plugin.layers.example_inputs import call_model, dtype_of, inputs_following
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.latency import LatencyTable, measure_table
@@ -120,27 +122,29 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._target, self._inexact, self._table = target, inexact, latency_table
         self._total_steps = total_steps
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
-        self._record, self._changes = Record(), ParameterChanges()
-        self._unfinished = False
+        self._changes = ParameterChanges()
+        self._found: DependencyGroups | None = None
+        self._running: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the step that is being made
         self._dense_cost = 0.0
         self._own_importance = importance is None
-        with untouched_on_error(model):
-            with calling(model, self._forward, example_inputs):
-                check_forward(model, example_inputs)
-                with traceable(model, own_attention=bool(arguments.get("num_heads"))):
-                    super().__init__(
-                        model,
-                        example_inputs,
-                        importance or tp.importance.RandomImportance(),
-                        forward_fn=call_model,
-                        output_transform=mark_outputs,
-                        **own_copies(arguments, model),
-                    )
+        with restored_on_error(model):
+            with (
+                calling(model, self._forward, example_inputs),
+                traceable(model, example_inputs, own_attention=bool(arguments.get("num_heads"))),
+            ):
+                super().__init__(
+                    model,
+                    example_inputs,
+                    importance or tp.importance.RandomImportance(),
+                    forward_fn=call_model,
+                    output_transform=mark_outputs,
+                    **own_copies(arguments, model),
+                )
             check_graph(self, arguments)
-            self._read_graph()
             self._original = {group.name: group.size for group in self._groups}
             self._require_gated_groups()
             self._gated = {group.name for group in self._gated_groups()}
+            self._record = Record(model, self._gated_groups())
             if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
                 self._plan(-1, self._settings)
             self._attach()
@@ -196,59 +200,70 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         Until the last of the ``iterative_steps`` new gates are attached to what is left; they go on where the old ones
         were, so call `update_optimizer`.
 
+        If anything fails, model, gates and pruner are as before the step; so they are where a caller stops half-way
+        (breaks out of the loop, raises, closes the generator, or calls the next verb).
+
         Args:
-            interactive: Yield Torch-Pruning's groups instead of pruning them; call ``group.prune()`` on each.
+            interactive: Yield Torch-Pruning's groups instead of pruning them; call ``group.prune()`` on each. What is
+                not pruned stays, with gates of its own in the next step.
 
         Raises:
-            LifecycleError: If all ``iterative_steps`` are done, the last step was not finished, or the model's layers
-                were changed meanwhile.
+            LifecycleError: If all ``iterative_steps`` are done, or the model's layers were changed meanwhile.
         """
-        self._require_finished()
+        self._take_back()
         if self.current_step >= self.iterative_steps:
             raise LifecycleError(
                 f"no gates are left to decide: {self.current_step} of {self.iterative_steps} iterative_steps are done"
             )
         if self._attached:
             self._structure.check(self.model)
-        else:
-            _logger.warning("step %d removes nothing: no group is left that can be gated", self.current_step + 1)
         self._loop.after_step()
-        masks = self.session.extract() if self._attached else {}
-        self.current_step += 1
-        groups = self._prune(masks) if self._attached else iter(())
+        groups = self._prune()
+        self._running = weakref.ref(groups)
         if interactive:
             return groups
-        for group in groups:
-            group.prune()
+        with contextlib.closing(groups):
+            for group in groups:
+                group.prune()
         return None
 
-    def _prune(self, masks: Masks) -> Iterator[Any]:
-        plan = self.session.plan
-        self._unfinished = True  # until the end of this: an error, or a loop that stops early, leaves units half gone
-        self._detach()
-        closed = closed_units(self.model, plan.groups, {name: mask.hard for name, mask in plan.masks.items()})
-        if not self._record.masks:
-            self._record.start(self.model, plan.groups, masks)
-        self._record.remove(closed)
-        with tracked(self.model) as self._changes:
-            for name, units in closed.items():
-                heads = self._heads.get(name)
-                yield heads.removal(self.DG, units) if heads else self._dependency.pruning_group(name, units)
-        note_kept(self.model, kept_after(kept_of(self.model), self._changes.kept()))
-        self._update_graph()
-        if self.current_step < self.iterative_steps and self._gated_groups():
-            self._attach()
-        for gates in carried_over(plan, self.session.plan if self._attached else None, closed):
-            self._changes.add_gates(*gates)
-        self._changes.drop(parameter for gated in plan.gated_layers.values() if (parameter := gated.scale) is not None)
-        self._unfinished = False
+    def _prune(self) -> Generator[Any, None, None]:
+        with restored_on_error(self):
+            self.current_step += 1
+            if not self._attached:
+                _logger.warning("step %d removes nothing: no group is left that can be gated", self.current_step)
+                return
+            self.session.extract()
+            self._detach()
+            plan, dependency, history = self.session.plan, self._dependency, list(self.pruning_history())
+            hard = {name: mask.hard for name, mask in plan.masks.items()}
+            with tracked(self.model) as self._changes:
+                for name, units in closed_units(self.model, plan.groups, hard).items():
+                    yield dependency.pruning_group(name, units)
+            kept = self._changes.kept()
+            left = {name: units_left(self.model, group, kept) for name, group in plan.groups.items()}
+            self._removed(history + dependency.history(left))
+            if self.current_step < self.iterative_steps and self._gated_groups():
+                self._attach()
+            removed = {name: torch.nonzero(~stayed).flatten() for name, stayed in left.items()}
+            for gates in carried_over(plan, self.session.plan if self._attached else None, removed):
+                self._changes.add_gates(*gates)
+            scales = (gated.scale for gated in plan.gated_layers.values())
+            self._changes.dropped.extend(scale for scale in scales if scale is not None)
 
-    def _require_finished(self) -> None:
-        if self._unfinished:
-            raise LifecycleError(
-                f"step {self.current_step} was not finished, so that some of its units have left the model and others "
-                "have not; go on from a copy of the model or a checkpoint from before it, with a new pruner"
-            )
+    def _removed(self, history: list[Any]) -> None:
+        """Note what was removed: in the record, the history, the graph, and where heads are counted."""
+        self._record.add(self.model, self._changes.kept())
+        self.DG._pruning_history = history
+        self._dependency.count_heads()
+        catch_up(self.DG, {id(change.old): change.new for change in self._changes.changes})
+        self._found = None  # the groups are read again when they are asked for
+
+    def _take_back(self) -> None:
+        """Take a step back that its caller left half-way; a finished one is not changed."""
+        groups = self._running()
+        if groups is not None:
+            groups.close()
 
     def update_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer go on after `step`: smaller parameters take the old ones' places, their state is cut alike.
@@ -263,7 +278,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Start over: ``iterative_steps`` count from zero again, and new gates are attached to what is left."""
-        self._require_finished()
+        self._take_back()
         self._require_gated_groups()
         super().reset()
         self._detach()
@@ -281,8 +296,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         They say what was removed so far; before the first `step`, what the gates would close now.
         """
         self._loop.after_step()
-        if self._record.masks or not self._attached:
-            return copy.deepcopy(self._record.masks)
+        if self.current_step or self._record.kept or not self._attached:
+            return self._record.masks(self.model)
         if self.session.phase is Phase.FIXED:
             return self.session.masks()
         hard = {m.name: m.mask.decide(m.weight) for budget in self.session.plan.budgets for m in budget.terms}
@@ -294,7 +309,6 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return {
             "step": self.current_step,
             "history": [list(entry) for entry in self.pruning_history()],
-            "record": self._record.state_dict(),
             "session": self.session.state_dict() if self._attached else None,
             "gradients": self._gradients.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._loop.optimizers],
@@ -310,13 +324,12 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             LifecycleError: If this pruner pruned something already.
             TargetError: If the state is of another network.
         """
-        missing = {"step", "history", "record", "session", "gradients"} - set(state)
+        missing = {"step", "history", "session", "gradients"} - set(state)
         if missing:
             raise TargetError(f"this is no state of a GumbelGroupPruner: it lacks {sorted(missing)}")
         if state["history"] or not state["session"]:
             self.load_pruning_history(state["history"])
         self.current_step = state["step"]
-        self._record.load_state_dict(state["record"])
         if state["session"]:
             if not self._attached:
                 self._attach()
@@ -332,19 +345,21 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             LifecycleError: If this pruner pruned something already.
             TargetError: If the history is of another network; nothing was removed.
         """
+        self._take_back()
         if self.pruning_history():
             raise LifecycleError("this pruner pruned something already; replay a history on the unpruned network")
-        trial = copy.deepcopy(self)
-        trial._detach()
-        replay(trial.model, trial.DG, trial._heads, pruning_history)
-        self._detach()
-        with tracked(self.model) as self._changes:
-            replay(self.model, self.DG, self._heads, pruning_history)
-        self.DG._pruning_history = copy.deepcopy(list(pruning_history))
-        self._update_graph()
-        self.current_step = self.iterative_steps
+        with restored_on_error(self):
+            self._detach()
+            heads = self._dependency.heads
+            with tracked(self.model) as self._changes:
+                replay(self.model, self.DG, heads, pruning_history)
+            self._removed(copy.deepcopy(list(pruning_history)))
+            self.current_step = self.iterative_steps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GumbelGroupPruner:
+        groups = self._running()
+        if groups is not None and inspect.getgeneratorstate(groups) == inspect.GEN_SUSPENDED:
+            raise LifecycleError("a pruner cannot be copied in the middle of a step")
         memo.update(shared_parts(self.DG))
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
@@ -353,31 +368,23 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     # Planning -----------------------------------------------------------------------------------------------------
 
-    def _read_graph(self) -> None:
-        """Find the groups of the network as it is now."""
-        self.example_inputs = inputs_following(self.model, self.example_inputs, self._dtype)
-        self._dtype = dtype_of(self.model)
-        with calling(self.model, self._forward, self.example_inputs):
-            self._dependency = DependencyGroups(
-                self.model,
-                self.example_inputs,
-                graph=self.DG,
-                ignored_layers=self.ignored_layers,
-                root_module_types=self.root_module_types,
-                parts=self._get_channel_groups,
-                own_attention=bool(self.num_heads),
-            )
-            self._heads = find_heads_to_prune(self, self._dependency.groups, self.example_inputs)
-        groups = {group.name: group for group in self._dependency.groups}
-        groups.update({name: each.group for name, each in self._heads.items()})
-        self._groups = list(groups.values())
+    @property
+    def _dependency(self) -> DependencyGroups:
+        """The groups of the network as it is now, read when they are asked for."""
+        if self._found is None:
+            self.example_inputs = inputs_following(self.model, self.example_inputs, self._dtype)
+            self._dtype = dtype_of(self.model)
+            with calling(self.model, self._forward, self.example_inputs):
+                self._found = DependencyGroups(self.model, self.example_inputs, self)
+        return self._found
 
-    def _update_graph(self) -> None:
-        """Catch up with what was removed: heads, parameters outside of layers, groups."""
-        for heads in self._heads.values():
-            heads.note_removal(self)
-        catch_up(self.DG, {id(change.old): change.new for change in self._changes.changes})
-        self._read_graph()
+    @property
+    def _groups(self) -> list[ChannelGroup]:
+        return self._dependency.groups
+
+    @property
+    def _heads(self) -> set[str]:
+        return self._dependency.heads
 
     def _attach(self) -> None:
         """Attach the gates of the next step."""

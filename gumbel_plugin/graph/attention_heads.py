@@ -22,7 +22,7 @@ from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.layers.compact_attention import CompactMultiheadAttention, CompactWindowAttention
 
 # Where layers note how many heads they have; their forward may read any of them.
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 
 
 class AttentionKind(ABC):
@@ -183,6 +183,34 @@ class WindowHeads(AttentionKind):
         layer.num_heads = len(kept)
 
 
+@dataclass(frozen=True)
+class NamedHeads:
+    """The heads of a layer that is written with linear layers of its own, which a user named.
+
+    Attributes:
+        reader: The linear layer that reads what the heads compute, the output projection.
+        size: How many of its input columns one head has.
+        layers: The named layers: queries, keys and values, in one or several.
+    """
+
+    reader: str
+    size: int
+    layers: tuple[str, ...]
+
+    def count(self, model: nn.Module) -> int:
+        """Return how many heads a model has."""
+        reader: Any = model.get_submodule(self.reader)
+        return int(reader.in_features) // self.size
+
+    def sync(self, model: nn.Module, before: int) -> None:
+        """Set how many heads are left where the attention layers note it."""
+        for layer in self.layers:
+            owner = model.get_submodule(layer.rpartition(".")[0])
+            for attribute in _HEAD_COUNTS:
+                if getattr(owner, attribute, None) == before:
+                    setattr(owner, attribute, self.count(model))
+
+
 KINDS: list[AttentionKind] = [
     TorchHeads(),
     CompactHeads(),
@@ -301,13 +329,13 @@ def _slice(module: str, channels: int, per_unit: int) -> ChannelSlice:
     return ChannelSlice(module, positions, positions // per_unit)
 
 
-def _others(count: int, gone: Tensor) -> Tensor:
+def _others(count: int, units: Tensor) -> Tensor:
     numbers = torch.arange(count)
-    return numbers[~torch.isin(numbers, gone)]
+    return numbers[~torch.isin(numbers, units)]
 
 
-def _kept(part: ChannelSlice, gone: Tensor) -> Tensor:
-    return part.positions[~torch.isin(part.units, gone)]
+def _kept(part: ChannelSlice, removed: Tensor) -> Tensor:
+    return part.positions[~torch.isin(part.units, removed)]
 
 
 def _part(parameter: Tensor, dimension: int, kept: Tensor) -> nn.Parameter:

@@ -13,13 +13,14 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import GraphError
-from gumbel_plugin.graph.attention_heads import find_heads, kind_of
+from gumbel_plugin.graph.attention_heads import NamedHeads, find_heads, kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
-from gumbel_plugin.graph.exactness import Cut, ExactnessAnalysis, Safety, Treatment, check_empirically
-from gumbel_plugin.graph.removal import Item, Remover, unchanging_graph
-from gumbel_plugin.graph.tracing import cannot_build, reason_of, traceable
-from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, missing_pruners, repaired_tracing
-from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, named_tensors, observing
+from gumbel_plugin.graph.exactness import ExactnessAnalysis, Safety, Treatment, check_empirically, double_copy
+from gumbel_plugin.graph.prunable_heads import find_named_heads
+from gumbel_plugin.graph.removal import HeadGroup, Item, Remover, UnitGroup, unchanging_graph
+from gumbel_plugin.graph.tracing import reason_of, traceable
+from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, missing_pruners
+from gumbel_plugin.layers.example_inputs import call_model, named_tensors
 from gumbel_plugin.layers.geometry import input_channels, output_dimension
 from gumbel_plugin.layers.model_check import refuse_unusable
 from gumbel_plugin.layers.weights import how_to_keep_weights
@@ -30,8 +31,9 @@ _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
 class DependencyGroups:
     """The channel groups of one model, and the physical removal of their units.
 
-    A group is called exact if a `ExactnessAnalysis` finds it so, and after a trial: units were removed from a copy of the model,
-    and its outputs compared. What the code takes for granted (a fixed size in a reshape, say) comes out there.
+    A group is called exact if an `ExactnessAnalysis` finds it so, and after an empirical check: units were removed from
+    a copy of the model, and its outputs compared. What the code takes for granted (a fixed size in a reshape, say)
+    comes out there.
 
     Example::
 
@@ -42,53 +44,45 @@ class DependencyGroups:
 
     Attributes:
         model: The model that the graph was built on, and that `remove` changes.
+        graph: Its `torch_pruning.DependencyGraph`.
         groups: The model's channel groups.
+        heads: Names of those whose units are attention heads that may leave.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        *,
-        graph: Any = None,
-        ignored_layers: Sequence[nn.Module] = (),
-        root_module_types: Sequence[type[nn.Module]] = _ROOTS,
-        parts: Callable[[Any], int] | None = None,
-        own_attention: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, pruner: tp.pruner.BasePruner | None = None) -> None:
         """Trace the model.
 
         Args:
             model: The plain model, without gates. Its train/eval flags and requires_grad are kept.
             example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
-            graph: A `torch_pruning.DependencyGraph` of the model that exists already; built here without it.
-            ignored_layers: Layers that keep all their channels; their groups are left out.
-            root_module_types: Layers whose output channels define a group.
-            parts: Says of one of Torch-Pruning's groups into how many equal parts its channels fall that lose the same
-                members, in addition to what grouped layers demand.
-            own_attention: The graph shows what attention layers of a known class do inside; otherwise such a layer is
-                one operation, and its heads are a group.
+            pruner: A pruner of Torch-Pruning on this model, whose graph is taken, and whose arguments say which layers
+                are ignored, define groups, are attention layers or lose channels in parts.
 
         Raises:
             GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
         """
         self.model = model
         self._names = {module: name for name, module in model.named_modules()}
-        self.graph = graph or _build_graph(model, example_inputs)
+        self._pruner = pruner
+        self.graph = _build_graph(model, example_inputs) if pruner is None else pruner.DG
         self._items: dict[str, list[Item]] = {}
+        self._named_heads: dict[str, NamedHeads] = {}
         self._tied = _tied_layers(self._names)
-        analysis = ExactnessAnalysis(model, example_inputs, self._parameters(), self._treatments(not own_attention))
+        named = pruner is not None and bool(pruner.num_heads)
+        analysis = ExactnessAnalysis(model, example_inputs, self._parameters(), self._treatments(not named))
+        ignored, roots = ((), _ROOTS) if pruner is None else (pruner.ignored_layers, pruner.root_module_types)
         with unchanging_graph():
-            found = self.graph.get_all_groups(list(ignored_layers), tuple(root_module_types))
-            self.groups = [self._describe(group, analysis, parts) for group in found]
-        if not own_attention:
-            ignored = {self._names.get(part) for layer in ignored_layers for part in layer.modules()}
-            self.groups += [g for g in find_heads(model) if not ignored & {g.name, *(p.module for p in g.producers)}]
-        self._remover = Remover(model, self._items)
-        faults = check_empirically(
-            self._copy, example_inputs, [group for group in self.groups if group.safety == "exact"]
-        )
-        self.groups = [faults.get(group.name, group) for group in self.groups]
+            found = self.graph.get_all_groups(list(ignored), tuple(roots))
+            groups = [self._describe(group, analysis) for group in found]
+        if not named:
+            names = {self._names.get(part) for layer in ignored for part in layer.modules()}
+            groups += [g for g in find_heads(model) if not names & {g.name, *(p.module for p in g.producers)}]
+        known = {group.name for group in groups if kind_of(model.get_submodule(group.name)) is not None}
+        self.heads = set(self._named_heads) if named else known if pruner is None or pruner.prune_num_heads else set()
+        self._remover = self.remover_of(model)
+        exact = [group for group in groups if group.safety == "exact"]
+        faults = check_empirically(lambda: self.remover_of(double_copy(model)), example_inputs, exact)
+        self.groups = [faults.get(group.name, group) for group in groups]
 
     def remove(self, name: str, units: Tensor) -> None:
         """Remove units of a group from the model, everywhere they appear.
@@ -109,45 +103,85 @@ class DependencyGroups:
 
     def pruning_group(self, name: str, units: Tensor) -> Any:
         """Return Torch-Pruning's group that removes units of a group; prune it before the next is asked for."""
-        return self._remover.group(self.graph, name, units)
+        if name in self._items:
+            return UnitGroup(self.graph, self._remover, name, units)
+        return HeadGroup(self.graph, name, units)
+
+    def history(self, left: Mapping[str, Tensor]) -> list[list[Any]]:
+        """Return how Torch-Pruning's history notes that units left: roots, whether by output channel, channel numbers.
+
+        Args:
+            left: By group name, which of its units are left, bool.
+        """
+        entries: list[list[Any]] = []
+        for name, stayed in left.items():
+            units = torch.nonzero(~stayed).flatten()
+            root = self._items[name][0] if name in self._items else None
+            if root is not None and len(units):
+                outputs = self.graph.is_out_channel_pruning_fn(root.dep.trigger)
+                entries.append([root.owner, outputs, root.positions[torch.isin(root.units, units)].tolist()])
+            elif len(units):
+                entries.append([name, True, units.tolist()])
+        return entries
+
+    def count_heads(self) -> None:
+        """Let the pruner of this graph, and attention layers of its model, know how many named heads are left."""
+        pruner: Any = self._pruner
+        for name, heads in self._named_heads.items():
+            group = next(group for group in self.groups if group.name == name)
+            heads.sync(self.model, group.size)
+            for layer in map(self.model.get_submodule, heads.layers):
+                for counts in (pruner.num_heads, pruner.out_channel_groups):
+                    counts[layer] = heads.count(self.model)
 
     def remover_of(self, model: nn.Module) -> Remover:
         """Return what removes units of these groups from a copy of the model that nothing was removed from yet."""
-        return Remover(model, self._items)
+        return Remover(model, self._items, self._named_heads)
 
-    def _copy(self) -> Remover:
-        return self.remover_of(copy.deepcopy(self.model))
-
-    def _describe(self, group: Any, analysis: ExactnessAnalysis, parts: Callable[[Any], int] | None) -> ChannelGroup:
+    def _describe(self, group: Any, analysis: ExactnessAnalysis) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
         root = group[0].dep.target.module
         name, channels = self._names[root], self._width(root)
+        heads = None if self._pruner is None else find_named_heads(self._pruner, group)
+        if heads is not None:
+            return self._describe_heads(name, *heads)
         if channels is None:
             return ChannelGroup(name, 1, (), (), "unsupported", f"the {type(root).__name__} {name!r} has no channels")
-        size = channels // self._coupled(group, parts)
-        items = self._items[name] = [self._read(item, size) for item in group.items]
-        producers: list[ChannelSlice] = []
-        consumers: list[ChannelSlice] = []
-        cuts: list[Cut] = []
-        for item in items:
-            if item.owner is None:
-                continue
-            reads = self._reads(item.dep)
-            if reads or item.is_parameter or self._has_channels(item.dep.target.module):
-                cuts.append(((item.owner, reads), item.positions, item.units))
-                if not item.is_parameter:
-                    (consumers if reads else producers).append(ChannelSlice(item.owner, item.positions, item.units))
-        safety, reason = analysis.result(cuts)
+        size = channels // self._coupled(group)
+        items = self._items[name] = [self._read(item, lambda roots: roots % size) for item in group.items]
+        layers = self._layers(items)
+        producers, consumers = _slices(layers)
+        safety, reason = analysis.result([((i.owner or "", reads), i.positions, i.units) for i, reads in layers])
         if safety == "exact":
             safety, reason = self._check_parts(size, producers, consumers)
         outside = sum(self._elements(item) for item in items if item.is_parameter)
-        return ChannelGroup(name, size, tuple(producers), tuple(consumers), safety, reason, outside // size)
+        return ChannelGroup(name, size, producers, consumers, safety, reason, outside // size)
 
-    def _read(self, item: Any, size: int) -> Item:
+    def _describe_heads(self, name: str, group: Any, heads: NamedHeads, counts: set[int]) -> ChannelGroup:
+        """Translate a group whose root is the output projection: what reads and computes each head."""
+        count, reader = max(counts), self.model.get_submodule(heads.reader)
+        self._items[name] = [self._read(item, lambda roots: roots // heads.size) for item in group.items]
+        self._named_heads[name] = heads
+        producers, consumers = _slices(self._layers(self._items[name]))
+        reason = ""
+        if len(counts) > 1:
+            reason = f"its layers have different numbers of heads, {sorted(counts)} (grouped queries)"
+        elif count < 2:
+            reason = "it has one head, which must stay"
+        elif input_channels(reader) % count:
+            reason = f"{input_channels(reader)} columns are no multiple of {count} heads"
+        return ChannelGroup(name, count, producers, consumers, "unsupported" if reason else "exact", reason)
+
+    def _read(self, item: Any, unit_of: Callable[[Tensor], Tensor]) -> Item:
         """Translate one item of Torch-Pruning's groups."""
         target, roots = item.dep.target, torch.tensor(item.root_idxs)
         names = self.graph._param_to_name if target.type == tp.ops.OPTYPE.PARAMETER else self._names
-        return Item(item.dep, names.get(target.module), torch.tensor(item.idxs), roots, roots % size)
+        return Item(item.dep, names.get(target.module), torch.tensor(item.idxs), roots, unit_of(roots))
+
+    def _layers(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
+        """Return the items that cut a layer or a parameter, each with whether it cuts what a layer reads."""
+        named = [(item, self._reads(item.dep)) for item in items if item.owner is not None]
+        return [(i, reads) for i, reads in named if reads or i.is_parameter or self._has_channels(i.dep.target.module)]
 
     def _elements(self, item: Item) -> int:
         """Return how many numbers go with all channels of a parameter that belongs to no layer."""
@@ -188,9 +222,9 @@ class DependencyGroups:
         width: int | None = self.graph.get_pruner_of_module(module).get_out_channels(module)
         return width
 
-    def _coupled(self, group: Any, demanded: Callable[[Any], int] | None) -> int:
+    def _coupled(self, group: Any) -> int:
         """Return into how many equal parts the channels fall that must lose the same members (grouped layers)."""
-        parts = 1 if demanded is None else demanded(group)
+        parts = 1 if self._pruner is None else self._pruner._get_channel_groups(group)
         for item in group.items:
             module = item.dep.target.module
             if isinstance(module, tp.ops.TORCH_CONV) and module.groups > 1:
@@ -261,40 +295,27 @@ def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:
     return dict(pairs)
 
 
+def _slices(layers: Sequence[tuple[Item, bool]]) -> tuple[tuple[ChannelSlice, ...], tuple[ChannelSlice, ...]]:
+    """Return who computes channels, and who reads them."""
+    parts = [
+        (ChannelSlice(item.owner or "", item.positions, item.units), reads)
+        for item, reads in layers
+        if not item.is_parameter
+    ]
+    return tuple(part for part, reads in parts if not reads), tuple(part for part, reads in parts if reads)
+
+
 def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
-    with traceable(model), repaired_tracing(), warnings.catch_warnings():
+    with traceable(model, example_inputs), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check_forward(model, example_inputs)
-        try:
-            return tp.DependencyGraph().build_dependency(
-                model,
-                example_inputs,
-                forward_fn=_forward,
-                output_transform=mark_outputs,
-                customized_pruners=missing_pruners(model),
-                verbose=False,
-            )
-        except Exception as error:
-            raise cannot_build(error) from error
-
-
-def check_forward(model: nn.Module, example_inputs: Any) -> None:
-    """Run the model once, in eval mode.
-
-    Raises:
-        ConfigError: If nothing can be traced with the inputs, see `checked_inputs`.
-        GraphError: If its forward fails on the example inputs.
-    """
-    checked_inputs(example_inputs)
-    try:
-        with observing(model):
-            call_model(model, example_inputs)
-    except Exception as error:
-        raise GraphError(f"the model's forward fails on the example inputs: {reason_of(error)}") from error
-
-
-def _forward(model: nn.Module, example_inputs: Any) -> Any:
-    return call_model(model, example_inputs)
+        return tp.DependencyGraph().build_dependency(
+            model,
+            example_inputs,
+            forward_fn=call_model,
+            output_transform=mark_outputs,
+            customized_pruners=missing_pruners(model),
+            verbose=False,
+        )
 
 
 def mark_outputs(outputs: Any) -> list[Tensor]:

@@ -6,8 +6,9 @@ later only their numbers change, and Torch-Pruning's functions cut the layers.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
-from gumbel_plugin.graph.attention_heads import remove_heads
+from gumbel_plugin.graph.attention_heads import NamedHeads, remove_heads
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.geometry import input_channels, output_dimension
 
@@ -76,84 +77,107 @@ class Remover:
         model: The model.
     """
 
-    def __init__(self, model: nn.Module, items: Mapping[str, Sequence[Item]]) -> None:
+    def __init__(self, model: nn.Module, items: Mapping[str, Sequence[Item]], heads: Mapping[str, NamedHeads]) -> None:
         """Start with a whole model.
 
         Args:
             model: The model that the items were read from, or a copy of it.
-            items: What each group cuts, by the group's name.
+            items: What each group cuts, by the group's name; a group without is an attention layer of a known class.
+            heads: Which groups are attention heads that a user named.
         """
         self.model = model
         self._items = items
-        self._gone: dict[Any, Tensor] = {}  # by place, and by group name: first numbers, ascending
+        self._heads = heads
+        self._removed: dict[Any, Tensor] = {}  # by place, and by group name: first numbers, ascending
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
         """Remove units of groups, by their present numbers; what several groups cut is cut once."""
         cuts: dict[Any, tuple[Item, list[Tensor]]] = {}
-        notes = []
-        for name, own in units.items():
-            if remove_heads(self.model, name, own):
-                continue
-            chosen = self._chosen(name, own)
-            notes.append((name, chosen))
-            for choice in chosen:
-                if choice.item.owner is not None:
-                    cuts.setdefault(choice.item.place, (choice.item, []))[1].append(choice.now)
-        for item, positions in cuts.values():
-            item.cut(self.model, torch.unique(torch.cat(positions)).tolist())
-        for name, chosen in notes:
-            self._note(name, chosen)
+        chosen = {name: self.choose(name, own) for name, own in units.items() if name in self._items}
+        for choice in itertools.chain.from_iterable(chosen.values()):
+            if choice.item.owner is not None:
+                cuts.setdefault(choice.item.place, (choice.item, []))[1].append(choice.now)
+        with self.noting(chosen):
+            for item, positions in cuts.values():
+                item.cut(self.model, torch.unique(torch.cat(positions)).tolist())
+        for name in units.keys() - chosen.keys():
+            remove_heads(self.model, name, units[name])
 
-    def group(self, graph: Any, name: str, units: Tensor) -> Any:
-        """Return a group of Torch-Pruning's, of this graph, that removes units when it is pruned."""
-        chosen = self._chosen(name, units)
-        root = chosen[0].item.place
-        group = _Group(graph, lambda: self._note(name, chosen))
-        for choice in chosen:
-            group.add_dep(choice.item.dep, choice.now.tolist())
-            group[-1].root_idxs = self._now(root, choice.item.roots[choice.which]).tolist()
-        return group
-
-    def _chosen(self, name: str, units: Tensor) -> list[_Choice]:
+    def choose(self, name: str, units: Tensor) -> list[Choice]:
+        """Return what leaves with some units of a group, by their present numbers."""
         items = self._items[name]
-        left = torch.arange(int(items[0].units.max()) + 1)
-        left = left[~torch.isin(left, self._gone.get(name, left[:0]))]
-        gone = left[units.cpu()]
-        picked = [(item, torch.isin(item.units, gone)) for item in items]
-        return [_Choice(item, which, self._now(item.place, item.positions[which])) for item, which in picked]
+        removed = self._left(name)[units.cpu()]
+        picked = [(item, torch.isin(item.units, removed)) for item in items]
+        return [Choice(item, which, self.now(item.place, item.positions[which])) for item, which in picked]
 
-    def _now(self, place: Any, first: Tensor) -> Tensor:
-        return first - torch.searchsorted(self._gone[place], first) if place in self._gone else first
+    def units_at(self, name: str, choice: Choice, positions: Tensor) -> Tensor:
+        """Return the present numbers of the units to which some of a choice's present positions belong."""
+        first = choice.item.units[choice.which][torch.isin(choice.now, positions)]
+        return torch.searchsorted(self._left(name), torch.unique(first))
 
-    def _note(self, name: str, chosen: Sequence[_Choice]) -> None:
-        first: list[tuple[Any, Tensor]] = [(name, chosen[0].item.units[chosen[0].which])]
-        first += [(choice.item.place, choice.item.positions[choice.which]) for choice in chosen]
-        for place, numbers in first:
-            self._gone[place] = torch.unique(torch.cat([self._gone.get(place, numbers[:0]), numbers]))
+    def now(self, place: Any, first: Tensor) -> Tensor:
+        """Return the present numbers of channels in a place."""
+        return first - torch.searchsorted(self._removed[place], first) if place in self._removed else first
+
+    @contextmanager
+    def noting(self, chosen: Mapping[str, Sequence[Choice]]) -> Iterator[None]:
+        """Note the removal that is done meanwhile, here and where attention layers note how many heads they have."""
+        heads = {name: self._heads[name].count(self.model) for name in chosen if name in self._heads}
+        yield
+        for name, choices in chosen.items():
+            first: list[tuple[Any, Tensor]] = [(name, choices[0].item.units[choices[0].which])]
+            first += [(choice.item.place, choice.item.positions[choice.which]) for choice in choices]
+            for place, numbers in first:
+                self._removed[place] = torch.unique(torch.cat([self._removed.get(place, numbers[:0]), numbers]))
+        for name, before in heads.items():
+            self._heads[name].sync(self.model, before)
+
+    def _left(self, name: str) -> Tensor:
+        numbers = torch.arange(int(self._items[name][0].units.max()) + 1)
+        return numbers[~torch.isin(numbers, self._removed.get(name, numbers[:0]))]
 
 
 @dataclass(frozen=True, eq=False)
-class _Choice:
-    """What goes in one place: which entries of its item, and their present numbers."""
+class Choice:
+    """What leaves in one place: which entries of its item, and their present numbers."""
 
     item: Item
     which: Tensor
     now: Tensor
 
 
-class _Group(tp.dependency.Group):  # type: ignore[misc]
-    """A group that says so when it was pruned."""
+class UnitGroup(tp.dependency.Group):  # type: ignore[misc]
+    """Torch-Pruning's group that removes units when it is pruned."""
 
-    def __init__(self, graph: Any, pruned: Callable[[], None]) -> None:
+    def __init__(self, graph: Any, remover: Remover, name: str, units: Tensor) -> None:
         super().__init__()
-        self._DG = graph
-        self._pruned = pruned
+        self._DG, self._remover, self._name = graph, remover, name
+        self._choices = remover.choose(name, units)
+        root = self._choices[0].item.place
+        for choice in self._choices:
+            self.add_dep(choice.item.dep, choice.now.tolist())
+            self[-1].root_idxs = remover.now(root, choice.item.roots[choice.which]).tolist()
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
-        """See `torch_pruning.dependency.Group.prune`."""
-        super().prune(idxs, record_history)
-        if idxs is None:
-            self._pruned()
+        """Remove the units, or those to which the given channels of the root belong."""
+        if idxs is not None:
+            units = self._remover.units_at(self._name, self._choices[0], torch.as_tensor(idxs))
+            return UnitGroup(self._DG, self._remover, self._name, units).prune(None, record_history)
+        with self._remover.noting({self._name: self._choices}):
+            super().prune(None, record_history)
+        return None
+
+
+class HeadGroup(tp.dependency.Group):  # type: ignore[misc]
+    """The same for heads of an attention layer of a known class, of whose inside Torch-Pruning knows nothing."""
+
+    def __init__(self, graph: Any, name: str, units: Tensor) -> None:
+        super().__init__()
+        self._DG, self._name, self._units = graph, name, units
+
+    def prune(self, idxs: Any = None, record_history: bool = True) -> None:
+        """Remove the heads, or those of them that are given; the history has them at the end of the step."""
+        remove_heads(self._DG.model, self._name, self._units if idxs is None else torch.as_tensor(idxs))
 
 
 def removable_units(modules: Mapping[str, nn.Module], group: ChannelGroup, units: Tensor) -> Tensor:
@@ -167,7 +191,7 @@ def removable_units(modules: Mapping[str, nn.Module], group: ChannelGroup, units
     Returns:
         The units that can go, int64, ascending.
     """
-    gone = torch.zeros(group.size, dtype=torch.bool).index_fill(0, units, True)
+    chosen = torch.zeros(group.size, dtype=torch.bool).index_fill(0, units, True)
     owns = [torch.arange(group.size)]
     for part in (*group.producers, *group.consumers):
         module = modules[part.module]
@@ -177,9 +201,9 @@ def removable_units(modules: Mapping[str, nn.Module], group: ChannelGroup, units
         if len(part.positions) == width:
             owns.append(part.units)
     for own in owns:
-        if bool(gone[own].all()):
-            gone[own.min()] = False
-    return torch.nonzero(gone).flatten()
+        if bool(chosen[own].all()):
+            chosen[own.min()] = False
+    return torch.nonzero(chosen).flatten()
 
 
 def closed_units(model: nn.Module, groups: Mapping[str, ChannelGroup], hard: Mapping[str, Tensor]) -> dict[str, Tensor]:

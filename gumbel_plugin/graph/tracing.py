@@ -17,7 +17,7 @@ from torch_pruning.dependency import index_mapping
 from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, shorten
 from gumbel_plugin.graph.attention_heads import opaque_attention
 from gumbel_plugin.graph.tracing_repairs import repaired_tracing
-from gumbel_plugin.layers.example_inputs import observing
+from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, observing
 from gumbel_plugin.layers.weights import is_gate
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -70,35 +70,47 @@ def calling(model: nn.Module, function: Forward | None, example_inputs: Any) -> 
 
 
 @contextmanager
-def traceable(model: nn.Module, own_attention: bool = False) -> Iterator[None]:
+def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False) -> Iterator[None]:
     """Let autograd see every parameter, in eval mode; frozen layers would be missing in the graph otherwise.
 
     Args:
         model: The model.
+        example_inputs: What it is traced with.
         own_attention: Show what known attention layers do inside, because the user named their layers.
 
     Raises:
-        GraphError: If the graph cannot be built.
+        ConfigError: If nothing can be traced with the inputs, see `checked_inputs`.
+        GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
     """
+    checked_inputs(example_inputs)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     inside = nullcontext() if own_attention else opaque_attention(model)
-    with observing(model), torch.enable_grad(), inside, repaired_tracing():
-        try:
+    try:
+        with observing(model), torch.enable_grad(), inside, repaired_tracing():
             for parameter in flags:
                 parameter.requires_grad_(parameter.is_floating_point())
             yield
-        except GumbelPluginError:
-            raise
-        except Exception as error:
-            raise cannot_build(error) from error
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
+    except GumbelPluginError:
+        raise
+    except Exception as error:
+        _require_forward(model, example_inputs)
+        raise GraphError(f"Torch-Pruning cannot build the dependency graph: {reason_of(error)}") from error
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
 
-def cannot_build(error: Exception) -> GraphError:
-    """Return the error of a graph that Torch-Pruning cannot build, with the reason and where it came up."""
-    return GraphError(f"Torch-Pruning cannot build the dependency graph: {reason_of(error)}")
+def _require_forward(model: nn.Module, example_inputs: Any) -> None:
+    """Run the model once, in eval mode.
+
+    Raises:
+        GraphError: If its forward fails on the example inputs.
+    """
+    try:
+        with observing(model):
+            call_model(model, example_inputs)
+    except Exception as error:
+        raise GraphError(f"the model's forward fails on the example inputs: {reason_of(error)}") from error
 
 
 def reason_of(error: Exception) -> str:
@@ -108,26 +120,6 @@ def reason_of(error: Exception) -> str:
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
     text = str(error).strip() or "no message"
     return f"{type(error).__name__}: {shorten(text, 600)}{place}"
-
-
-@contextmanager
-def untouched_on_error(model: nn.Module) -> Iterator[None]:
-    """Take back hooks, submodules and flags that an error leaves on a model, such as those of a tracing that failed."""
-    modules = list(model.modules())
-    tables = [
-        table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks, module._modules)
-    ]
-    contents: list[dict[Any, Any]] = [dict(table) for table in tables]
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        yield
-    except BaseException:
-        for table, content in zip(tables, contents, strict=True):
-            table.clear()
-            table.update(content)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        raise
 
 
 def catch_up(graph: Any, replaced: Mapping[int, nn.Parameter]) -> None:

@@ -28,7 +28,7 @@ def plain_views(nodes: _Nodes) -> None:
 
 
 def known_splits(nodes: _Nodes) -> None:
-    """Tell the sizes of the parts of a `chunk` or `split` of feature maps.
+    """Set the sizes of the parts of a `chunk` or `split` of feature maps.
 
     Torch-Pruning looks for the shape under the name that autograd gave it before torch 2.0, and guesses the sizes from
     the layers that follow. Where none follows at once, as in ShuffleNetV2, a size is missing and the graph not built.
@@ -42,7 +42,7 @@ def known_splits(nodes: _Nodes) -> None:
 
 
 def known_joins(nodes: _Nodes) -> None:
-    """Tell the sizes of the parts of a concatenation.
+    """Set the sizes of the parts of a concatenation.
 
     Torch-Pruning guesses them from the layers before, and gives up after 500 steps. In networks as deep as Swin3D small
     that leaves a size open, which it then adds to the others.
@@ -76,8 +76,8 @@ class FrozenNormPruner(tp.BasePruningFunc):  # type: ignore[misc]
 
     def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
         """Remove channels, in place."""
-        gone = set(idxs)
-        kept = [channel for channel in range(self.get_out_channels(layer)) if channel not in gone]
+        removed = set(idxs)
+        kept = [channel for channel in range(self.get_out_channels(layer)) if channel not in removed]
         for name in self.BUFFERS:
             setattr(layer, name, layer.get_buffer(name)[kept])
         return layer

@@ -1,1 +1,1 @@
-"""What a network costs, and what its topology says."""
+"""What a network costs, and what its topology shows."""

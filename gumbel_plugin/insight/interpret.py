@@ -1,4 +1,4 @@
-"""What a pruned network's topology says: which inputs matter, along which paths, and which are interchangeable.
+"""What a pruned network's topology shows: which inputs matter, along which paths, and which are interchangeable.
 
 Source: Zhang, Tao, Zhang, *Neural Network Pruning by Gradient Descent*, arXiv 2311.12526, where a network pruned to a
 few connections is read as an explanation. The formulas are this project's choice, stated where they are computed.
@@ -89,7 +89,7 @@ def feature_importance(model: nn.Module, masks: Masks, input_shape: Sequence[int
 
     Raises:
         ConfigError: If the shape is needed and missing.
-        GraphError: If the network multiplies activations (attention, gates), so that weights on paths say nothing.
+        GraphError: If the network multiplies activations (attention, gates), so that weights on paths have no meaning.
         TargetError: If the masks do not fit.
     """
     network = masked_copy(model, masks)
@@ -173,7 +173,7 @@ def _shape_of(network: nn.Module, given: Sequence[int] | None) -> tuple[int, ...
     first = next(layers, None)
     if not isinstance(first, nn.Linear):
         kind = "no layer" if first is None else f"a {type(first).__name__}"
-        raise ConfigError(f"input_shape is missing: the network starts with {kind}, which does not tell it")
+        raise ConfigError(f"input_shape is missing: the network starts with {kind}, whose weights do not determine it")
     return (first.in_features,)
 
 
@@ -257,7 +257,7 @@ def _input_columns(found: Connections) -> Tensor:
             kernels = layer.kernels(INPUT)  # (out, inputs, elements)
             reaching = torch.tensor([(layer.name, unit) in live for unit in range(len(kernels))])
             columns.append((kernels * reaching[:, None, None]).transpose(0, 1).flatten(1))
-    if INPUT in found.outputs:  # what reaches an output past all layers tells inputs apart, too
+    if INPUT in found.outputs:  # what reaches an output past all layers distinguishes inputs, too
         columns.append(found.outputs[INPUT].T)
     return torch.cat(columns, dim=1)
 

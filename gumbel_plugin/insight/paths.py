@@ -48,7 +48,7 @@ class PathNetwork(TorchFunctionMode):
 
     Activations, softmax and dropout are the identity. A batch norm multiplies by its scale in eval mode, other norms by
     their weight. Max pooling is average pooling: each input of a window wins equally often. Sums, concatenations and
-    reshapes are themselves; a difference is a sum. What a layer does, `layer` says.
+    reshapes are themselves; a difference is a sum. `layer` handles layers.
     """
 
     signed = False
@@ -139,8 +139,8 @@ def path_gradients(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
         float64 of shape (outputs, *input_shape).
 
     Raises:
-        GraphError: If the network multiplies what it computes (attention, gates): no product of weights says what a
-            path is worth there. Or if its forward fails, or returns something else than one tensor a sample.
+        GraphError: If the network multiplies what it computes (attention, gates): no product of weights describes what
+            a path is worth there. Or if its forward fails, or returns something else than one tensor a sample.
     """
     network = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
     first, second = (
@@ -150,7 +150,7 @@ def path_gradients(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     if not torch.allclose(first, second, rtol=1e-9, atol=0):
         raise GraphError(
             f"{type(model).__name__} multiplies what it computes (attention or gates), or does something else that no "
-            "weights on paths can say: its inputs have no path-weight importance"
+            "weights on paths can describe: its inputs have no path-weight importance"
         )
     return first
 

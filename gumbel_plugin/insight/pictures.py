@@ -1,4 +1,4 @@
-"""Pictures of what a pruned network's topology says: a map of the inputs' importance, and the paths to the outputs."""
+"""Pictures of what a pruned network's topology shows: a map of the inputs' importance, and the paths to the outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from gumbel_plugin.insight.connections import INPUT, OUTPUT
 from gumbel_plugin.insight.interpret import Importance, Node
-from gumbel_plugin.insight.report_figures import BLUE, GREY, INK, ORANGE
+from gumbel_plugin.insight.report_figures import BLUE, GRAY, INK, ORANGE
 from gumbel_plugin.insight.report_figures import _style as figure_style
 
 _PARTS = (BLUE, ORANGE, "#0f9d58", "#8b5cf6", "#d63384", "#0891b2", "#a16207", "#64748b")
@@ -155,17 +155,17 @@ def _untangled(graph: nx.DiGraph, columns: Mapping[int, Sequence[Node]]) -> dict
     order = sorted(columns)
     for sweep in range(_SWEEPS):
         backwards = sweep % 2 == 1
-        neighbours = graph.successors if backwards else graph.predecessors
+        neighbors = graph.successors if backwards else graph.predecessors
         for x in reversed(order) if backwards else order:
-            heights = {node: _height([ranks[other] for other in neighbours(node)], ranks[node]) for node in columns[x]}
+            heights = {node: _height([ranks[other] for other in neighbors(node)], ranks[node]) for node in columns[x]}
             by_height = sorted((heights[node], ranks[node], node) for node in columns[x])
             for rank, (_, _, node) in enumerate(by_height):
                 ranks[node] = rank
     return ranks
 
 
-def _height(neighbours: Sequence[int], own: int) -> float:
-    return sum(neighbours) / len(neighbours) if neighbours else float(own)
+def _height(neighbors: Sequence[int], own: int) -> float:
+    return sum(neighbors) / len(neighbors) if neighbors else float(own)
 
 
 def _draw_edges(axis: Axes, graph: nx.DiGraph, places: Mapping[Node, tuple[int, float]]) -> None:
@@ -187,7 +187,7 @@ def _draw_edges(axis: Axes, graph: nx.DiGraph, places: Mapping[Node, tuple[int, 
                 zorder=1,
             )
         )
-    colors = (GREY, GREY) if several else (BLUE, ORANGE)
+    colors = (GRAY, GRAY) if several else (BLUE, ORANGE)
     lines = [Line2D([], [], color=colors[0], linewidth=2, label="positive weight")]
     lines.append(Line2D([], [], color=colors[1], linewidth=2, linestyle=(0, (2.0, 0.8)), label="negative weight"))
     axis.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, handlelength=3)

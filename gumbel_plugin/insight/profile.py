@@ -1,4 +1,4 @@
-"""The ruler: parameters, multiply-accumulates, file size and latency of a model, measured and not estimated.
+"""Cost metrics: parameters, multiply-accumulates, file size and latency of a model, measured and not estimated.
 
 Convention for MACs: the multiply-accumulates of convolutions (any dimension, groups, transposed), linear layers, matrix
 products, recurrent cells and attention, for ONE sample, as dense arithmetic (a zero weight still costs). Biases, norms,

@@ -1,4 +1,4 @@
-"""What a report says, in plain values: the tables, and the warnings."""
+"""What a report shows, in plain values: the tables, and the warnings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gumbel_plugin.insight.widths import LayerWidth, ragged
+from gumbel_plugin.insight.widths import LayerWidth, misaligned
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def latency_warnings(data: ReportData) -> list[str]:
 
 
 def _why_slower(data: ReportData) -> str:
-    uneven = ragged([LayerWidth(*(layer[key] for key in ("name", "kind", "before", "after"))) for layer in data.layers])
+    uneven = misaligned(
+        [LayerWidth(*(layer[key] for key in ("name", "kind", "before", "after"))) for layer in data.layers]
+    )
     if not uneven:
         return (
             "Its widths are even; the network is so small that fixed costs per layer outweigh the arithmetic, or the "

@@ -20,8 +20,8 @@ except ImportError as error:
 
 Rows = Sequence[Mapping[str, float]]
 
-BLUE, ORANGE, GREY, INK = "#2563eb", "#ea7317", "#b6bfcc", "#1f2937"
-COLOURS = {"dense": GREY, "masked": ORANGE, "small": BLUE, "fine-tuned": "#0f9d58"}
+BLUE, ORANGE, GRAY, INK = "#2563eb", "#ea7317", "#b6bfcc", "#1f2937"
+COLORS = {"dense": GRAY, "masked": ORANGE, "small": BLUE, "fine-tuned": "#0f9d58"}
 _MOST_LAYERS = 24
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -136,7 +136,7 @@ def latency_figure(columns: Mapping[str, Mapping[str, Any]]) -> str:
                 list(columns),
                 [time["median_ms"] for time in times],
                 yerr=[below, spreads],
-                color=[COLOURS.get(name, "#8b5cf6") for name in columns],
+                color=[COLORS.get(name, "#8b5cf6") for name in columns],
                 error_kw={"elinewidth": 1, "ecolor": INK, "capsize": 3},
                 width=0.62,
             )
@@ -157,7 +157,7 @@ def comparison_figure(points: Sequence[tuple[str, str, float, float]], score: st
         axis = figure.subplots()
         for network in dict.fromkeys(point[1] for point in points):
             own = [point for point in points if point[1] == network]
-            color = COLOURS.get(network, "#8b5cf6")
+            color = COLORS.get(network, "#8b5cf6")
             axis.scatter([p[2] for p in own], [p[3] for p in own], color=color, s=46, label=network, zorder=3)
         for run, network, macs, value in points:
             if network != "dense":

@@ -43,6 +43,6 @@ def layer_widths(dense: nn.Module, small: nn.Module) -> list[LayerWidth]:
     return found
 
 
-def ragged(widths: Sequence[LayerWidth], multiple: int = 8) -> list[LayerWidth]:
+def misaligned(widths: Sequence[LayerWidth], multiple: int = 8) -> list[LayerWidth]:
     """Return the layers that lost output channels and kept a number which is no multiple of what kernels like."""
     return [w for w in widths if w.after and w.after[1] != w.before[1] and w.after[1] % multiple]

@@ -18,9 +18,10 @@ from gumbel_plugin.insight.report_data import COMPARISON_HEADINGS, agreement_lin
 from gumbel_plugin.runs.folder import CONFIG, SUMMARY
 from gumbel_plugin.runs.interruption import Interruption
 from gumbel_plugin.runs.lock import locked
+from gumbel_plugin.runs.overrides import apply_overrides
 from gumbel_plugin.runs.reporting import warnings_of
 from gumbel_plugin.runs.run_config import RunConfig
-from gumbel_plugin.storage.yaml_files import apply_overrides, read_yaml
+from gumbel_plugin.storage.yaml_files import read_yaml
 
 if TYPE_CHECKING:  # the commands import these themselves: help is quick, and a missing extra is an error like others
     from gumbel_plugin.runs.run import RunResult
@@ -61,8 +62,8 @@ def run(
             from gumbel_plugin.runs.run import run as run_config
 
             resolved, again = _load(config or folder / CONFIG, settings), resume is not None
-            with following(quiet, interruption.check) as (say, followers):
-                result = run_config(resolved, folder, force=force, resume=again, say=say, followers=followers)
+            with following(quiet, interruption.check) as (log, followers):
+                result = run_config(resolved, folder, force=force, resume=again, log=log, followers=followers)
             _print_result(result, folder)
     except _USER_ERRORS as error:
         _fail(error)
@@ -73,7 +74,7 @@ def run(
 
 
 def _after_interruption(folder: Path) -> str:
-    """Say what an interrupted run left, and how to go on."""
+    """Return what an interrupted run left, and how to go on."""
     if (folder / SUMMARY).exists():
         return f"{folder} holds a finished run; gumbel-prune report {folder} writes its report anew"
     if (folder / CONFIG).exists():
@@ -131,7 +132,7 @@ def compare(
 
 @app.command()
 def explain(folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
-    """Say what the small network's topology tells: which inputs matter, along which paths, and which are alike."""
+    """Interpret the small network's topology: which inputs matter, along which paths, and which are alike."""
     try:
         from gumbel_plugin.runs.explain import explain as explain_run
 
@@ -191,14 +192,15 @@ def check(config: ConfigArgument, settings: SetOption = None) -> None:
     try:
         from gumbel_plugin.runs.run import prepare
 
-        plan = prepare(_load(config, settings)).session.plan
+        prepared = prepare(_load(config, settings))
     except _USER_ERRORS as error:
         _fail(error)
+    plan, metric = prepared.session.plan, prepared.config.pruning.budget.metric or "weights"
     gates = sum(mask.hard.numel() for mask in plan.masks.values())
     typer.echo(f"{config}: ok, {gates:,} gates in {len(plan.masks)} masks, {len(plan.budgets)} budgets")
     for budget in plan.budgets:
         units = sum(term.units for term in budget.terms)
-        rule = "the gates decide" if budget.ratio is None else f"{100 * budget.ratio:g} % of the weights go"
+        rule = "the gates decide" if budget.ratio is None else f"{100 * budget.ratio:g} % of the {metric} go"
         typer.echo(f"  {budget.name}: {units:,} gates, {rule}")
 
 
@@ -256,6 +258,6 @@ def _load(path: Path, settings: list[str] | None) -> RunConfig:
 
 
 def _fail(error: Exception) -> NoReturn:
-    """Say in one line what is wrong, and exit with 1."""
+    """Print in one line what is wrong, and exit with 1."""
     typer.secho(f"error: {shorten(' '.join(str(error).split()))}", err=True, fg="red")
     raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What each epoch of a training brought: a row of a CSV file, and now and then a line for whoever waits."""
+"""What each epoch of a training brought: a row of a CSV file, and now and then a line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except ImportError as error:
 
 COLUMNS = ("epoch", "loss", "sparsity", "soft_sparsity", "validation_score", "learning_rate", "macs", "seconds")
 _LINES = 10
-_SILENCE_SECONDS = 30.0
+_LONGEST_PAUSE = 30.0
 
 
 def other_rank() -> bool:
@@ -34,14 +34,14 @@ def other_rank() -> bool:
 class EpochLog(Logger):  # type: ignore[misc]
     """A Lightning logger of one row an epoch.
 
-    A line is said about ten times in a training, and after half a minute of silence, so that a log file stays short and
-    a terminal does not look dead.
+    A line is logged about ten times in a training, and after half a minute without one, so that a log file stays short
+    and a terminal does not look dead.
 
     Args:
         epochs: How many epochs the training may have.
         path: The CSV file, replaced if it exists; None writes none.
-        say: Told a line at a time; None stays silent.
-        trackers: Told every row too.
+        log: Called with a line at a time; None logs none.
+        trackers: Called with every row too.
         finished: How many epochs of the file stay, those that were finished before a training was killed.
     """
 
@@ -49,7 +49,7 @@ class EpochLog(Logger):  # type: ignore[misc]
         self,
         epochs: int,
         path: Path | None = None,
-        say: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
         *,
         trackers: Sequence[Tracker] = (),
         finished: int = 0,
@@ -57,13 +57,13 @@ class EpochLog(Logger):  # type: ignore[misc]
         super().__init__()
         self._epochs = epochs
         self._path = path
-        self._say = say
+        self._log = log
         self._trackers = trackers
         self._row: dict[str, float] = {}
-        self._began = self._spoke = time.monotonic()
+        self._began = self._logged = time.monotonic()
         self._rows = 0
         if path is not None and finished:
-            self._keep(path, finished)
+            self._truncate(path, finished)
 
     @property
     def name(self) -> str:
@@ -97,12 +97,12 @@ class EpochLog(Logger):  # type: ignore[misc]
         for track in self._trackers:
             track({name: value for name, value in row.items() if name in COLUMNS[1:]}, number)
         self._rows += 1
-        due = number % math.ceil(self._epochs / _LINES) == 0 or now - self._spoke >= _SILENCE_SECONDS
-        if self._say is not None and (due or number in (1, self._epochs)):
-            self._spoke = now
-            self._say(_line(row, self._epochs))
+        due = number % math.ceil(self._epochs / _LINES) == 0 or now - self._logged >= _LONGEST_PAUSE
+        if self._log is not None and (due or number in (1, self._epochs)):
+            self._logged = now
+            self._log(_line(row, self._epochs))
 
-    def _keep(self, path: Path, finished: int) -> None:
+    def _truncate(self, path: Path, finished: int) -> None:
         rows = [row for row in read_log(path) if row["epoch"] <= finished] if path.is_file() else []
         write_bytes(
             path, _text([{k: v for k, v in row.items() if not math.isnan(v)} for row in rows], heading=True).encode()

@@ -1,4 +1,4 @@
-"""What the topology of a finished run says, as pictures and a summary: `gumbel-prune explain`."""
+"""The topology of a finished run, interpreted in pictures and a summary: `gumbel-prune explain`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOST_ROWS = 20
 
 
 def explain(path: Path) -> Path:
-    """Read the small network of a finished run, and write what its topology says into the run's folder.
+    """Read the small network of a finished run, and write an interpretation of its topology into the run's folder.
 
     Files in ``explain/``: ``importance`` and ``pathways`` as PNG and SVG, ``explanation.json`` and ``explanation.md``.
     Only the network is read; the data set is asked for the shape of its inputs.
@@ -41,7 +41,7 @@ def explain(path: Path) -> Path:
 
     Raises:
         DataError: If the folder holds no finished run, or a file that is needed is damaged.
-        GraphError: If the network multiplies activations, so that weights on paths say nothing.
+        GraphError: If the network multiplies activations, so that weights on paths have no meaning.
         MissingExtraError: If matplotlib or networkx is not installed.
     """
     from gumbel_plugin.insight import interpret, pictures
@@ -126,7 +126,7 @@ def _as_markdown(
     parts, alike = found
     connections = sum(part.connections for part in parts)
     lines = [
-        f"# What the topology of {path.resolve().name} says",
+        f"# What the topology of {path.resolve().name} shows",
         "",
         f"{connections:,} weights lie on a path from an input to an output, in "
         + ("one part." if len(parts) == 1 else f"{len(parts)} parts that share nothing."),

@@ -34,7 +34,7 @@ from gumbel_plugin.storage.files import write_bytes
 
 _BATCHES = (1, 2, 5)
 _MOST_NUMBERS = 2**28
-"""No single input is larger; a header that says so is damaged."""
+"""No single input is larger; a header with a larger one is damaged."""
 TOLERANCE = 1e-5
 """Largest accepted difference to the small network, relative to the output's scale, in float32."""
 
@@ -88,7 +88,7 @@ def read_small(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
     folder.require(SMALL, CONFIG)
     config, header = folder.contents[CONFIG].model, folder.contents[SMALL]
     if config is None or "input_shape" not in header:
-        raise DataError(f"{path / SMALL} does not say what inputs its network reads; was it written by a run?")
+        raise DataError(f"{path / SMALL} does not record what inputs its network reads; was it written by a run?")
     model = load_pruned(
         path / SMALL, lambda: build_model(config.name, config.num_classes, config.in_channels, **config.options)
     ).eval()
@@ -107,7 +107,7 @@ def read_small(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
 def _to_onnx(model: nn.Module, example: Tensor) -> tuple[bytes, Runner]:
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  (the exporter needs it, and says so in a longer way)
+        import onnxscript  # noqa: F401  (the exporter needs it, and its own message is longer)
     except ImportError as error:
         raise MissingExtraError("onnxruntime or onnxscript", "export") from error
     with _quietly():

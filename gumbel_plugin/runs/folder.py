@@ -94,7 +94,7 @@ def truncate_gate_log(path: Path, epochs: int) -> None:
 
 
 def check_state(output: Path, config: RunConfig, *, force: bool, resume: bool) -> None:
-    """Refuse to replace a finished run without being told to, or to go on with what cannot be gone on with.
+    """Refuse to replace a finished run unasked, or to go on with what cannot be gone on with.
 
     Raises:
         ConfigError: If so.
@@ -107,7 +107,7 @@ def check_state(output: Path, config: RunConfig, *, force: bool, resume: bool) -
 
 
 def refuse_finished(output: Path, force: bool) -> None:
-    """Refuse to replace a finished run without being told to.
+    """Refuse to replace a finished run unasked.
 
     Raises:
         ConfigError: If the folder holds one, or cannot be read.
@@ -180,7 +180,7 @@ def check_space(output: Path, needed: int) -> None:
         )
 
 
-def create(output: Path) -> None:
+def make_dir(output: Path) -> None:
     """Create a run's folder, should it not exist.
 
     Raises:
@@ -192,7 +192,7 @@ def create(output: Path) -> None:
         raise ConfigError(f"output {shown_path(output)} cannot be written: {error}") from error
 
 
-def claim(output: Path, config: RunConfig, keep: Sequence[str] = (), leftovers: Iterable[str] = ()) -> None:
+def create_run_dir(output: Path, config: RunConfig, keep: Sequence[str] = (), leftovers: Iterable[str] = ()) -> None:
     """Create a run's folder without an older run's results, and note the resolved configuration in it.
 
     Args:
@@ -204,7 +204,7 @@ def claim(output: Path, config: RunConfig, keep: Sequence[str] = (), leftovers: 
     Raises:
         ConfigError: If the folder cannot be written.
     """
-    create(output)
+    make_dir(output)
     try:
         for name in (SUMMARY, MASKS, SMALL, LOG, GATES, REPORT, *leftovers):  # without a summary no run is finished
             if name not in keep:

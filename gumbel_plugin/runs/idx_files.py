@@ -25,7 +25,7 @@ def read_idx(path: Path) -> Tensor:
         A uint8 tensor of the shape in the header, of at least one element.
 
     Raises:
-        DataError: The file cannot be read, is of another type, or is shorter or longer than its header says.
+        DataError: The file cannot be read, is of another type, or is shorter or longer than in its header.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -36,6 +36,6 @@ def read_idx(path: Path) -> Tensor:
     shape = struct.unpack_from(f">{content[3]}I", content, 4)
     start = 4 + 4 * len(shape)
     if not len(content) - start == math.prod(shape) > 0:
-        raise DataError(f"{path} is damaged: {len(content) - start} bytes follow a header that says {shape}")
+        raise DataError(f"{path} is damaged: {len(content) - start} bytes follow a header of shape {shape}")
     values = np.frombuffer(content, np.uint8, offset=start).reshape(shape)
     return torch.from_numpy(values.copy())  # a copy, because bytes are read-only

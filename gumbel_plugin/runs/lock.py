@@ -15,7 +15,7 @@ from typing import IO
 from gumbel_plugin.errors import ConfigError, shown_path
 
 LOCK = "run.lock"
-"""The locked file; it says which process writes into its folder, and goes when that process is done."""
+"""The locked file; it names the process that writes into its folder, and is removed when that process is done."""
 
 _HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
@@ -57,7 +57,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # gone with its folder; or still open, when Windows keeps it
+            with contextlib.suppress(OSError):  # removed with its folder; or still open, when Windows keeps it
                 path.unlink()
 
 

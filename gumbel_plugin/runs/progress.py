@@ -1,4 +1,4 @@
-"""What a waiting person sees: a live line at a terminal, a few plain lines in a log file, nothing with --quiet."""
+"""Progress of a run: a live line at a terminal, a few plain lines in a log file, nothing with --quiet."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ try:
 except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @contextmanager
-def following(quiet: bool, check: Callable[[], None] | None = None) -> Iterator[tuple[Say, list[Any]]]:
-    """Yield what to tell lines, and the callbacks that draw progress where somebody looks at a terminal.
+def following(quiet: bool, check: Callable[[], None] | None = None) -> Iterator[tuple[Log, list[Any]]]:
+    """Yield what logs a line, and the callbacks that draw progress at a terminal.
 
     Args:
         quiet: Whether to show nothing.
         check: Called before every line and every batch; it ends the run by an exception.
     """
-    with _display(quiet) as (say, followers):
+    with _display(quiet) as (log, followers):
         if check is None:
-            yield say, followers
+            yield log, followers
         else:
-            yield partial(_say_checked, check, say), [_BatchCheck(check), *followers]
+            yield partial(_log_checked, check, log), [_BatchCheck(check), *followers]
 
 
 @contextmanager
-def _display(quiet: bool) -> Iterator[tuple[Say, list[Any]]]:
+def _display(quiet: bool) -> Iterator[tuple[Log, list[Any]]]:
     if quiet:
-        yield _silent, []
+        yield _ignore, []
     elif not sys.stderr.isatty():
-        yield _say, []
+        yield _log, []
     else:
         with _progress() as progress:
             yield lambda line: progress.console.print(line, style="dim", highlight=False), [ProgressBar(progress)]
@@ -91,7 +91,7 @@ class ProgressBar(pl.Callback):  # type: ignore[misc]
         self._progress.refresh()
 
     def on_train_end(self, trainer: Any, task: Any) -> None:
-        """Take it away; the lines that were said stay."""
+        """Take it away; the lines that were logged stay."""
         self._progress.remove_task(self._task)
 
 
@@ -123,14 +123,14 @@ def _progress() -> Progress:
     )
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     typer.secho(line, err=True, dim=True)
 
 
-def _say_checked(check: Callable[[], None], say: Say, line: str) -> None:
+def _log_checked(check: Callable[[], None], log: Log, line: str) -> None:
     check()
-    say(line)
+    log(line)
 
 
-def _silent(line: str) -> None:
+def _ignore(line: str) -> None:
     pass

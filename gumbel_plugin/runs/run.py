@@ -150,7 +150,7 @@ def run(
     *,
     force: bool = False,
     resume: bool = False,
-    say: Callable[[str], None] = _logger.info,
+    log: Callable[[str], None] = _logger.info,
     followers: Sequence[Any] = (),
 ) -> RunResult:
     """Train with learned masks, shrink, prove and measure.
@@ -164,7 +164,7 @@ def run(
             nothing is written without it.
         force: Whether to replace a finished run in that folder.
         resume: Whether to go on with the run in that folder that was interrupted.
-        say: Told what the run does, a line at a time.
+        log: Called with what the run does, a line at a time.
         followers: Lightning callbacks and loggers that follow the trainings, for instance a progress bar.
 
     Raises:
@@ -176,47 +176,47 @@ def run(
         EquivalenceError: If the small network is not equal to the masked one; everything was written by then.
     """
     if other_rank():  # it computes along in a distributed run, and leaves writing and talking to the first process
-        output, say = None, _logger.debug
+        output, log = None, _logger.debug
     if output is not None:
         files.check_state(output, config, force=force, resume=resume)
     prepared = prepare(config)
     trackers.check_mlflow(config.report.mlflow)
     if output is None:
-        return _run(prepared, None, say, followers)
+        return _run(prepared, None, log, followers)
     with _opened(output, prepared, force=force, resume=resume):
-        return _run(prepared, output, say, followers)
+        return _run(prepared, output, log, followers)
 
 
 @contextmanager
 def _opened(output: Path, prepared: Prepared, *, force: bool, resume: bool) -> Iterator[None]:
     """Hold a folder that can take the results, and clear it of older ones; a resumed run keeps its own."""
     files.check_space(output, 8 * sum(p.numel() * p.element_size() for p in prepared.model.parameters()))
-    files.create(output)
+    files.make_dir(output)
     with locked(output):
         files.check_state(output, prepared.config, force=force, resume=resume)  # it may have changed meanwhile
         kept = (files.LOG, files.GATES, *_CHECKPOINTS.values()) if resume else ()
-        files.claim(output, prepared.config, kept, _CHECKPOINTS.values())
+        files.create_run_dir(output, prepared.config, kept, _CHECKPOINTS.values())
         try:
             yield
         except OutputError as error:
             raise OutputError(f"{error}; when that is mended, gumbel-prune run --resume {output} goes on") from error
 
 
-def _run(prepared: Prepared, output: Path | None, say: Callable[[str], None], followers: Sequence[Any]) -> RunResult:
-    """Do what `run` says, once everything is checked."""
+def _run(prepared: Prepared, output: Path | None, log: Callable[[str], None], followers: Sequence[Any]) -> RunResult:
+    """Do what `run` describes, once everything is checked."""
     config = prepared.config
-    trainer = _Trainer(prepared, output, say, followers)
+    trainer = _Trainer(prepared, output, log, followers)
     dense = copy.deepcopy(prepared.model)
     if config.training.dense_baseline:
-        say("training the dense network")
+        log("training the dense network")
         trainer.train(dense, None)
-    say("training with gates")
+    log("training with gates")
     seconds = trainer.train(prepared.model, prepared.session)
     agreement = _agreement(prepared)
     masks = prepared.session.extract()
     sparsity = prepared.session.status().sparsity
     prepared.session.detach()
-    say("shrinking and measuring")
+    log("shrinking and measuring")
     masked = masked_copy(prepared.model, masks)
     small = remove_dead_units(masked, prepared.example)
     report = verify_equivalence(masked, small, prepared.example)
@@ -225,7 +225,7 @@ def _run(prepared: Prepared, output: Path | None, say: Callable[[str], None], fo
         columns, report, sparsity, seconds, layer_widths(dense, small), small, output, agreement=agreement
     )
     if output is not None:
-        result = _write(output, masks, result, prepared, say)
+        result = _write(output, masks, result, prepared, log)
     report.raise_for_failure()
     return result
 
@@ -257,7 +257,7 @@ class _Trainer:
 
     prepared: Prepared
     output: Path | None
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     followers: Sequence[Any]
 
     def train(self, model: nn.Module, session: MaskingSession | None) -> float:
@@ -275,20 +275,20 @@ class _Trainer:
         epochs = self.prepared.config.training.max_epochs
         if self.output is None:
             return (
-                EpochLog(epochs, None, self.say),
+                EpochLog(epochs, None, self.log),
                 [GateLog(session, None, self._macs(session))] if session else [],
                 0.0,
             )
         path = self.output / _CHECKPOINTS["gated" if session else "dense"]
         checkpoint = Checkpoint(path, read_checkpoint(path))
         if checkpoint.epochs:
-            self.say(f"going on after epoch {checkpoint.epochs}")
+            self.log(f"going on after epoch {checkpoint.epochs}")
         if session is None:
-            return EpochLog(epochs, None, self.say), [checkpoint], checkpoint.seconds
+            return EpochLog(epochs, None, self.log), [checkpoint], checkpoint.seconds
         log = EpochLog(
             epochs,
             self.output / files.LOG,
-            self.say,
+            self.log,
             trackers=self._trackers(self.output, checkpoint.epochs),
             finished=checkpoint.epochs,
         )
@@ -337,7 +337,7 @@ def _measure(prepared: Prepared, networks: dict[str, nn.Module]) -> dict[str, Ne
     return columns
 
 
-def _write(output: Path, masks: Masks, result: RunResult, prepared: Prepared, say: Callable[[str], None]) -> RunResult:
+def _write(output: Path, masks: Masks, result: RunResult, prepared: Prepared, log: Callable[[str], None]) -> RunResult:
     """Write the result and its report; return it with the report's place."""
     model = prepared.config.model
     save_masks(output / files.MASKS, masks, model.name if model is not None else "")
@@ -350,5 +350,5 @@ def _write(output: Path, masks: Masks, result: RunResult, prepared: Prepared, sa
     try:
         return replace(result, report=write_report(output))
     except MissingExtraError as error:
-        say(f"no report.html: {error}")
+        log(f"no report.html: {error}")
         return result

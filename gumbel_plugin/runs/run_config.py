@@ -103,7 +103,10 @@ class ReportConfig(Section):
 
 
 class RunConfig(PruningConfig):
-    """A whole run: network, data, training, pruning and report."""
+    """A whole run: what is pruned, and what is trained on which data, and reported.
+
+    The sections that `PruningConfig` keeps unread are read here, which is why their types change.
+    """
 
     model: ModelConfig | None = None  # type: ignore[assignment]
     data: DataConfig | None = None  # type: ignore[assignment]

@@ -188,7 +188,7 @@ def _rule_lines(rule: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _documented(section: type[BaseModel]) -> dict[str, str]:
-    """Return what the docstring of a section says of its keys."""
+    """Return what the docstring of a section has on its keys."""
     text = inspect.getdoc(section) or ""
     _, _, attributes = text.partition("Attributes:\n")
     found: dict[str, str] = {}

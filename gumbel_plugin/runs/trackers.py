@@ -16,7 +16,7 @@ from gumbel_plugin.errors import MissingExtraError, shown
 _logger = logging.getLogger(__name__)
 
 Tracker = Callable[[Mapping[str, float], int], None]
-"""Told the numbers of an epoch, and its number."""
+"""Called with the numbers of an epoch, and its number."""
 
 
 def tensorboard(folder: Path, first_epoch: int = 0) -> Tracker | None:
@@ -65,7 +65,7 @@ def _expendable(track: Tracker, name: str) -> Tracker:
             return
         try:
             track(row, epoch)
-        except Exception as error:  # a full disk, a server that is gone: the log has the numbers too
+        except Exception as error:  # a full disk, a server that is down: the log has the numbers too
             failed = True
             _logger.warning(
                 "%s gets no epochs from %d on, the training goes on without it: %s", name, epoch, shown(error)

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from gumbel_plugin.graph.record import note_removed, removed_blocks
 from gumbel_plugin.graph.residual_blocks import ResidualBlock, residual_block
 
 _logger = logging.getLogger(__name__)
-
-_ATTRIBUTE = "_gumbel_removed_blocks"
-
-
-def removed_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Return which blocks of the dense network a small one has lost; none where that was not noted."""
-    blocks: tuple[str, ...] = model.__dict__.get(_ATTRIBUTE, ())
-    return blocks
-
-
-def note_removed(small: nn.Module, blocks: Sequence[str]) -> None:
-    """Note on a small network which blocks are gone; copies of it know it too."""
-    small.__dict__[_ATTRIBUTE] = tuple(blocks)
 
 
 def remove_closed_blocks(model: nn.Module) -> list[str]:
@@ -69,3 +57,6 @@ def _is_zero(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor):
         return False
     return not any(bool(parameter.detach().any()) for parameter in module.parameters(recurse=False))
+
+
+__all__ = ["find_closed_blocks", "note_removed", "remove_closed_blocks", "removed_blocks"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, nearest, shown
-from gumbel_plugin.graph.kept import kept_of, note_kept
+from gumbel_plugin.graph.record import kept_of, note_kept
 from gumbel_plugin.graph.residual_blocks import residual_block
 from gumbel_plugin.layers import compact_attention
 from gumbel_plugin.layers.model_check import refuse_wrapped

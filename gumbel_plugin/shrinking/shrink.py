@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import TargetError, nearest
 from gumbel_plugin.graph.dependency_groups import DependencyGroups
-from gumbel_plugin.graph.kept import find_kept, kept_after, kept_of, note_kept
+from gumbel_plugin.graph.record import find_kept, kept_after, kept_of, note_kept
 from gumbel_plugin.layers.example_inputs import ExampleInputs, checked_inputs, random_inputs_like
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.layers.precision import dtypes_of, round_to

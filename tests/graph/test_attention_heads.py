@@ -165,6 +165,7 @@ def _parameters(model: nn.Module) -> int:
 # The whole way -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_heads_and_widths_are_exact_and_no_channel_is_gated_twice(case: str) -> None:
     model, inputs = _build(case)
@@ -177,6 +178,7 @@ def test_heads_and_widths_are_exact_and_no_channel_is_gated_twice(case: str) -> 
         assert len(places) == len(set(places))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_closed_heads_and_widths_leave_the_network_without_a_trace(case: str) -> None:
     model, inputs = _build(case)
@@ -224,6 +226,7 @@ def test_the_small_network_trains_on_is_copied_and_restored(case: str) -> None:
     torch.testing.assert_close(_output(duplicate, inputs), _output(model, inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_head_gates_are_learnt(case: str) -> None:
     model, inputs = _build(case)
@@ -237,6 +240,7 @@ def test_head_gates_are_learnt(case: str) -> None:
         assert (logits.grad != 0).all(), group.name
 
 
+@pytest.mark.slow
 def test_heads_are_removed_from_what_was_removed_from_before() -> None:
     for case in ("vit", "swin_v1", "swin_v2", "bert_sdpa", "llama_sdpa"):
         model, inputs = _build(case)
@@ -279,6 +283,7 @@ def test_compact_layers_are_traced_by_fx(case: str) -> None:
 # Gating ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("case", ["vit", "encoder", "encoder_norm_first"])
 def test_gates_act_in_torchs_fused_eval_path(case: str, fast: bool) -> None:

@@ -95,7 +95,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], dict[str, t
     """Return what the analysis alone says of each group."""
 
     def analysis(model: nn.Module) -> dict[str, tuple[str, str]]:
-        monkeypatch.setattr("gumbel_plugin.graph.dependency_groups.tried", lambda *_: {})
+        monkeypatch.setattr("gumbel_plugin.graph.dependency_groups.check_empirically", lambda *_: {})
         torch.manual_seed(0)
         return {group.name: (group.safety, group.reason) for group in find_groups(model, torch.randn(2, 3, 8, 8))}
 

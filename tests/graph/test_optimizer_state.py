@@ -211,7 +211,7 @@ def test_positions_survive_in_every_dtype(dtype):
     columns = torch.tensor([column for column in range(256) if column not in (0, 3, 200)])
     found = {name: change for change in changes.changes for name, parameter in old.items() if change.old is parameter}
     assert set(found) == {"0.weight", "0.bias", "2.weight", "2.bias", "4.weight"}
-    assert torch.equal(found["2.weight"].kept, (rows[:, None] * 256 + columns).flatten())
+    assert all(map(torch.equal, found["2.weight"].kept, (rows, columns)))
     assert torch.equal(model[2].weight.grad, gradient[rows][:, columns])
     assert torch.equal(old["2.weight"].grad, gradient)
     assert model[0].weight.grad is None
@@ -219,18 +219,42 @@ def test_positions_survive_in_every_dtype(dtype):
     assert [module.training for module in model] == [True, False, True, True, True]
 
 
-def test_in_half_precision_large_parameters_start_anew(caplog):
-    model = nn.Sequential(nn.Linear(8, 257), nn.Linear(257, 256))
-    graph = tp.DependencyGraph().build_dependency(model, torch.randn(1, 8))
-    model.half()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_large_parameters_keep_their_state(dtype):
+    """More weights than 16 bits can number."""
+    model = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 257), nn.ReLU(), nn.Conv1d(257, 300, 3))
+    graph = tp.DependencyGraph().build_dependency(model[:3], torch.randn(1, 8))
+    model.to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape).to(dtype)
+    optimizer.step()
+    before = {name: optimizer.state[parameter]["momentum_buffer"] for name, parameter in model.named_parameters()}
+    rows = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:150].sort().values
+    removed = sorted(set(range(300)) - set(rows.tolist()))
+    with tracked(model) as changes:
+        graph.get_pruning_group(model[0], tp.prune_linear_out_channels, removed).prune()
+        tp.prune_conv_in_channels(model[4], [0, 5])
+        tp.prune_conv_out_channels(model[4], removed)
+    changes.apply_to(optimizer)
+    expected = {"0.weight": before["0.weight"][rows], "2.weight": before["2.weight"][:, rows],
+                "4.weight": before["4.weight"][rows][:, [c for c in range(257) if c not in (0, 5)]]}  # fmt: skip
+    for name, value in expected.items():
+        parameter = model.get_parameter(name)
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], value)
+        assert parameter.grad.shape == parameter.shape
+    assert torch.equal(changes.kept()["2.weight"][1], rows)
+
+
+def test_state_starts_anew_where_nothing_tells_what_was_cut(caplog):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     with tracked(model) as changes:
-        graph.get_pruning_group(model[0], tp.prune_linear_out_channels, [0]).prune()
+        model[1].weight = nn.Parameter(torch.zeros(4, 5))
     changes.apply_to(optimizer)
-    assert model[1].weight.grad is None
     assert model[1].weight not in optimizer.state
     assert model[0].weight in optimizer.state
     assert "starts anew" in caplog.text

@@ -60,6 +60,7 @@ def cuts(group: Any) -> dict[Any, set[int]]:
     return {(item.dep.target, item.dep.handler.__func__): set(item.idxs) for item in group.items}
 
 
+@pytest.mark.slow
 def test_groups_are_cut_as_torch_pruning_would_cut_them(model: nn.Module) -> None:
     dependency = DependencyGroups(model, INPUTS)
     generator = torch.Generator().manual_seed(0)
@@ -75,6 +76,7 @@ def test_groups_are_cut_as_torch_pruning_would_cut_them(model: nn.Module) -> Non
         assert cuts(dependency.pruning_group(group.name, units)) == cuts(theirs)
 
 
+@pytest.mark.slow
 def test_it_does_not_matter_in_which_steps_units_leave(model: nn.Module) -> None:
     """All at once; group by group in both orders; and each group in two steps, in the numbers of that moment."""
     generator = torch.Generator().manual_seed(0)
@@ -101,6 +103,7 @@ def test_it_does_not_matter_in_which_steps_units_leave(model: nn.Module) -> None
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_frozen(model: nn.Module) -> None:
     flags = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
@@ -149,6 +152,7 @@ class Deep(nn.Module):
         return self.head(torch.cat([left, self.right(x)], dim=1))
 
 
+@pytest.mark.slow
 def test_a_concatenation_far_from_its_layers_is_understood() -> None:
     exact = {group.name: group.size for group in find_groups(Deep(), INPUTS) if group.safety == "exact"}
     assert exact == {"left": 4, "right": 5}

@@ -97,6 +97,7 @@ def test_what_is_no_residual_block_says_why(name: str) -> None:
     assert reason in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "kind", "blocks", "last"),
     [

@@ -28,6 +28,8 @@ from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 from gumbel_torch_pruning import find_groups
 
+pytestmark = pytest.mark.slow
+
 
 def load_benchmark() -> ModuleType:
     path = Path(__file__).parents[2] / "benchmarks" / "zoo.py"

@@ -80,6 +80,7 @@ def sparsity(path: str) -> float:
     return float((state["net.2.weight"] == 0).all(0).float().mean())  # of what it reads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_of_before_the_masks_were_decided(package: str, weights_only: bool, tmp_path: Path) -> None:
@@ -105,6 +106,7 @@ def test_monitored_once_it_is_settled(tmp_path: Path) -> None:
     assert sparsity(saving.best_model_path) == 0.5
 
 
+@pytest.mark.slow
 def test_without_fixed_masks_the_budget_counts(tmp_path: Path) -> None:
     assert len(fit("lightning.pytorch", tmp_path / "early", [9, 4, 5, 6, 7], fixed=0)[0]) == 1
     assert fit("lightning.pytorch", tmp_path / "late", [3, 4, 5, 6, 9], fixed=0)[0] == []

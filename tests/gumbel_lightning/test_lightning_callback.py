@@ -117,6 +117,7 @@ class TestBoth:
             assert torch.allclose(ours, theirs, atol=1e-6)
             assert torch.equal(ours == 0, theirs == 0)
 
+    @pytest.mark.slow
     def test_checkpoints_hold_gates_and_schedules(self, package: str, tmp_path: Path) -> None:
         """Stopped after two epochs and resumed by Lightning's own means, the result is the same."""
         whole = module(package)
@@ -230,6 +231,7 @@ class TestLightningsOwnIdioms:
         trainer("lightning.pytorch", callback, tmp_path, precision=precision).fit(module("lightning.pytorch"), loader())
         assert self.widths(callback) == [6, 4, 3]
 
+    @pytest.mark.slow
     def test_averages_of_the_weights(self, tmp_path: Path) -> None:
         callbacks = importlib.import_module("lightning.pytorch").callbacks
         for average in (
@@ -251,6 +253,7 @@ class TestLightningsOwnIdioms:
         fitter.fit(task, loader())
         assert self.widths(callback) == [6, 4, 3]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("package", PACKAGES)
     @pytest.mark.parametrize("moment", ["on_train_start", "on_before_zero_grad", "on_train_epoch_end", "on_fit_end"])
     def test_ctrl_c_leaves_a_plain_module(self, package: str, moment: str, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("network_name", NETWORKS)
 @pytest.mark.parametrize("name", PRUNERS)
@@ -98,6 +99,7 @@ def test_the_small_model_is_the_wrapped_one(
         assert size(small) < size(network.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "level"])
 def test_tied_residual_channels_leave(name: str, backend: Backend, make_network: Callable[..., Any]) -> None:

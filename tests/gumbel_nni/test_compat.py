@@ -193,6 +193,7 @@ def test_dead_code_elimination_may_pass_two_arguments(monkeypatch: pytest.Monkey
     concrete_trace(two_layers(), (torch.ones(2, 4),))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NOT_NEEDED["bytecode_caches_in_proxy"], reason="this Python has no inline caches")
 def test_proxies_find_their_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = concrete_proxy.ConcreteProxy
@@ -216,6 +217,7 @@ def test_there_is_one_instruction_a_code_unit() -> None:
     assert len(units) <= len(code.co_code) // 2
 
 
+@pytest.mark.slow
 def test_size_is_one_leaf_in_every_module_of_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     original = utils.tree_map_zip.__wrapped__
     with pytest.raises(AssertionError, match="Inconsistent tree nodes length"):
@@ -329,6 +331,7 @@ def test_a_value_may_be_used_last_for_its_size(monkeypatch: pytest.MonkeyPatch) 
     assert shrunk().layer.out_features == 6
 
 
+@pytest.mark.slow
 def test_speedup_leaves_modes_and_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def shrunk() -> nn.Module:
         model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))

@@ -184,6 +184,7 @@ def test_bias_follows_the_rows(name: str) -> None:
         assert torch.equal(mask_of(pruner, layer, "bias"), rows)
 
 
+@pytest.mark.slow
 @promise("layers of one `dependency_group_id` share their masks")
 def test_groups_share_masks(name: str) -> None:
     pruner = pruned(name, [rule("conv2", "conv3", dependency_group_id="tied"), rule("conv1")])
@@ -268,6 +269,7 @@ def test_linear_schedule(name: str) -> None:
     assert sparsity(mask_of(pruner, "conv1")) == 0.75
 
 
+@pytest.mark.slow
 @promise("`AGPPruner` leads it from 0 to the target")
 def test_agp_schedule(name: str) -> None:
     pruner, ratios = scheduled(name, AGPPruner)
@@ -282,6 +284,7 @@ def space_ratio(pruner: Any) -> float:
     return ratio
 
 
+@pytest.mark.slow
 @promise("what is masked stays zero while training goes on")
 def test_masks_act_in_training(name: str) -> None:
     pruner = pruned(name, [rule()])
@@ -317,6 +320,7 @@ def unwrapped(name: str) -> tuple[nn.Module, Masks, Tensor]:
     return pruner.bound_model, masks, expected
 
 
+@pytest.mark.slow
 @promise("NNI's `ModelSpeedup` removes the masked channels")
 def test_speedup_shapes(name: str) -> None:
     model, masks, _ = unwrapped(name)
@@ -327,6 +331,7 @@ def test_speedup_shapes(name: str) -> None:
     assert (model.conv2.in_channels, model.head.in_features) == (open_rows["conv1"], open_rows["conv3"])
 
 
+@pytest.mark.slow
 @promise("and the outputs stay what they were")
 def test_nnis_own_speedup_is_exact(name: str) -> None:
     model, masks, expected = unwrapped(name)
@@ -334,6 +339,7 @@ def test_nnis_own_speedup_is_exact(name: str) -> None:
     torch.testing.assert_close(outputs(model.eval()), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @promise("`gumbel_nni.speedup`: smaller, and the outputs stay")
 def test_our_speedup(name: str) -> None:
     model, masks, expected = unwrapped(name)

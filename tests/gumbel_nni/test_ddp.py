@@ -15,6 +15,8 @@ import torch
 from gumbel_plugin.masks.base import NoiseSource
 from gumbel_plugin.shrinking.mask_file import load_masks
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 Result = dict[str, Any]

@@ -247,6 +247,7 @@ class Attending(nn.Module):
         return self.last(y + self.down(F.relu(self.up(y)))).mean(1) + weights.amax(dim=(1, 2)).unsqueeze(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "masked", "shapes"),
     [
@@ -276,6 +277,7 @@ class TwoReaders(Twice):
         return self.last(first) + F.linear(second, self.last.weight.flip(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [Twice, TwoReaders])
 def test_calls_of_one_module_that_would_shrink_differently_are_refused(build: Callable[[], nn.Module]) -> None:
     model = randomized(build())
@@ -377,6 +379,7 @@ class Grouped(nn.Module):
         return self.last(self.grouped(self.first(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "masked", "message"),
     [

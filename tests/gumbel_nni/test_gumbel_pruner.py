@@ -94,6 +94,7 @@ def compressed(name, config=None, steps=60, **settings):
     return pruner, torch.randn(2, *shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_masks_are_nnis(name):
     pruner, _ = compressed(name)
@@ -105,6 +106,7 @@ def test_masks_are_nnis(name):
         assert rows.mean() == 0.5, "the ratio is met exactly"
 
 
+@pytest.mark.slow
 def test_group_members_share_masks_and_readers_stay_hidden():
     pruner, _ = compressed("residual")
     masks = pruner.get_masks()
@@ -113,6 +115,7 @@ def test_group_members_share_masks_and_readers_stay_hidden():
     assert "fc" in pruner._module_wrappers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch_pruning", "nni"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_speedup_is_exact_and_leaves_the_model_alone(name, backend):
@@ -131,6 +134,7 @@ def test_speedup_is_exact_and_leaves_the_model_alone(name, backend):
     assert all(torch.equal(before[key], value) for key, value in parameters.items())
 
 
+@pytest.mark.slow
 def test_both_backends_give_the_same_network():
     pruner, inputs = compressed("residual")
     shapes = [
@@ -140,6 +144,7 @@ def test_both_backends_give_the_same_network():
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_quickstart_with_nnis_own_speedup(name):
     pruner, inputs = compressed(name)
@@ -154,6 +159,7 @@ def test_quickstart_with_nnis_own_speedup(name):
     assert sum(p.numel() for p in model.parameters()) < 0.6 * dense
 
 
+@pytest.mark.slow
 def test_unwrapped_model_is_plain_and_equals_the_wrapped_one():
     pruner, inputs = compressed("residual")
     model = pruner.bound_model.eval()
@@ -220,6 +226,7 @@ def test_frozen_weights_learn_masks_and_a_scale_only():
         assert torch.equal(model.get_submodule(name).bias, before[f"{name}.bias"])
 
 
+@pytest.mark.slow
 def test_compress_trains_from_the_configuration_alone():
     from gumbel_plugin.runs.models import build_model
 
@@ -235,6 +242,7 @@ def test_compress_trains_from_the_configuration_alone():
     assert not model.training
 
 
+@pytest.mark.slow
 def test_masks_round_trip_through_a_fresh_pruner():
     pruner, inputs = compressed("residual")
     masks = pruner.get_masks()
@@ -367,6 +375,7 @@ def test_an_infinite_loss_stops_the_training_and_says_where():
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_masks():
     masks = [compressed("residual", steps=20)[0].get_masks() for _ in range(2)]
     for name, targets in masks[0].items():

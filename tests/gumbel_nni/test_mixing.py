@@ -216,6 +216,7 @@ def check_result(mixed: Mixed, exact_outputs: bool = True) -> None:
 ORDERS = pytest.mark.parametrize("gumbel_first", [True, False], ids=["gumbel_first", "gumbel_last"])
 
 
+@pytest.mark.slow
 @ORDERS
 @pytest.mark.parametrize("name", PRUNERS)
 def test_pruners_on_other_layers(name: str, gumbel_first: bool) -> None:
@@ -228,6 +229,7 @@ def test_pruners_on_other_layers(name: str, gumbel_first: bool) -> None:
     check_result(mixed)
 
 
+@pytest.mark.slow
 @ORDERS
 @pytest.mark.parametrize("name", PRUNERS)
 def test_pruners_on_the_same_layers(name: str, gumbel_first: bool, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,6 +245,7 @@ def test_pruners_on_the_same_layers(name: str, gumbel_first: bool, caplog: pytes
     check_result(mixed)
 
 
+@pytest.mark.slow
 @ORDERS
 @pytest.mark.parametrize("name", OTHERS)
 def test_quantizers_and_distillers(name: str, gumbel_first: bool) -> None:
@@ -257,6 +260,7 @@ def test_quantizers_and_distillers(name: str, gumbel_first: bool) -> None:
     check_result(mixed, exact_outputs=not quantizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [LinearPruner, AGPPruner])
 def test_schedulers_lead_from_nothing_to_the_target(scheduler: type) -> None:
     torch.manual_seed(0)

@@ -15,6 +15,8 @@ from gumbel_plugin import verify_equivalence
 from gumbel_plugin.runs.models import CifarResNet
 from gumbel_plugin.shrinking.closed_blocks import removed_blocks
 
+pytestmark = pytest.mark.slow
+
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

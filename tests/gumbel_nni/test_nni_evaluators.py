@@ -165,6 +165,7 @@ def with_phases(rules: list[dict[str, Any]]) -> dict[str, Any]:
     return {"pruning": {"config_list": rules, "phases": {"dense": 0.25, "fixed": 0.25}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_the_loss_falls_and_masks_are_learned(name: str, tmp_path: Path) -> None:
     pruner, loss = pruner_with(name, tmp_path)
@@ -181,6 +182,7 @@ def test_the_loss_falls_and_masks_are_learned(name: str, tmp_path: Path) -> None
     assert 24 not in widths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_phases_follow_the_steps(name: str, tmp_path: Path) -> None:
     """Also where only epochs are given, if the trainer turns them into steps: 10 epochs are 40 steps here."""
@@ -217,6 +219,7 @@ def test_lightning_steps_gates_with_their_own_gradients(form: str, monkeypatch: 
     assert moved()
 
 
+@pytest.mark.slow
 def test_transformers_run_every_patch_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tasks_that_ran() -> list[str]:
         ran: list[str] = []
@@ -241,6 +244,7 @@ def test_transformers_run_every_patch_of_the_steps(tmp_path: Path, monkeypatch: 
     assert tasks_that_ran() == tasks_that_ran() == expected
 
 
+@pytest.mark.slow
 def test_transformers_default_optimizer(tmp_path: Path) -> None:
     pruner, loss = transformers_pruner(list, tmp_path, optimizer=False)
     before = loss()
@@ -248,6 +252,7 @@ def test_transformers_default_optimizer(tmp_path: Path) -> None:
     assert loss() < 0.6 * before
 
 
+@pytest.mark.slow
 def test_two_compressors_on_a_trainer(tmp_path: Path) -> None:
     model = bert()
     evaluator = transformers_evaluator(model, tmp_path)

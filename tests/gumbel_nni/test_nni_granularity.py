@@ -31,6 +31,7 @@ def assert_same_as_nni(granularity: SparsityType, nni: Scaling, shape: tuple[int
     torch.testing.assert_close(spread.expand(shape), nni.expand(gates, list(shape), keepdim=True), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @given(blocks(), st.integers(0, 5))
 def test_blocks_are_cut_as_nni_cuts_them(case: tuple[list[int], tuple[int, ...]], seed: int) -> None:
     steps, shape = case
@@ -38,6 +39,7 @@ def test_blocks_are_cut_as_nni_cuts_them(case: tuple[list[int], tuple[int, ...]]
     assert_same_as_nni(granularity_of(steps), Scaling(steps, "front", 1), shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 @given(shape=st.lists(st.integers(1, 4), min_size=2, max_size=5))
 def test_named_granularities_are_cut_as_nni_cuts_them(name: str, shape: list[int]) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import gumbel_nni
 from gumbel_nni.compat.exact_speedup import remove_channels
 
+pytestmark = pytest.mark.slow
+
 Masks = dict[str, dict[str, Tensor]]
 
 _IN_PRUNERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)

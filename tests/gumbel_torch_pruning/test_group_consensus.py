@@ -29,6 +29,7 @@ def train(pruner: GumbelGroupPruner, model: nn.Module, inputs: torch.Tensor, ste
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["channels", "macs"])
 @pytest.mark.parametrize("name", ["residual", "concat", "flatten_linear"])
 def test_channels_leave_at_their_consensus(name: str, target: Any, make_network: Any) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gumbel_plugin import GumbelGroupPruner, load_pruned, save_pruned, verify_equivalence
 from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
-from gumbel_plugin.graph.kept import kept_of
+from gumbel_plugin.graph.record import kept_of
 from gumbel_plugin.layers.weights import GATES, plain_copy
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
@@ -76,6 +76,7 @@ def optimizer_of(pruner: GumbelGroupPruner, kind: type[torch.optim.Optimizer] = 
 # Exactness ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_small_model_computes_what_the_masked_one_computes(network, setting):
     before = sum(parameter.numel() for parameter in network.model.parameters())
@@ -87,6 +88,7 @@ def test_the_small_model_computes_what_the_masked_one_computes(network, setting)
     assert not any(GATES in name for name in network.model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["channels", "macs"])
 def test_every_iterative_step_is_exact(network, target):
     pruner = GumbelGroupPruner(network.model, network.inputs, target=target, iterative_steps=3, pruning_ratio=0.6)
@@ -165,6 +167,7 @@ def test_masks_say_which_rows_will_go(make_network):
             assert torch.equal(whole.get_submodule(name).weight[kept], network.model.get_submodule(name).weight)
 
 
+@pytest.mark.slow
 def test_masks_of_several_steps_are_in_the_original_numbers(network):
     whole = copy.deepcopy(network.model)
     pruner = GumbelGroupPruner(network.model, network.inputs, iterative_steps=3, pruning_ratio=0.6)
@@ -189,6 +192,7 @@ def test_masks_of_several_steps_are_in_the_original_numbers(network):
 # Copies, states, histories --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_pruner_goes_its_own_way(network):
     pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.5)
     before = shapes(network.model)
@@ -214,6 +218,7 @@ def test_a_copy_of_the_model_has_gates_of_its_own(make_network):
     assert not torch.equal(network.model(inputs), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("steps_before", [0, 1])
 def test_a_resumed_run_goes_on_bit_for_bit(make_network, kind, steps_before):
@@ -263,6 +268,7 @@ def test_a_finished_pruner_can_be_saved_too(make_network):
         again.step()
 
 
+@pytest.mark.slow
 def test_a_history_gives_a_fresh_model_the_same_shapes(network, make_network):
     pruner = GumbelGroupPruner(network.model, network.inputs, iterative_steps=2, pruning_ratio=0.6)
     for number in range(2):
@@ -308,7 +314,7 @@ def test_what_was_returned_does_not_change_with_later_steps():
     second.load_state_dict(state)
     second.step()
     assert second.model[0].out_features == int(second.masks()["0"]["bias"].sum()) == 8
-    assert len(state["record"]["left"]["0"]) == 12
+    assert [len(positions) for _, _, positions in state["history"]] == [4]
 
 
 def test_the_model_knows_what_it_kept(tmp_path):
@@ -340,6 +346,7 @@ def test_a_reset_needs_something_to_gate():
 # Training -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["channels", "macs"])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 def test_gates_close_towards_the_target_while_training(make_network, kind, target):
@@ -350,6 +357,7 @@ def test_gates_close_towards_the_target_while_training(make_network, kind, targe
     assert abs(sum(densities) / len(densities) - 0.5) < 0.2  # the smallest group has six units, which cross 0 together
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_the_step(network):
     pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.3, total_steps=10)
     optimizer = optimizer_of(pruner)

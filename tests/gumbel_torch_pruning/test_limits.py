@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gumbel_plugin import GumbelGroupPruner
-from gumbel_plugin.errors import ConfigError, LifecycleError
+from gumbel_plugin.errors import ConfigError
 
 INPUTS = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -28,6 +28,7 @@ SWEEP = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second", "ratio", "limit", "steps", "round_to"), SWEEP)
 def test_shared_ratios_are_met_as_far_as_limits_let(first, second, ratio, limit, steps, round_to):
     model = make(first, second)
@@ -48,6 +49,7 @@ def test_shared_ratios_are_met_as_far_as_limits_let(first, second, ratio, limit,
     assert expected - len(sizes) * (round_to - 1) <= sum(left) <= expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["macs", "parameters"])
 @pytest.mark.parametrize(("ratio", "limit"), [(0.3, 0.5), (0.5, 0.5), (0.9, 0.5)])
 def test_costs_are_met_within_limits_or_refused_at_once(target, ratio, limit):
@@ -79,13 +81,3 @@ def test_a_step_that_removes_nothing_is_told(caplog):
     with caplog.at_level(logging.WARNING):
         pruner.step()
     assert "step 3 removes nothing" in caplog.text
-
-
-def test_a_step_that_was_not_finished_is_not_passed_over():
-    pruner = GumbelGroupPruner(make(16, 24), INPUTS, pruning_ratio=0.5, iterative_steps=3)
-    for group in pruner.step(interactive=True):
-        group.prune()
-        break
-    for verb in (pruner.step, pruner.reset):
-        with pytest.raises(LifecycleError, match="step 1 was not finished"):
-            verb()

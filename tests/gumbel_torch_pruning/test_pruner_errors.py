@@ -142,6 +142,7 @@ CASES: dict[str, tuple[Callable[[Net], dict[str, Any]], type[Exception], str]] =
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_failed_constructor_leaves_the_model_as_it_was(case):
     net = Net()

@@ -100,6 +100,7 @@ class TestImportance:
             expected = F.avg_pool2d(x, 2).flatten(1) @ net.fc.weight.abs().double().T
         torch.testing.assert_close(found, expected.T.reshape(3, 2, 4, 4))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "shape", "density"), [("lenet5", (1, 16, 16), 0.03), ("resnet20", (3, 8, 8), 0.02)]
     )

@@ -48,6 +48,7 @@ def test_bars_for_numbers() -> None:
     assert heights == pytest.approx(feature_importance(toy(), {}).per_output.flatten().tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 6, 5), (3, 6, 5), (6, 5)])
 def test_maps_for_images(shape: tuple[int, ...]) -> None:
     values = torch.zeros(2, *shape, dtype=torch.float64)
@@ -85,6 +86,7 @@ def test_pathways_of_two_parts() -> None:
     assert len(low) == 4
 
 
+@pytest.mark.slow
 def test_pathways_of_a_crowd() -> None:
     torch.manual_seed(0)
     model = build_model("lenet300", in_features=64)
@@ -104,6 +106,7 @@ def test_a_network_without_a_path() -> None:
     check(importance_figure(feature_importance(model, {})))
 
 
+@pytest.mark.slow
 def test_the_same_figure_is_the_same_file() -> None:
     assert as_svg(pathways_figure(pathways(toy(), {}))) == as_svg(pathways_figure(pathways(toy(), {})))
 

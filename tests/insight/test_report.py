@@ -23,7 +23,7 @@ from gumbel_plugin.insight.report_data import (
     latency_warnings,
     result_rows,
 )
-from gumbel_plugin.insight.widths import layer_widths, ragged
+from gumbel_plugin.insight.widths import layer_widths, misaligned
 from gumbel_plugin.training.agreement import Agreement
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -78,6 +78,7 @@ def data(**changes: Any) -> ReportData:
 
 
 class TestPage:
+    @pytest.mark.slow
     def test_says_everything(self) -> None:
         page = render_report(data())
         assert page.count("<svg") == 4
@@ -85,30 +86,36 @@ class TestPage:
             assert text in page
         assert "The first 24 of 30 masks" in page
 
+    @pytest.mark.slow
     def test_needs_no_network(self) -> None:
         page = render_report(data())
         assert re.findall(r'(?:src|href)="(?!#|data:)', page) == []
         assert "@import" not in page
         assert "url(http" not in page
 
+    @pytest.mark.slow
     def test_is_the_same_for_the_same_run(self) -> None:
         few = data(gates=[{"epoch": 1, "masks": {"conv": [1, 2, 3]}}])
         assert render_report(few) == render_report(few)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("missing", ["log", "gates", "layers"])
     def test_what_is_missing_is_left_out(self, missing: str) -> None:
         assert render_report(data(**{"gates": (), missing: ()})).count("<svg") == 3 - (missing != "gates")
 
+    @pytest.mark.slow
     def test_without_latency(self) -> None:
         columns = {name: {**column, "latency": {}} for name, column in data().columns.items()}
         page = render_report(data(columns=columns, gates=()))
         assert "latency (batch" not in page
         assert latency_warnings(data(columns=columns)) == []
 
+    @pytest.mark.slow
     def test_a_failed_proof_is_plain_to_see(self) -> None:
         failed = {**data().equivalence, "passed": False}
         assert "NOT equal" in render_report(data(equivalence=failed, gates=()))
 
+    @pytest.mark.slow
     def test_matplotlib_keeps_its_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # it cannot be imported
         before = dict(matplotlib.rcParams.copy())
@@ -130,7 +137,8 @@ class TestSlower:
         layers = [{"name": "conv1", "kind": "Conv2d", "before": [3, 64], "after": [3, after]}]
         return data(layers=layers, columns={**data().columns, "small": column(1, 98.0, 1.5)})
 
-    def test_ragged_widths_are_the_reason(self) -> None:
+    @pytest.mark.slow
+    def test_misaligned_widths_are_the_reason(self) -> None:
         sentences = latency_warnings(self.slow(37))
         assert len(sentences) == 2
         assert sentences[0].startswith("The small network is slower at a batch of 1: 1.500 ms against 1.000 ms.")
@@ -155,6 +163,7 @@ class TestAgreement:
         "gates": {"stage1.0": [1.0], "conv<1>": [1.0, 0.5, 0.0716]},
     }
 
+    @pytest.mark.slow
     def test_the_page_has_a_row_for_every_mask(self) -> None:
         page = render_report(data(agreement=self.AGREEMENT, gates=()))
         section = page.split("<h2>Agreement</h2>")[1].split("</section>")[0]
@@ -162,6 +171,7 @@ class TestAgreement:
         assert cells == ["stage1.0", "1", "100.0 %", "100.0 %", "conv&lt;1&gt;", "3", "52.4 %", "7.2 %"]
         assert "6.5 % of 10,000 held-out samples" in section
 
+    @pytest.mark.slow
     def test_other_runs_have_none(self) -> None:
         assert "Agreement" not in render_report(data(gates=()))
 
@@ -197,9 +207,10 @@ def test_widths() -> None:
         ("2", (16, 8), (5, 8)),
         ("4", (8, 4), (8, 4)),
     ]
-    assert [w.name for w in ragged(widths)] == ["0"]
+    assert [w.name for w in misaligned(widths)] == ["0"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
 @pytest.mark.parametrize("page", ["report", "comparison"])
 def test_in_a_browser(page: str, tmp_path: Path) -> None:

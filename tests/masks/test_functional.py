@@ -157,6 +157,7 @@ def test_noise_on_a_gpu(dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------- forward and gradients
 
 
+@pytest.mark.slow
 @given(
     shape=st.lists(st.integers(0, 5), max_size=4),
     seed=st.integers(0, 2**16),

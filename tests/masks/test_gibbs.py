@@ -108,6 +108,7 @@ def kernels_like(kernel: Tensor, replicas: int) -> Tensor:
     return layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2), (3,), (3, 3)])
 @pytest.mark.parametrize(("beta", "coupling"), [(1.0, 0.1), (3.0, 0.02), (0.5, 0.5)])
 def test_kernels_are_sampled_as_an_enumeration_of_all_masks_says(
@@ -130,6 +131,7 @@ def test_kernels_are_sampled_as_an_enumeration_of_all_masks_says(
     assert variation(sampled, gibbs(kernel_energy(fields, coupling), beta / 2)) > 1.5 * limit  # and 2β taken for β
 
 
+@pytest.mark.slow
 def test_large_kernels_are_sampled_exactly_too() -> None:
     """25 weights have too many masks to enumerate; means and pairs against a long single-gated layer Gibbs chain."""
     torch.manual_seed(2)
@@ -177,6 +179,7 @@ def bipartite_energy(fields: Tensor, halves: tuple[int, int], coupling: float) -
     return (-x @ fields.double() - coupling * first * second) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4, 1, 1), (3, 1, 2), (2, 2, 2)])
 @pytest.mark.parametrize(("beta", "coupling"), [(0.3, 1.0), (2.0, 0.1)])
 def test_filters_are_sampled_as_an_enumeration_of_all_masks_says(

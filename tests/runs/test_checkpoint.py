@@ -17,6 +17,8 @@ from gumbel_plugin.runs.checkpoint import read_checkpoint, write_checkpoint
 from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 OLD = Path(__file__).parents[1] / "data" / "written_by_0_1_0" / "checkpoint.pt"
 RUN: dict[str, Any] = {  # what the old checkpoint is of
     "model": {"name": "legacy_network:build"},
@@ -42,7 +44,7 @@ def _network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def interrupted(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run(RunConfig.load(RUN), folder, say=stop)
+        run(RunConfig.load(RUN), folder, log=stop)
     return folder
 
 
@@ -70,11 +72,11 @@ def test_every_flipped_bit_is_found(interrupted: Path) -> None:
 
 def test_one_of_0_1_0_is_gone_on_with(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    files.claim(folder, RunConfig.load(RUN))
+    files.create_run_dir(folder, RunConfig.load(RUN))
     shutil.copy(OLD, folder / "checkpoint.pt")
     lines: list[str] = []
     with pytest.warns(UserWarning, match=r"checkpoint\.pt was written by gumbel-plugin 0\.1\.0, without a digest"):
-        run(RunConfig.load(RUN), folder, resume=True, say=lines.append)
+        run(RunConfig.load(RUN), folder, resume=True, log=lines.append)
     assert "going on after epoch 1" in lines
     assert (folder / "summary.json").exists()
 

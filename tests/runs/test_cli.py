@@ -62,6 +62,7 @@ def the_error(*arguments: str) -> str:
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_prints_the_three_columns_and_writes(self, folder: Path) -> None:
         result = call("run", "good.yaml")
         lines = result.stdout.splitlines()
@@ -82,12 +83,14 @@ class TestRun:
         assert "\x1b" not in result.output  # no colors, no progress bar where nobody is at a terminal
         assert "\r" not in result.output
 
+    @pytest.mark.slow
     def test_quiet_prints_the_result_only(self) -> None:
         result = call("run", "good.yaml", "--quiet", "--output", "here")
         assert result.stderr == ""
         assert "MACs" in result.stdout
         assert Path("here/summary.json").exists()
 
+    @pytest.mark.slow
     def test_where_samples_have_gates_of_their_own_it_says_how_far_they_agree(self) -> None:
         options = {"unit": "channel", "hidden": 4}
         pruning = {
@@ -101,6 +104,7 @@ class TestRun:
         assert lines[-4] in call("report", "runs/good").stdout.splitlines()
         assert "<h2>Agreement</h2>" in Path("runs/good/report.html").read_text()
 
+    @pytest.mark.slow
     def test_a_finished_run_needs_force(self) -> None:
         call("run", "good.yaml", "--quiet")
         error = the_error("run", "good.yaml")
@@ -108,6 +112,7 @@ class TestRun:
         assert error == f"error: output {str(Path('runs/good'))!r} holds a finished run; {ways}"
         call("run", "good.yaml", "--quiet", "--force")
 
+    @pytest.mark.slow
     def test_a_small_network_that_is_not_equal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         shrink = run_module.remove_dead_units
 
@@ -140,6 +145,7 @@ class TestRun:
         assert result.stderr.splitlines() == ["training with gates", f"interrupted: there is no result; {hint}"]
         assert {path.name for path in Path("runs/good").iterdir()} == {"config.yaml"}
 
+    @pytest.mark.slow
     def test_set(self) -> None:
         overrides = ("seed=3", "training.max_epochs=1", "pruning.config_list.1.sparse_ratio=0.9")
         arguments = [argument for override in overrides for argument in ("--set", override)]
@@ -256,6 +262,7 @@ class TestTable:
         assert "…" not in text
 
 
+@pytest.mark.slow
 def test_help_is_quick() -> None:
     """Help loads neither Lightning nor Torch-Pruning."""
     code = "import sys, gumbel_plugin.runs.cli; print(sorted({'lightning', 'torch_pruning', 'nni'} & set(sys.modules)))"

@@ -55,6 +55,7 @@ def fashion() -> DataBundle:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 class TestFashionMnist:
     def test_sizes_and_types(self, fashion: DataBundle) -> None:
         assert (len(fashion.train), len(fashion.test)) == (60_000, 10_000)
@@ -101,7 +102,7 @@ class TestIdx:
             (b"\0\0\x0d\x01" + struct.pack(">I", 1) + b"1234", "not an idx file of unsigned bytes"),
             (b"\x89PNG\r\n\x1a\n1234", "not an idx file"),
             (b"\0\0\x08\x03" + struct.pack(">I", 1), "not an idx file"),
-            (b"\0\0\x08\x01" + struct.pack(">I", 5) + b"1234", r"damaged: 4 bytes follow a header that says \(5,\)"),
+            (b"\0\0\x08\x01" + struct.pack(">I", 5) + b"1234", r"damaged: 4 bytes follow a header of shape \(5,\)"),
             (b"\0\0\x08\x01" + struct.pack(">I", 3) + b"1234", "damaged"),
             (b"\0\0\x08\x01" + struct.pack(">I", 0), "damaged"),
             (b"\0\0\x08\x04" + struct.pack(">4I", *[2**32 - 1] * 4) + b"1234", "damaged"),
@@ -262,7 +263,7 @@ def test_toy_regression() -> None:
 
 
 def cifar_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
-    """Write a tiny CIFAR-10 in its own format and tell torchvision the checksums of these files."""
+    """Write a tiny CIFAR-10 in its own format and give torchvision the checksums of these files."""
     from torchvision.datasets import CIFAR10
 
     folder = root / CIFAR10.base_folder

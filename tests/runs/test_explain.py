@@ -20,6 +20,8 @@ from gumbel_plugin.runs.explain import explain
 from gumbel_plugin.runs.run import RunResult, run
 from gumbel_plugin.runs.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 RUNS: dict[str, dict[str, Any]] = {
     "toy": {
         "model": {"name": "toy_mlp"},

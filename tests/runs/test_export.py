@@ -21,6 +21,8 @@ from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.pruned_file import read_header
 
+pytestmark = pytest.mark.slow
+
 CONFIG: dict[str, Any] = {
     "model": {"name": "digits_cnn"},
     "data": {"name": "digits", "batch_size": 256},

@@ -21,6 +21,8 @@ from gumbel_plugin.shrinking.mask_file import save_masks
 from gumbel_plugin.shrinking.pruned_file import read_header
 from gumbel_plugin.storage.files import write_bytes
 
+pytestmark = pytest.mark.slow
+
 RUN = {
     "model": {"name": "digits_cnn"},
     "data": {"name": "digits", "batch_size": 512},

@@ -27,6 +27,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_rows_of_the_log(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -59,6 +60,7 @@ def test_mlflow(tmp_path: Path) -> None:
 
 
 class TestProgress:
+    @pytest.mark.slow
     def test_a_live_line_at_a_terminal(self) -> None:
         console = Console(file=io.StringIO(), force_terminal=True, width=160)
         whole = progress_module._progress()
@@ -71,11 +73,11 @@ class TestProgress:
             assert text in drawn
 
     def test_none_in_a_log_file_and_nothing_when_quiet(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with following(quiet=False) as (say, followers):
-            say("hello")
+        with following(quiet=False) as (log, followers):
+            log("hello")
         assert followers == []
         assert capsys.readouterr().err == "hello\n"
-        with following(quiet=True) as (say, followers):
-            say("hello")
+        with following(quiet=True) as (log, followers):
+            log("hello")
         assert followers == []
         assert capsys.readouterr() == ("", "")

@@ -17,6 +17,8 @@ from gumbel_plugin.runs import trackers
 from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 resource = pytest.importorskip("resource")
 
 CONFIG = RunConfig.load(
@@ -51,7 +53,7 @@ def test_the_run_can_be_resumed(moment: str, file: str, tmp_path: Path) -> None:
                 stack.enter_context(largest_file(20_000))
 
         with pytest.raises(OutputError, match=rf"{file}' cannot be written: .*gumbel-prune run --resume .* goes on"):
-            run(CONFIG, tmp_path / "out", say=fill)
+            run(CONFIG, tmp_path / "out", log=fill)
     assert (tmp_path / "out" / "checkpoint.pt").exists()
     assert not list((tmp_path / "out").glob("*.partial"))
     run(CONFIG, tmp_path / "out", resume=True)

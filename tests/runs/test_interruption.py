@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from gumbel_plugin.runs.interruption import Interruption
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _sigint_interrupts() -> Iterator[None]:

@@ -20,6 +20,8 @@ from gumbel_plugin.runs.lock import LOCK, locked
 from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 RUN: dict[str, Any] = {
     "model": {"name": "lockable_network:build"},
     "data": {"name": "digits", "batch_size": 256},

@@ -51,6 +51,7 @@ def test_output_shape(name: str, shape: tuple[int, ...], outputs: int) -> None:
     assert build_model(name, num_classes=7)(torch.randn(2, *shape)).shape == (2, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape", "outputs"), OWN)
 def test_models_can_be_traced_copied_and_saved(name: str, shape: tuple[int, ...], outputs: int) -> None:
     torch.manual_seed(0)
@@ -189,6 +190,7 @@ def test_wrong_options(name: str, options: dict[str, object], message: str) -> N
         build_model(name, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"), [("squeezenet1_1", 64), ("resnet18", 32), ("googlenet", 64), ("inception_v3", 96)]
 )

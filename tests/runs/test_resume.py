@@ -24,6 +24,8 @@ from gumbel_plugin.runs.run_config import RunConfig
 
 import lightning.pytorch as pl  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 
+pytestmark = pytest.mark.slow
+
 RUN: dict[str, Any] = {
     "seed": 3,
     "model": {"name": "resumed_network:build"},
@@ -65,7 +67,7 @@ def child(folder):
     pid = os.fork()
     if pid == 0:
         config = RunConfig.load(sys.argv[1])
-        run(config, folder, resume=(folder / "config.yaml").exists(), say=lambda line: None)
+        run(config, folder, resume=(folder / "config.yaml").exists(), log=lambda line: None)
         os._exit(0)
     return pid
 
@@ -207,7 +209,7 @@ def test_other_followers_than_before(tmp_path: Path) -> None:
 class TestRefusals:
     def interrupted(self, folder: Path) -> RunConfig:
         config = RunConfig.load(RUN)
-        files.claim(folder, config)
+        files.create_run_dir(folder, config)
         return config
 
     def test_another_configuration_is_told_by_its_keys(self, tmp_path: Path) -> None:
@@ -270,7 +272,7 @@ class TestCommand:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(RunConfig.load(short), tmp_path / "run", say=stop)
+            run(RunConfig.load(short), tmp_path / "run", log=stop)
         assert "seed: 3 there, 5 now" in self.call("run", "--resume", "run", "--set", "seed=5", code=1)
         assert "going on after epoch 1" in self.call("run", "good.yaml", "--resume", "run")
         assert "nothing to resume" in self.call("run", "--resume", "run", code=1)

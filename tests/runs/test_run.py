@@ -23,6 +23,8 @@ from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.sparsity.counting import count_macs, count_nonzero
 
+pytestmark = pytest.mark.slow
+
 RESULTS = {
     "config.yaml",
     "gates.jsonl",
@@ -96,7 +98,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, Path,
     folder = tmp_path_factory.mktemp("finished") / "deep" / "run"
     lines: list[str] = []
     settings = {"dense_baseline": True, "patience": 5}
-    return run(config(training=settings, data={"validation_fraction": 0.2}), folder, say=lines.append), folder, lines
+    return run(config(training=settings, data={"validation_fraction": 0.2}), folder, log=lines.append), folder, lines
 
 
 class TestResult:
@@ -226,7 +228,7 @@ class TestRefusals:
         self, changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
     ) -> None:
         with pytest.raises(error, match=message):
-            run(config(**changes), tmp_path / "out", say=self.unexpected)
+            run(config(**changes), tmp_path / "out", log=self.unexpected)
         assert list(tmp_path.iterdir()) == []
 
     def test_regression_needs_its_loss(self) -> None:
@@ -238,14 +240,14 @@ class TestRefusals:
     def test_folder_that_cannot_be_written(self, place: str, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("mine")
         with pytest.raises(ConfigError, match="cannot be written"):
-            run(config(), tmp_path / place, say=self.unexpected)
+            run(config(), tmp_path / place, log=self.unexpected)
         assert (tmp_path / "file").read_text() == "mine"
 
     def test_finished_run(self, finished: tuple[RunResult, Path, list[str]]) -> None:
         _, folder, _ = finished
         before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         with pytest.raises(ConfigError, match="holds a finished run; pass --force"):
-            run(config(), folder, say=self.unexpected)
+            run(config(), folder, log=self.unexpected)
         assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
     @staticmethod
@@ -272,7 +274,7 @@ class TestOverwriting:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(config(seed=1), tmp_path, force=True, say=interrupt)
+            run(config(seed=1), tmp_path, force=True, log=interrupt)
         left = {"checkpoint.pt", "config.yaml", "log.csv", "gates.jsonl", "tensorboard"}
         assert {path.name for path in tmp_path.iterdir()} == left
         run(config(seed=1), tmp_path)  # needs no force: nothing had been finished
@@ -282,7 +284,7 @@ class TestOverwriting:
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     lines: list[str] = []
-    result = run(config(), tmp_path / "out", say=lines.append)
+    result = run(config(), tmp_path / "out", log=lines.append)
     assert result.equivalence.passed
     assert result.output is None
     assert list(tmp_path.iterdir()) == lines == []
@@ -315,10 +317,10 @@ class TestFailures:
         assert json.loads((tmp_path / "summary.json").read_text())["equivalence"]["passed"] is False
 
     def test_a_summary_with_nan_is_valid_json(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        judge = run_module.verify_equivalence
+        check = run_module.verify_equivalence
 
         def not_a_number(*args: Any) -> Any:
-            report = judge(*args)
+            report = check(*args)
             return replace(report, errors={**report.errors, "float32": math.nan})
 
         monkeypatch.setattr(run_module, "verify_equivalence", not_a_number)

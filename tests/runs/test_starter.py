@@ -16,6 +16,7 @@ from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.runs.starter import SCHEMA_FILE, json_schema, starter_text, write_starter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_a_run_that_can_be_prepared(method: str) -> None:
     config = RunConfig.load(yaml.safe_load(starter_text(method, "lenet300", "digits")))

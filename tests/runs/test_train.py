@@ -33,7 +33,7 @@ def network() -> nn.Module:
 
 
 def points(count: int = 48, batch_size: int = 16) -> DataLoader[Any]:
-    """Points in three classes that a linear layer can tell apart: the class is the largest of three inputs."""
+    """Points in three classes that a linear layer can separate: the class is the largest of three inputs."""
     x = torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
     return make_loader(TensorDataset(x, x[:, :3].argmax(1)), batch_size, shuffle=True, seed=0)
 
@@ -127,6 +127,7 @@ class TestSteps:
         assert not model.training
 
 
+@pytest.mark.slow
 class TestFrozenWeights:
     @pytest.mark.parametrize("rescale", ["none", "learned"])
     def test_only_gates_and_scales_learn(self, rescale: str) -> None:
@@ -139,7 +140,7 @@ class TestFrozenWeights:
         assert all(len(magnitude) == 1 for magnitude in magnitudes)  # still one magnitude a layer, nothing closed
         scales = [scale.item() for scale in session.scale_parameters()] or [1.0, 1.0]
         assert (rescale == "learned") == (scales != [1.0, 1.0])
-        learnt = evaluate(model, points())
+        learned = evaluate(model, points())
         session.extract()
         session.detach()
         for layer, magnitude, scale in zip((model[0], model[2]), magnitudes, scales, strict=True):
@@ -149,7 +150,7 @@ class TestFrozenWeights:
         fresh = [nn.Linear(6, 12).bias, nn.Linear(12, 3).bias]
         assert all(torch.equal(a, b) for a, b in zip(biases, fresh, strict=True))
         assert all(parameter.requires_grad for parameter in model.parameters())
-        assert evaluate(model, points()) == learnt > accuracy + 20
+        assert evaluate(model, points()) == learned > accuracy + 20
 
     def test_on_digits(self) -> None:
         """Method A on real data: an untrained network's subnetwork recognizes digits, without one weight learned."""
@@ -205,6 +206,7 @@ class TestPatience:
         rows = fit_and_read(tmp_path, network(), None, config, validation=points())
         assert len(rows) == 1 + 3  # the first epoch is the best one
 
+    @pytest.mark.slow
     def test_does_not_count_before_the_masks_are_fixed(self, tmp_path: Path) -> None:
         model = network()
         session = session_on(
@@ -214,6 +216,7 @@ class TestPatience:
         rows = fit_and_read(tmp_path, model, session, config, validation=points())
         assert len(rows) == 10 + 2  # masks are fixed at the end of epoch 10, which is the best one then
 
+    @pytest.mark.slow
     def test_does_not_count_while_the_budget_falls(self, tmp_path: Path) -> None:
         model = network()
         session = session_on(model, {"sparse_ratio": 0.5}, gate_optimizer={"lr": 1e-12}, budget={"ramp": 0.5})
@@ -221,6 +224,7 @@ class TestPatience:
         rows = fit_and_read(tmp_path, model, session, config, validation=points())
         assert len(rows) == 10 + 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("ratio", [0.9, None])
     def test_gives_the_best_settled_state_back(self, tmp_path: Path, ratio: float | None) -> None:
         """The labels turn wrong in the end, so that the last state is bad; the best of all is before the masks."""
@@ -280,6 +284,7 @@ class TestNonFiniteLoss:
 
 
 class TestLightning:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("precision", "inside"),
         [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("64-true", torch.float64)],
@@ -358,6 +363,7 @@ class TestLightning:
 
 
 class TestEpochLog:
+    @pytest.mark.slow
     def test_lines_are_few_and_plain(self, tmp_path: Path) -> None:
         lines: list[str] = []
         model = network()

@@ -67,7 +67,7 @@ known = {*sys.stdlib_module_names, *sys.argv[2].split(), "gumbel_plugin", "netwo
 others = {name.partition(".")[0] for name in sys.modules} - known
 assert not others, others
 allowed = ("layers", "storage", "errors", "torchvision_import", "shrinking.pruned_file", "shrinking.closed_blocks")
-allowed += ("graph.kept", "graph.record", "graph.channel_groups", "graph.residual_blocks")  # without Torch-Pruning
+allowed += ("graph.record", "graph.channel_groups", "graph.residual_blocks")  # without Torch-Pruning
 rooms = {"gumbel_plugin", "gumbel_plugin.graph", "gumbel_plugin.shrinking"}
 ours = {name for name in sys.modules if name.startswith("gumbel_")} - rooms
 assert all(name.removeprefix("gumbel_plugin.").startswith(allowed) for name in ours), ours

@@ -17,6 +17,8 @@ from gumbel_plugin.shrinking.closed_blocks import find_closed_blocks, remove_clo
 from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
 from gumbel_plugin.sparsity.counting import count_macs
 
+pytestmark = pytest.mark.slow
+
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "resnet20": ("resnet20", {}, {"stage1.1": "bn2", "stage3.2": "bn2"}),
     "resnet20, padded": ("resnet20", {"shortcut": "pad"}, {"stage1.0": "bn2"}),
@@ -44,6 +46,7 @@ def masks_of(model: nn.Module, case: str) -> dict[str, dict[str, torch.Tensor]]:
     return {n: {"weight": torch.zeros_like(m.weight), "bias": torch.zeros_like(m.bias)} for n, m in layers.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_closed_blocks_leave_as_a_whole(case: str) -> None:
     model = build(case)
@@ -79,6 +82,7 @@ def test_both_engines_remove_blocks(by_nni: Any) -> None:
     assert verify_equivalence(ours, nnis, IMAGES).passed
 
 
+@pytest.mark.slow
 def test_a_branch_with_anything_left_stays() -> None:
     model = build("resnet20")
     masks = masks_of(model, "resnet20")

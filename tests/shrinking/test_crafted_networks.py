@@ -13,7 +13,7 @@ from torch import nn
 
 from gumbel_plugin import load_pruned, save_pruned, shrink
 from gumbel_plugin.errors import DataError
-from gumbel_plugin.graph.kept import kept_of
+from gumbel_plugin.graph.record import kept_of
 from gumbel_plugin.shrinking.pruned_file import FORMAT
 from gumbel_plugin.storage.tensor_file import read_tensors, write_tensors
 

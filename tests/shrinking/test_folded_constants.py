@@ -58,6 +58,7 @@ def convnet(padding: int = 0, mode: str = "zeros", act: type[nn.Module] = nn.Sig
 
 
 class TestWhatIsFolded:
+    @pytest.mark.slow
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_a_linear_units_constant_is_its_activated_bias(self, activation: type[nn.Module], engine: Any) -> None:
         model = mlp(activation)
@@ -71,6 +72,7 @@ class TestWhatIsFolded:
         torch.testing.assert_close(small[2].bias.double(), expected, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(small[2].weight, model[2].weight[:, [0, 2, 3, 5]], rtol=0, atol=0)
 
+    @pytest.mark.slow
     def test_a_reader_without_a_bias_gets_one(self, engine: Any) -> None:
         model = mlp(bias=False)
         close([2], model[0])
@@ -137,6 +139,7 @@ class TestWhatIsFolded:
 
 
 class TestPadding:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("padding", "mode", "folds"), [
         (0, "zeros", True), (1, "zeros", False), (1, "replicate", True), (1, "reflect", True), (1, "circular", True),
     ])  # fmt: skip
@@ -315,6 +318,7 @@ def live_units(model: nn.Sequential) -> list[int]:
     return [int((f * b).sum()) for f, b in zip(forth[1:-1], back[::-1][1:-1], strict=True)]
 
 
+@pytest.mark.slow
 @quick
 @given(
     st.lists(st.integers(2, 9), min_size=3, max_size=5),
@@ -338,6 +342,7 @@ def test_a_sparse_mlp_keeps_exactly_what_lies_on_a_path(
     torch.testing.assert_close(small(inputs), model(inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(0, 10**6), st.floats(0.01, 0.2), st.sampled_from([0, 1]), st.sampled_from(ACTIVATIONS))
 def test_a_sparse_convnet_shrinks_exactly(seed: int, density: float, padding: int, act: type[nn.Module]) -> None:

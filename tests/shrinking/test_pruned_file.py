@@ -13,7 +13,7 @@ from torch import nn
 from gumbel_plugin import load_pruned, save_pruned, shrink
 from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.graph.dependency_groups import find_groups
-from gumbel_plugin.graph.kept import kept_of
+from gumbel_plugin.graph.record import kept_of
 from gumbel_plugin.shrinking.pruned_file import FORMAT, read_header
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.storage.tensor_file import write_tensors
@@ -43,6 +43,7 @@ def small(network: Any) -> nn.Module:
 
 
 class TestRoundTrip:
+    @pytest.mark.slow
     def test_every_network(self, network_name: str, make_network: Any, small: nn.Module, tmp_path: Path) -> None:
         """The same weights and outputs, from a factory that knows nothing of the masks."""
         network = make_network(network_name)
@@ -57,6 +58,7 @@ class TestRoundTrip:
         assert str(again) == str(small)  # in_channels, num_features and the like follow
         assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
 
+    @pytest.mark.slow
     def test_kept_indices_are_those_of_the_dense_network(self, network: Any, small: nn.Module, tmp_path: Path) -> None:
         save_pruned(tmp_path / "small", small)
         dense, left = half_closed(network).state_dict(), small.state_dict()

@@ -54,6 +54,7 @@ def flags_of(model: nn.Module) -> dict[str, tuple[bool, ...]]:
 # The table of networks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_small_network_computes_what_the_gated_one_did(
     engine: Any, dtype: torch.dtype, network_name: str, masked: Any
@@ -86,6 +87,7 @@ def test_both_engines_give_the_same_network(by_nni: Any, network_name: str, mask
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_original_and_all_flags_are_kept(engine: Any, network_name: str, masked: Any) -> None:
     network, masks, _ = masked(network_name)
     model = network.model.train()
@@ -104,6 +106,7 @@ def test_the_original_and_all_flags_are_kept(engine: Any, network_name: str, mas
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
 
 
+@pytest.mark.slow
 def test_the_small_network_trains(network_name: str, masked: Any) -> None:
     network, masks, _ = masked(network_name)
     small = shrink(network.model.train(), masks, network.inputs)

@@ -173,6 +173,7 @@ def test_the_target_falls_from_whole_to_the_ratio_over_the_ramp() -> None:
     assert at_once.targets(0.0) == pytest.approx([0.1])
 
 
+@pytest.mark.slow
 def test_multipliers_come_equally_far_however_long_the_mask_learning_is() -> None:
     reached = []
     for length in (400, 1600, None):
@@ -224,6 +225,7 @@ def test_too_open_is_pushed_down_and_too_closed_up_even_when_everything_is_close
     assert bool((gradient * sign > 0).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 0.95])
 def test_the_controller_drives_a_toy_problem_to_its_target(ratio: float) -> None:
     """Every gate pulls towards open with its own strength; the budget must win, and close the weak ones."""

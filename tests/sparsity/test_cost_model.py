@@ -41,6 +41,7 @@ def random_gates(groups: dict[str, ChannelGroup], seed: int) -> dict[str, Tensor
     return gates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", COUNTS)
 def test_for_hard_gates_it_is_what_the_shrunk_network_costs(network, unit):
     cost, groups = cost_of(network, unit), network.groups()
@@ -75,6 +76,7 @@ def test_its_gradient_is_the_slope(network, unit):
             assert float(gate.grad[unit_number]) == pytest.approx((around[0] - around[1]) / 2e-3, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_the_expectation_under_independent_gates(make_network):
     """Layers multiply widths of different groups, so the mean of the cost is the cost of the means."""
     network = make_network("conv_bn_relu")
@@ -247,6 +249,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("target", "ratio"), [("macs", 0.5), ("macs", 0.75), ("parameters", 0.75)])
 def test_the_final_network_is_within_three_percent_of_the_budget(name, target, ratio):
@@ -260,6 +263,7 @@ def test_the_final_network_is_within_three_percent_of_the_budget(name, target, r
     assert 0.97 <= COUNTS[target](model, inputs) / budget <= 1.0
 
 
+@pytest.mark.slow
 def test_the_budget_is_that_of_the_original_network_in_iterative_steps_too():
     torch.manual_seed(0)
     model, inputs = NETWORKS["resnet18"](), torch.randn(1, 3, 32, 32)

@@ -220,6 +220,7 @@ def test_layers_that_are_not_gated_count_at_their_widths():
     assert totals[0] == pytest.approx(totals[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("ratio", [0.3, 0.6])
 def test_the_budget_is_met_in_terms_of_the_table(ratio, steps):

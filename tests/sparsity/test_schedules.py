@@ -13,6 +13,7 @@ SHAPES = ["linear", "cosine", "exponential", "cubic"]
 ends = st.floats(0.01, 100.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @given(start=ends, end=ends, a=st.floats(0, 1), b=st.floats(0, 1))
 def test_a_schedule_runs_from_start_to_end_and_never_turns_back(

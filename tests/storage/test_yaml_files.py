@@ -8,7 +8,7 @@ import pytest
 
 from gumbel_plugin.config_values import MAX_DEPTH
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.storage.yaml_files import MAX_BYTES, apply_overrides, parse_yaml, read_yaml, write_yaml
+from gumbel_plugin.storage.yaml_files import MAX_BYTES, parse_yaml, read_yaml, write_yaml
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
@@ -140,27 +140,3 @@ def test_the_home_folder_may_be_abbreviated(tmp_path: Path, monkeypatch: pytest.
 def test_text_is_written_so_that_it_stays_text(text: str) -> None:
     values = {"a": text, "b": [text, text], text: {"c": text}}
     assert parse_yaml(write_yaml(values)) == values
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        (f"{'a.' * 100}b=1", "nested too deeply"),
-        (f"a={'9' * 5000}", "is no valid int"),
-        (f"a={'[' * 5000}", "nested too deeply"),
-        ("a={b: 1, b: 2}", "the key 'b' is given twice"),
-        ("a=!!bool maybe", "is no valid bool"),
-        (f"b.{'9' * 5000}=1", "is no number of an item"),
-        ("b.²=1", "is no number of an item"),
-        ("x" * 100_000, "must read key.subkey=value"),
-        (f"a.{'x' * 100_000}=1", "'a' is a plain value"),
-    ],
-)
-def test_damaged_settings_are_errors(setting: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
-        apply_overrides({"a": 1, "b": [1]}, [setting])
-    assert len(str(error.value)) < 1000
-
-
-def test_a_setting_may_have_an_exponent_without_a_point() -> None:
-    assert apply_overrides({}, ["training.optimizer.lr=1e-3"]) == {"training": {"optimizer": {"lr": 0.001}}}

@@ -95,6 +95,7 @@ def learn(train_gates: Any) -> Callable[..., None]:
 # Each sample's own gates --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["conv_bn_relu", "residual", "depthwise", "concat", "sigmoid", "no_bn", "grouped", "flatten_linear"]
 )
@@ -261,6 +262,7 @@ def test_the_loss_of_a_session_is_usage_and_polarisation() -> None:
     torch.testing.assert_close(session.loss().detach().double(), expected)
 
 
+@pytest.mark.slow
 def test_the_losses_lead_to_the_budget_and_to_agreement(train_gates: Any) -> None:
     """With nothing else to learn, the gates close what they must, and every sample agrees."""
     model = resnet()
@@ -297,6 +299,7 @@ def test_an_evaluation_sees_the_consensus_and_the_extracted_network_is_it() -> N
     assert torch.equal(model(IMAGES), plain(IMAGES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9])
 def test_the_cut_of_blocks_is_exact_and_extraction_changes_nothing(ratio: float, learn: Any) -> None:
     model = resnet()
@@ -421,6 +424,7 @@ def test_nothing_to_ask() -> None:
 # State --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_from_its_state(learn: Any) -> None:
     model, resumed_model = resnet(), resnet()
     session, resumed = block_session(model), block_session(resumed_model)

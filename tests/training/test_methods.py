@@ -140,6 +140,7 @@ def test_every_method_is_here() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 0.83])
 def test_the_budget_is_met_exactly_and_the_extracted_network_is_the_masked_one(
     case: Case, ratio: float, learn: Any
@@ -167,6 +168,7 @@ def test_the_budget_is_met_exactly_and_the_extracted_network_is_the_masked_one(
         assert bool((weight[targets["weight"] == 1] != 0).any())
 
 
+@pytest.mark.slow
 def test_the_loss_falls(case: Case, learn: Any) -> None:
     """The hard network that comes out solves the problem, or did before where nothing is learned about it."""
     model = build(case)
@@ -180,6 +182,7 @@ def test_the_loss_falls(case: Case, learn: Any) -> None:
     assert (evaluated(model).argmax(1) == labels).float().mean() > 0.85
 
 
+@pytest.mark.slow
 def test_the_seed_decides(case: Case, learn: Any) -> None:
     """The same seed learns the same mask whatever the global random state; another one samples other gates."""
     results = []
@@ -197,6 +200,7 @@ def test_the_seed_decides(case: Case, learn: Any) -> None:
     assert differs == (case.method not in ("reparametrization", "magnitude"))
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_from_its_state(case: Case, learn: Any) -> None:
     """The next sample, the next budget loss and the masks are those of the session that was not interrupted."""
     model, resumed_model = build(case), build(case)
@@ -272,6 +276,7 @@ def test_a_global_reparametrisation_has_the_published_budget_loss() -> None:
     torch.testing.assert_close(session.loss().detach(), expected)
 
 
+@pytest.mark.slow
 def test_a_reparametrised_network_comes_down_to_its_budget(learn: Any) -> None:
     """Nothing is left for the final cut to change: that is what the budget loss is for."""
     model = build(CASES["reparametrization"])

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +67,7 @@ def test_eval_is_hard_and_deterministic(network: Any, group_session: Any) -> Non
     torch.testing.assert_close(first, column_masked(plain, session, hard)(inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_gate_and_every_weight(network: Any, group_session: Any) -> None:
     session = group_session(network)
     with torch.no_grad():

@@ -109,6 +109,7 @@ def test_a_loop_that_calls_parts_of_the_model_gets_new_samples_too(group_session
 # Learning -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", ["none", "learned", "dynamic"])
 def test_method_a_learns_with_frozen_weights(rescale: str, mlp: Any, element_session: Any, train_gates: Any) -> None:
     """Dupont et al. 2022: an untrained network, its weights frozen, is trained by choosing among them alone."""
@@ -135,6 +136,7 @@ def test_method_a_learns_with_frozen_weights(rescale: str, mlp: Any, element_ses
     assert 0.2 < float((model[0].weight == 0).float().mean()) < 0.8
 
 
+@pytest.mark.slow
 def test_channels_are_learnt_with_their_weights_down_to_the_ratio(mlp: Any, pruning: Any, train_gates: Any) -> None:
     """Half of the inputs say nothing: three quarters of the hidden units go, and the task is still learned."""
     torch.manual_seed(0)

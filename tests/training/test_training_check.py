@@ -39,6 +39,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
+@pytest.mark.slow
 def test_a_training_that_reaches_its_budget_warns_of_nothing(
     train_gates: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""Which channel groups are exact: every layer's channels are dyed, and the labels are followed through one forward."""
+"""Which channel groups are exact: every layer's channels get labels, which are followed through one forward."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class ExactnessAnalysis:
         self._blocks = layers.blocks
         labels = layers.flow.labels
         self._sides = {side: labels.roots(channels) for side, channels in layers.sides.items()}
-        self._places, self._verdicts = labels.results()
+        self._places, self._results = labels.results()
         everything = torch.cat([torch.zeros(0, dtype=torch.int64), *self._sides.values()])
         self._uses = torch.bincount(everything, minlength=len(self._places))
 
     def result(self, cuts: Sequence[Cut]) -> tuple[Safety, str]:
-        """ExactnessAnalysis a group by all that it would remove.
+        """Analyze a group by all that it would remove.
 
         Args:
             cuts: Every side of every layer and parameter that loses channels.
@@ -66,7 +66,7 @@ class ExactnessAnalysis:
         mistaken = [side[0] for side, positions, units in cuts if not self._follow(side, positions, units, unit_of)]
         removed = unit_of >= 0
         places = torch.unique(self._places[removed]).tolist()
-        safety, reason = max((self._verdicts[place] for place in places), key=_severity, default=self._verdicts[0])
+        safety, reason = max((self._results[place] for place in places), key=_severity, default=self._results[0])
         mistaken = mistaken or self._forgotten(cuts, removed)
         if safety != "unsupported" and mistaken:
             return "unsupported", f"Torch-Pruning would not cut {mistaken[0]} as the forward needs it"

@@ -52,7 +52,7 @@ class ChannelLabels:
         self._notes.append((torch.unique(labels[labels > 0]), safety, reason))
 
     def results(self) -> tuple[Tensor, list[tuple[Safety, str]]]:
-        """Return for every root label its place in a list of verdicts: the worst note, the earliest among equals."""
+        """Return for every root label its place in a list of results: the worst note, the earliest among equals."""
         results: list[tuple[Safety, str]] = [("exact", "")]
         ranks = torch.zeros_like(self._roots)
         places = torch.zeros_like(self._roots)

@@ -158,7 +158,7 @@ class Layers:
         if module._parameters.get("weight") is None:
             self.note((x, output), "unsupported", f"the weight of {name} is computed from other parameters")
 
-    # Labels ------------------------------------------------------------------------------------------------------------
+    # Labels -----------------------------------------------------------------------------------------------------------
 
     def _label(self, side: Side, tensor: Tensor, dim: int) -> None:
         """Let a tensor carry this side's labels along a dimension: new ones when it is met for the first time."""

@@ -1,7 +1,7 @@
 """Where channels go: labels are followed through one forward, operation by operation.
 
-An operation lets labels through only if it is known here what it does to channels. Whatever else touches a dyed channel
-makes it unsupported, so that a group which is called exact is one whose every use was understood.
+An operation lets labels through only if it is known here what it does to channels. Whatever else touches a labeled
+channel makes it unsupported, so that a group which is called exact is one whose every use was understood.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Flow(TorchDispatchMode):
     """Follows labels through tensor operations.
 
     Attributes:
-        labels: The labels, and what was remarked on them.
+        labels: The labels, and what was noted of them.
         muted: While it is positive nothing is followed: a layer is at work whose effect is known as a whole.
         met: Parameters that operations outside of such layers used.
     """
@@ -51,31 +51,31 @@ class Flow(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = [] if self.muted else [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.met.update((tensor, func._schema.name) for tensor in inputs if isinstance(tensor, nn.Parameter))
-        dyed = {id(tensor): labels for tensor in inputs if (labels := self.of(tensor)) is not None}
+        labeled = {id(tensor): labels for tensor in inputs if (labels := self.of(tensor)) is not None}
         result = func(*args, **kwargs)
-        if dyed:
+        if labeled:
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            step = _Step(self, func, args, kwargs, inputs, dyed, outputs)
+            step = _Step(self, func, args, kwargs, inputs, labeled, outputs)
             _rule_for(func)(step)
         return result
 
 
 @dataclass(eq=False)
 class _Step:
-    """One operation of which an input is dyed."""
+    """One operation of which an input is labeled."""
 
     flow: Flow
     func: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     inputs: Sequence[Tensor]
-    dyed: Mapping[int, Tensor]
+    labeled: Mapping[int, Tensor]
     outputs: Sequence[Tensor]
 
     @property
     def source(self) -> Tensor:
-        """The labels of the first dyed input."""
-        return next(iter(self.dyed.values()))
+        """The labels of the first labeled input."""
+        return next(iter(self.labeled.values()))
 
     def argument(self, name: str, default: Any = None) -> Any:
         """Return an argument by its name in the operation's schema."""
@@ -89,7 +89,7 @@ class _Step:
 
     def note(self, safety: Safety, what: str, labels: Tensor | None = None) -> None:
         """Note that this operation does something to its inputs' channels (or to these ones)."""
-        for affected in self.dyed.values() if labels is None else (labels,):
+        for affected in self.labeled.values() if labels is None else (labels,):
             self.flow.labels.note(core(affected), safety, f"{self.func._schema.name} {what}")
 
 
@@ -112,7 +112,7 @@ def _pointwise(step: _Step) -> None:
     """Elements meet: the channels on both sides leave together."""
     shape = step.outputs[0].shape
     result = torch.zeros((1,) * len(shape), dtype=torch.int64)
-    for labels in step.dyed.values():
+    for labels in step.labeled.values():
         ours, theirs = core(result), core(labels)
         common = torch.broadcast_shapes(ours.shape, theirs.shape)  # type: ignore[no-untyped-call]
         ours, theirs = ours.expand(common), theirs.expand(common)
@@ -122,10 +122,10 @@ def _pointwise(step: _Step) -> None:
             step.note("unsupported", "joins them with what no layer computes", ours * (theirs == 0))
         result = torch.where(ours != 0, ours, theirs)
     result = tight(result.expand(shape))
-    undyed = [tensor for tensor in step.inputs if id(tensor) not in step.dyed]
-    if step.func._schema.is_mutable and any(tensor is step.args[0] and tensor._is_view() for tensor in undyed):
+    unlabeled = [tensor for tensor in step.inputs if id(tensor) not in step.labeled]
+    if step.func._schema.is_mutable and any(tensor is step.args[0] and tensor._is_view() for tensor in unlabeled):
         step.note("unsupported", "writes them into a part of another tensor", result)
-    elif any(_differs_along(tensor, dim - len(shape)) for tensor in undyed for dim in varying(result)):
+    elif any(_differs_along(tensor, dim - len(shape)) for tensor in unlabeled for dim in varying(result)):
         step.note("unsupported", "joins them with a tensor per channel that is no parameter", result)
     step.put_all(result)
 
@@ -137,7 +137,7 @@ def _differs_along(tensor: Tensor, dim: int) -> bool:
 
 def _move(step: _Step) -> None:
     """Elements change places: run the same operation on the labels, and see whether channels stayed whole."""
-    if step.dyed.get(id(step.args[0])) is not step.source or len(step.dyed) > 1:
+    if step.labeled.get(id(step.args[0])) is not step.source or len(step.labeled) > 1:
         return _unknown(step)
     args, kwargs = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (step.args, step.kwargs))
     if _name(step.func) in ("view", "_unsafe_view"):
@@ -172,7 +172,7 @@ def _fault(before: Tensor, after: Tensor) -> str:
 
 def _join(step: _Step) -> None:
     """Concatenate or stack."""
-    pieces = [step.dyed.get(id(t), torch.zeros((), dtype=torch.int64).expand(t.shape)) for t in step.inputs]
+    pieces = [step.labeled.get(id(t), torch.zeros((), dtype=torch.int64).expand(t.shape)) for t in step.inputs]
     # A concatenation of maps need not be spelt out pixel by pixel.
     dim = step.argument("dim", 0) % step.outputs[0].dim()
     stacked = _name(step.func) == "stack"
@@ -216,7 +216,7 @@ def _reduce(step: _Step) -> None:
     dims = _dimensions(step)
     if dims & set(varying(step.source)):
         step.note("inexact", "mixes these channels")
-    elif len(step.dyed) > 1:
+    elif len(step.labeled) > 1:
         _unknown(step)
     elif step.outputs[0].dim() == step.source.dim():
         step.put_all(step.source)

@@ -94,11 +94,13 @@ def kept(original: dict[str, int], ratio: float) -> dict[str, int]:
     return {name: width - math.floor(width * ratio + 1e-6) for name, width in original.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 def test_uniform_ratios_remove_what_torch_pruning_removes(steps):
     assert ours(steps, pruning_ratio=0.5) == theirs(steps, pruning_ratio=0.5) == kept(widths(make()), 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.29, 0.3, 0.7])
 def test_where_a_ratio_is_no_whole_number_they_remove_one_more(ratio):
     original = widths(make())
@@ -109,11 +111,13 @@ def test_where_a_ratio_is_no_whole_number_they_remove_one_more(ratio):
         assert mine[name] - other[name] == (0 if whole else 1)
 
 
+@pytest.mark.slow
 def test_a_ratio_is_met_to_the_unit_whatever_the_steps():
     one, three = ours(1, pruning_ratio=0.7), ours(3, pruning_ratio=0.7)
     assert one == three
 
 
+@pytest.mark.slow
 def test_global_pruning_removes_as_many_channels_in_all():
     mine, other = ours(global_pruning=True, pruning_ratio=0.5), theirs(global_pruning=True, pruning_ratio=0.5)
     assert sum(mine.values()) == sum(other.values()) == sum(widths(make()).values()) // 2
@@ -137,6 +141,7 @@ def test_only_some_layers_have_a_ratio():
     assert widths(model) == {**widths(make()), "layer2.1.conv1": 18}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_tuple_of_layers_shares_a_ratio_where_pruning_is_global(shared):
     model, other = make(), make()
@@ -164,10 +169,12 @@ def test_no_group_loses_more_than_its_limit_of_the_original():
     assert sum(widths(model).values()) == sum(original.values()) - math.floor(sum(original.values()) * 0.4)
 
 
+@pytest.mark.slow
 def test_a_ratio_above_the_limit_is_capped():
     assert ours(2, pruning_ratio=0.8, max_pruning_ratio=0.5) == kept(widths(make()), 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_widths_are_multiples(shared):
     found = ours(2, pruning_ratio=0.5, round_to=4, global_pruning=shared, max_pruning_ratio=0.8)
@@ -191,6 +198,7 @@ def test_ignored_layers_keep_their_widths():
     assert widths(model) == {**kept(widths(make()), 0.5), "conv1": 16, "layer1.0.conv1": 20, "layer1.1.conv1": 30}
 
 
+@pytest.mark.slow
 def test_isomorphic_groups_share_a_ratio():
     model = make()
     pruner = next(prune(model, pruning_ratio=0.5, global_pruning=True, isomorphic=True))
@@ -203,6 +211,7 @@ def test_isomorphic_groups_share_a_ratio():
     assert widths(model)["layer2.0.conv2"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", ["out_channel_groups", "channel_groups"])
 @pytest.mark.filterwarnings("ignore:channel_groups is deprecated")
 def test_channel_groups_lose_the_same_members(argument):
@@ -215,6 +224,7 @@ def test_channel_groups_lose_the_same_members(argument):
     assert layer.out_channels == 12
 
 
+@pytest.mark.slow
 def test_steps_follow_the_users_schedule():
     model = make()
     schedule = lambda ratio, steps: [0.0, ratio, ratio]  # noqa: E731
@@ -275,6 +285,7 @@ def test_forward_fn_and_output_transform_are_used_throughout(target):
         assert masked_shapes == [(4, 3, 3, 3), (3, 4, 1, 1), (2, 3, 1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [{"x": INPUTS}, (INPUTS,), [INPUTS], INPUTS[:1]])
 def test_example_inputs_have_any_form(inputs):
     class Named(SmallResNet):
@@ -303,6 +314,7 @@ class Scaled(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [list, dict])
 @pytest.mark.parametrize("target", ["channels", "parameters"])
 def test_parameters_outside_of_layers_are_cut_too(kind, target):

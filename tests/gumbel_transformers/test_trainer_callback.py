@@ -11,6 +11,8 @@ from gumbel_plugin import verify_equivalence
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError
 from gumbel_plugin.layers.weights import GATES
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
