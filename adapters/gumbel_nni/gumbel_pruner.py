@@ -34,6 +34,7 @@ from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gated_layer import GatedLayer
+from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
 from gumbel_plugin.training.planner import needs_groups
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.training_check import checked_length
@@ -207,28 +208,26 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         length = PlannedSteps(evaluator)
         if self.interval_steps > 0:
             self._follow_schedule(length)
-        session.start(length.planned, hooks=False)
-        optimizers = session.optimizers()
+        trainer = getattr(evaluator, "trainer", None)  # of Transformers, or of Lightning
+        fp16 = getattr(getattr(trainer, "args", None), "fp16", False)
+        refuse_scaled_gradients("fp16" if fp16 else str(getattr(trainer, "precision", "")), "the evaluator's trainer")
+        loop = MaskingLoop(session)
+        loop.start(length.planned, hooks=False)
 
-        def add_loss(loss: Tensor, batch: Any) -> Tensor:
+        def guard(loss: Tensor, batch: Any) -> Tensor:
             self._check_train_mode()
             self._targets.read()
             session.total_steps = length.known(session.total_steps)
-            return session.guard(loss) + session.loss()
-
-        def step_gates() -> None:
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            return loop.guard(loss)
 
         def after_step() -> None:
-            session.step()
+            loop.after_step()
             if session.steps == session.total_steps and session.phase is not Phase.FIXED:
                 self._targets.read()  # decided before what calibrates itself at the end, such as a PTQ quantizer
                 session.decide()
 
-        evaluator.patch_loss(add_loss)
-        evaluator.patch_optimizer_step(before_step_tasks=[step_gates], after_step_tasks=[after_step])
+        evaluator.patch_loss(guard)
+        evaluator.patch_optimizer_step(before_step_tasks=[loop.before_step], after_step_tasks=[after_step])
 
     def _check_train_mode(self) -> None:
         if not any(mask.training for mask in self.session.plan.masks.values()):

@@ -26,12 +26,17 @@ class SparsityTargets:
                 spaces = [target_spaces[name]["weight"] for name in layers if "weight" in target_spaces.get(name, {})]
                 if spaces:
                     self._spaces.append((budget, term, spaces[0]))
+        self._read = [_settings(space) for _, _, space in self._spaces]
 
     def read(self) -> None:
-        """Set the budgets to what the target spaces have now."""
-        for budget, term, space in self._spaces:
-            term.max_ratio = 1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio
-            term.min_ratio = space.min_sparse_ratio or 0.0
-            budget.threshold = space.sparse_threshold
-            if budget.ratio != space.sparse_ratio:
-                budget.ratio = space.sparse_ratio
+        """Take over what was changed in the target spaces; what was not is as the plan has it."""
+        for number, (budget, term, space) in enumerate(self._spaces):
+            now = _settings(space)
+            if now != self._read[number]:
+                self._read[number] = now
+                budget.ratio, budget.threshold, term.min_ratio, term.max_ratio = now
+
+
+def _settings(space: PruningTargetSpace) -> tuple[float | None, float | None, float, float]:
+    limit = 1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio
+    return space.sparse_ratio, space.sparse_threshold, space.min_sparse_ratio or 0.0, limit

@@ -11,6 +11,7 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
+from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest, shown
 from gumbel_plugin.graph.tracing import Forward
 from gumbel_plugin.graph.tracing_repairs import missing_pruners
@@ -24,6 +25,7 @@ _logger = logging.getLogger(__name__)
 _TARGETS = ("channels", "macs", "parameters", "latency")
 _RATIOS = ("pruning_ratio", "ch_sparsity", "head_pruning_ratio")
 _COUNTS = ("iterative_steps", "round_to")
+_BUDGETS = (*_RATIOS, "max_pruning_ratio", "round_to", "global_pruning", "isomorphic")
 _SWITCHES = ("global_pruning", "isomorphic", "prune_num_heads", "prune_head_dims")
 _FUNCTIONS = ("importance", "iterative_pruning_ratio_scheduler", "forward_fn", "output_transform")
 
@@ -67,6 +69,28 @@ def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
         function = arguments.get(name, len)
         if not callable(function) and not (function is None and name != "iterative_pruning_ratio_scheduler"):
             raise ConfigError(f"{name} = {shown(function)}: must be a function")
+
+
+def check_config_list(pruning: PruningSection, target: str, inexact: bool, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that say once more what a config list says already: what is gated, and how much of it goes.
+
+    Raises:
+        ConfigError: If there are such, or an entry removes anything but whole channels.
+    """
+    given = [name for name in (*_BUDGETS, *RATIO_DICTS) if name in arguments]
+    given += ["iterative_steps"] * (arguments.get("iterative_steps", 1) > 1)
+    given += ["target"] * (target != "channels") + ["inexact"] * inexact
+    if given:
+        raise ConfigError(
+            f"{given[0]} beside pruning.config_list: the config list says what is gated and how much of it goes, in "
+            "one step; leave one of the two out"
+        )
+    for rule in pruning.config_list:
+        if not rule.structured:
+            raise ConfigError(
+                f"pruning.config_list: granularity {shown(rule.granularity)} masks weights of one layer, but this "
+                "pruner removes whole channels; leave the granularity out, or use GumbelPruner"
+            )
 
 
 def check_graph(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> None:

@@ -148,6 +148,7 @@ def plan_groups(
     groups: Sequence[ChannelGroup],
     budget: GroupBudget,
     example_inputs: Any,
+    seed: int = 0,
 ) -> Plan:
     """Plan a session that gates these groups under this budget.
 
@@ -155,7 +156,7 @@ def plan_groups(
         ConfigError: If the budget is below what must stay; it names what that is.
         TargetError: If the latency table is of another network.
     """
-    plan = Plan(model, pruning, seed=0)
+    plan = Plan(model, pruning, seed)
     terms = []
     for group in groups:
         term = plan.gate_group(group)

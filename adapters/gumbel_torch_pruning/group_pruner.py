@@ -14,7 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from gumbel_plugin.config import PruningSection
+from gumbel_plugin.config import ConfigLike, PruningSection
 from gumbel_plugin.errors import LifecycleError, TargetError
 from gumbel_plugin.graph.attention_heads import kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup
@@ -30,9 +30,19 @@ from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.latency import LatencyTable, measure_table
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gate_gradients import GateGradNormalizer
+from gumbel_plugin.training.loop import MaskingLoop
 from gumbel_plugin.training.plan import Plan, carried_over
+from gumbel_plugin.training.planner import build_plan
 from gumbel_plugin.training.session import MaskingSession
-from gumbel_torch_pruning.arguments import check_arguments, check_graph, check_model, forward_of, own_copies
+from gumbel_plugin.training.session_config import read_config
+from gumbel_torch_pruning.arguments import (
+    check_arguments,
+    check_config_list,
+    check_graph,
+    check_model,
+    forward_of,
+    own_copies,
+)
 from gumbel_torch_pruning.group_budgets import Target, budget_of, plan_groups, rank, why_not
 from gumbel_torch_pruning.importance import GateImportance
 from gumbel_torch_pruning.named_layers import with_layers
@@ -70,10 +80,11 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         importance: Any = None,
         *,
         target: Target = "channels",
-        pruning: PruningSection | None = None,
+        pruning: PruningSection | ConfigLike | None = None,
         total_steps: int | None = None,
         inexact: bool = False,
         latency_table: LatencyTable | None = None,
+        seed: int | None = None,
         **arguments: Any,
     ) -> None:
         """Build the graph and attach the gates; the model can be trained at once.
@@ -84,11 +95,14 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             importance: Ignored by this pruner; by default `GateImportance`.
             target: What ``pruning_ratio`` is a fraction of: ``channels`` (per group, or of all with
                 ``global_pruning``), or the network's ``macs``, ``parameters`` or ``latency``.
-            pruning: Method, rescale and budget settings; the config list is not used here.
+            pruning: Method, rescale and budget settings: a section, or a whole configuration. A config list in it says
+                which channels are gated and how many go, in place of ``pruning_ratio`` and its like. Without a
+                ``gate_optimizer`` in it the gates belong into your optimizer; with one the pruner steps them itself.
             total_steps: How many optimizer steps will be made before each `step`, so that the budget can tighten
                 gradually; None holds the gates to the final target at once.
             inexact: Also gate groups whose removal changes what a normalization computes.
             latency_table: A measured table for the target ``latency``; measured here without it.
+            seed: Seeds initial weights and the masks' noise; by default that of the configuration, else 0.
             **arguments: All other arguments of `BasePruner`: ``pruning_ratio``, ``ignored_layers``, ...
 
         Raises:
@@ -102,7 +116,9 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         arguments = with_layers(arguments, model)
         self.example_inputs = example_inputs
         self._dtype = dtype_of(model)
-        self._settings = pruning or PruningSection()
+        self._settings, self._seed, _ = read_config(PruningSection() if pruning is None else pruning, seed)
+        if self._settings.config_list:
+            check_config_list(self._settings, target, inexact, arguments)
         self._target, self._inexact, self._table = target, inexact, latency_table
         self._total_steps = total_steps
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
@@ -136,11 +152,15 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     # Training -----------------------------------------------------------------------------------------------------
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Return the gates' parameters (and scales), for a parameter group of the user's optimizer."""
+        """Return the gates' parameters (and scales), for a parameter group of the user's optimizer.
+
+        Where the configuration has a ``gate_optimizer``, that one steps them, and yours finds no gradient.
+        """
         return [*self.session.gate_parameters(), *self.session.scale_parameters()]
 
     def update_regularizer(self) -> None:
-        """Say where the gates stand; to be called once an epoch, as with Torch-Pruning's other pruners."""
+        """Log where the gates stand; to be called once an epoch, as with Torch-Pruning's other pruners."""
+        self._loop.after_step()
         status = self.session.status()
         _logger.info("gates: %s, %.1f %% closed", status.phase, 100 * status.sparsity)
 
@@ -148,7 +168,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Add the gradient of what the gates add to the loss; to be called before every step of the optimizer.
 
         It comes after ``loss.backward()``, ``unscale_`` and gradient clipping. The gates' gradients are brought to one
-        size, see `GateGradNormalizer`. After the last `step` there are no gates left and this does nothing.
+        size, see `GateGradNormalizer`; or, where the configuration has a ``gate_optimizer``, the gates are stepped. The
+        schedules advance with the next training forward. After the last `step` no gates are left: this does nothing.
 
         Args:
             model: The pruner's model, or what wraps it.
@@ -164,14 +185,12 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise LifecycleError("regularize got another model than the pruner was built for")
         if not self._attached:
             return torch.zeros(())
+        self._loop.after_step()  # of a step with no forward of the model since
         if loss is not None:
-            self.session.guard(loss.detach())
-        penalty = self.session.loss()
-        if penalty.requires_grad:
-            penalty.backward()  # type: ignore[no-untyped-call]
+            self._loop.guard(loss)
+        penalty = self._loop.before_step()
         self._gradients.apply()
-        self.session.step()
-        return penalty.detach()
+        return penalty
 
     # Removing -----------------------------------------------------------------------------------------------------
 
@@ -198,6 +217,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             )
         if self._attached:
             self._structure.check(self.model)
+        self._loop.after_step()
         groups = self._prune()
         self._running = weakref.ref(groups)
         if interactive:
@@ -275,6 +295,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
         They say what was removed so far; before the first `step`, what the gates would close now.
         """
+        self._loop.after_step()
         if self.current_step or self._record.kept or not self._attached:
             return self._record.masks(self.model)
         if self.session.phase is Phase.FIXED:
@@ -284,11 +305,13 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later: gates, schedules and what was pruned so far."""
+        self._loop.after_step()
         return {
             "step": self.current_step,
             "history": [list(entry) for entry in self.pruning_history()],
             "session": self.session.state_dict() if self._attached else None,
             "gradients": self._gradients.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._loop.optimizers],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -312,6 +335,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._attach()
             self.session.load_state_dict(state["session"])
             self._gradients.load_state_dict(state["gradients"])
+            for optimizer, own in zip(self._loop.optimizers, state.get("optimizers", ()), strict=False):
+                optimizer.load_state_dict(own)
 
     def load_pruning_history(self, pruning_history: Sequence[Any]) -> None:
         """Remove what another pruner removed, from a pruner on the original network; the model is a plain one then.
@@ -369,8 +394,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             settings = settings.model_copy(update={"weight_init": "keep"})
         plan = self._plan(step, settings)
         self._dense_cost = self._dense_cost or plan.budgets[0].total
-        self.session = MaskingSession(self.model, settings, plan=plan)
-        self.session.start(self._total_steps)
+        self.session = MaskingSession(self.model, settings, seed=self._seed, plan=plan)
+        self._loop = MaskingLoop(self.session, steps_gates=settings.gate_optimizer is not None)
+        self._loop.start(self._total_steps)
+        self._loop.complete_at_forward()
         self._gradients = GateGradNormalizer(self.session.gate_parameters())
         self._structure = Structure(self.model)
         self._attached = True
@@ -381,12 +408,16 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Plan the gates of a step; -1 is the last one."""
         groups = self._gated_groups()
         with calling(self.model, self._forward, self.example_inputs):
+            if settings.config_list:
+                return build_plan(self.model, settings, self._groups, self._seed, self.example_inputs)
             if self._target == "latency" and self._table is None:
                 self._table = measure_table(self.model, self.example_inputs)
-            return plan_groups(self.model, settings, groups, budget_of(self, groups, step), self.example_inputs)
+            return plan_groups(
+                self.model, settings, groups, budget_of(self, groups, step), self.example_inputs, self._seed
+            )
 
     def _detach(self) -> None:
-        self.session.detach()
+        self._loop.detach()
         self._attached = False
 
     def _gated_groups(self) -> list[ChannelGroup]:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from gumbel_plugin.errors import MissingExtraError
-from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.sparsity.budget import BudgetTerm
 from gumbel_plugin.storage.files import append_text
 from gumbel_plugin.training.session import MaskingSession
+from gumbel_plugin.training.status import hard_gates, keep_probability
 
 try:
     import lightning.pytorch as pl
@@ -57,24 +56,6 @@ class GateLog(pl.Callback):  # type: ignore[misc]
                 "masks": {term.name: _histogram(keep_probability(term)) for term in terms},
             }
             append_text(self._path, json.dumps(entry, separators=(",", ":")) + "\n")
-
-
-@torch.no_grad()
-def keep_probability(term: BudgetTerm) -> Tensor:
-    """Return the probability of every gate to be open as it acts now: 1 before the learning, 0 or 1 after it."""
-    mask = term.mask
-    if mask.phase is Phase.OPEN:
-        return torch.ones(mask.shape)
-    return mask.hard.float() if mask.phase is Phase.FIXED else mask.probability(term.weight)
-
-
-@torch.no_grad()
-def hard_gates(term: BudgetTerm) -> Tensor:
-    """Return the gates that would be decided now, as 0 and 1."""
-    mask = term.mask
-    if mask.phase is Phase.OPEN:
-        return torch.ones(mask.shape)
-    return (mask.hard if mask.phase is Phase.FIXED else mask.decide(term.weight)).float()
 
 
 def _histogram(values: Tensor) -> list[int]:

@@ -22,8 +22,9 @@ from gumbel_plugin.layers.weights import own_parameters
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.runs.data import DataBundle, load_data, make_loader
 from gumbel_plugin.runs.run_config import RunConfig, TrainingConfig
-from gumbel_plugin.training.session import MaskingSession, make_optimizer
-from gumbel_plugin.training.settling import settled
+from gumbel_plugin.training.loop import MaskingLoop
+from gumbel_plugin.training.optimizers import make_optimizer
+from gumbel_plugin.training.session import MaskingSession
 
 try:
     import lightning.pytorch as pl
@@ -38,52 +39,56 @@ Loader = DataLoader[Any]
 
 
 class MaskedTask(pl.LightningModule):  # type: ignore[misc]
-    """A network and, if it is gated, its session, as Lightning trains them.
+    """A network and, if it is gated, its loop, as Lightning trains them.
 
-    Weights, gates and scales have optimizers of their own (the methods publish different ones) on one backward.
+    Weights, gates and scales have optimizers of their own: the methods publish different ones.
 
     Attributes:
         steps: Optimizer steps so far; every optimizer's step on one batch together counts as one.
     """
 
-    def __init__(
-        self, model: nn.Module, session: MaskingSession | None, training: TrainingConfig, total_steps: int
-    ) -> None:
+    def __init__(self, model: nn.Module, loop: MaskingLoop | None, training: TrainingConfig, total_steps: int) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
-        self.session = session
+        self.session = None if loop is None else loop.session
         self.training_config = training
         self.criterion = make_loss(training)
         self.total_steps = total_steps
         self.steps = 0
+        self._loop = loop
         self._fixed_epochs = 0
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return the optimizer of the weights (first, if they are trained), then the session's."""
+        """Return the optimizer of the weights (first, if they are trained), then those of the gates."""
         weights = self._weights()
-        own = self.session.optimizers() if self.session else []
+        own = self._loop.optimizers if self._loop else []
         return ([make_optimizer(weights, self.training_config.optimizer)] if weights else []) + own
 
     def training_step(self, batch: Sequence[Tensor], index: int) -> None:
         """Step every optimizer once, and the session's schedules after them."""
         inputs, targets = batch
-        task_loss = self.criterion(self.model(inputs), targets)
-        loss = self._guarded(task_loss if self.session is None else task_loss + self.session.loss())
-        optimizers = self._optimizers()
+        loss = self._guarded(self.criterion(self.model(inputs), targets))
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        own = len(self._loop.optimizers) if self._loop else 0
+        of_weights = optimizers[: len(optimizers) - own]
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
+        if self._loop is not None:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of float16
+            self._loop.before_step(scaler.scale if scaler else None, optimizers[len(of_weights) :])
         if self.training_config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self._weights(), self.training_config.gradient_clip)
-        for optimizer in optimizers:
+        for optimizer in of_weights:
             optimizer.step()
-        if self.session is not None:
-            self.session.step()
+        if self._loop is not None:
+            self._loop.after_step()
         self.steps += 1
         if self.steps >= self.total_steps:
             self.trainer.should_stop = True  # Lightning's own max_steps counts the steps of every optimizer
-        self.log("loss", task_loss.detach(), on_step=False, on_epoch=True, batch_size=len(inputs))
+        self.log("loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(inputs))
 
     def on_train_epoch_end(self) -> None:
         """Log where the masks stand, and set the learning rate of the next epoch."""
@@ -92,10 +97,11 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
             self.log("sparsity", status.sparsity)
             self.log("soft_sparsity", status.soft_sparsity)
         if self._weights():
-            weights_optimizer = self._optimizers()[0]
-            self.log("learning_rate", weights_optimizer.param_groups[0]["lr"])
-            for group in weights_optimizer.param_groups:
-                group["lr"] = self._next_learning_rate()
+            groups = self.trainer.optimizers[0].param_groups
+            self.log("learning_rate", groups[0]["lr"])
+            rate = self._next_learning_rate()
+            for group in groups:
+                group["lr"] = rate
 
     def validation_step(self, batch: Sequence[Tensor], index: int) -> None:
         """Score a batch with hard masks (the model is in eval mode)."""
@@ -113,20 +119,16 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
 
     @property
     def settled(self) -> bool:
-        """Whether a state of now could be the result: see `gumbel_plugin.training.settling.settled`."""
-        return self.session is None or settled(self.session)
+        """Whether a state of now could be the result, see `MaskingLoop.settled`."""
+        return self._loop is None or self._loop.settled()
 
     def _weights(self) -> list[nn.Parameter]:
         """Return what of the network itself is trained: no gates, no scales, and nothing if the weights are frozen."""
         return own_parameters(self.model)
 
-    def _optimizers(self) -> list[Any]:
-        optimizers = self.optimizers()
-        return optimizers if isinstance(optimizers, list) else [optimizers]
-
     def _guarded(self, loss: Tensor) -> Tensor:
-        if self.session is not None:
-            return self.session.guard(loss)
+        if self._loop is not None:
+            return self._loop.guard(loss)
         if not bool(torch.isfinite(loss.detach())):
             raise NonFiniteLossError(f"the loss became {float(loss.detach()):g} at step {self.steps}")
         return loss
@@ -220,11 +222,12 @@ def fit(
         steps_per_epoch = math.ceil(len(train) / trainer.world_size)
         total = max_steps if max_steps is not None else training.max_epochs * steps_per_epoch
         trainer.fit_loop.max_epochs = math.ceil(total / steps_per_epoch)
-        if session is not None:
-            session.start(total, hooks=hooks)
+        loop = None if session is None else MaskingLoop(session)
+        if loop is not None:
+            loop.start(total, hooks=hooks)
         dtype = next(model.parameters()).dtype
         with _interruptible():
-            trainer.fit(MaskedTask(model, session, training, total), train, validation)
+            trainer.fit(MaskedTask(model, loop, training, total), train, validation)
     if training.precision.endswith("-true"):
         model.to(dtype)  # these precisions convert the model itself
     model.eval()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.config import OptimizerConfig, PruningSection
+from gumbel_plugin.config import ConfigLike, OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.model_check import refuse_unusable
-from gumbel_plugin.layers.weights import GATES, modules_with_gates, own_parameters, plain_copy, remove_gates
+from gumbel_plugin.layers.weights import GATES, modules_with_gates, own_parameters, remove_gates
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.controller import BudgetController
 from gumbel_plugin.storage.mask_format import Masks
@@ -21,15 +20,14 @@ from gumbel_plugin.training.bank import BANK, GateSlice
 from gumbel_plugin.training.forward_hooks import SessionHooks
 from gumbel_plugin.training.gate_modules import Gates
 from gumbel_plugin.training.hard_masks import decisions_of, masks_of
-from gumbel_plugin.training.optimizers import make_optimizer
+from gumbel_plugin.training.optimizers import make_optimizer, settings_for
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.planner import build_plan
 from gumbel_plugin.training.rescale import initialize_weight
+from gumbel_plugin.training.session_config import groups_for, read_config
 from gumbel_plugin.training.snapshot import Snapshot, load_state, save_state
 from gumbel_plugin.training.status import Status, status_of
-from gumbel_plugin.training.training_check import TrainingCheck, checked_length, kept_fractions, warn_if_unprepared
-
-_logger = logging.getLogger(__name__)
+from gumbel_plugin.training.training_check import TrainingCheck, checked_length
 
 
 class MaskingSession:
@@ -37,9 +35,9 @@ class MaskingSession:
 
     The verbs, in the order in which a training loop calls them::
 
-        session = MaskingSession(model, config, groups)
+        session = MaskingSession(model, config, example_inputs=x)
         session.start(total_steps)               # attach; say how long the training will be
-        gates = session.optimizers()             # or session.parameter_groups() for an optimizer of your own
+        gates = session.optimizers()             # or session.parameter_groups(yours) for an optimizer of your own
         for x, y in loader:
             loss = session.guard(criterion(model(x), y)) + session.loss()
             ...                                  # backward, step of all optimizers
@@ -58,27 +56,32 @@ class MaskingSession:
     def __init__(
         self,
         model: nn.Module,
-        config: PruningSection,
-        groups: Sequence[ChannelGroup] = (),
-        seed: int = 0,
+        config: PruningSection | ConfigLike,
+        groups: Sequence[ChannelGroup] | None = None,
+        seed: int | None = None,
         plan: Plan | None = None,
         example_inputs: Any = None,
+        snapshot_every: int | None = 50,
     ) -> None:
         """Plan the session; the model is not touched before `start`.
 
         Args:
             model: The plain model.
-            config: What is pruned, by which method and how far.
-            groups: The model's channel groups, needed where a rule removes whole channels.
-            seed: Seeds initial weights and the masks' noise.
+            config: What is pruned, by which method and how far: a section, or a whole configuration (a YAML path, a
+                dict, an NNI config list or a `PruningConfig`).
+            groups: The model's channel groups, where a rule removes whole channels; found here if they are not given.
+            seed: Seeds initial weights and the masks' noise; by default the configuration's, else 0.
             plan: What is gated, where something else than the config list decides it.
-            example_inputs: One batch, for methods that count multiply-accumulates (`PerSample`): a budget
-                shared by several masks is in multiply-accumulates then. Without it, it is in weights.
+            example_inputs: One batch, to find the channel groups with, and for methods that count multiply-accumulates
+                (`PerSample`): a budget shared by several masks is in multiply-accumulates then. Without
+                it, it is in weights.
+            snapshot_every: After how many steps `guard` copies the model's state, to fall back to; None copies nothing.
 
         Raises:
             TargetError: If a rule matches nothing or nothing would be gated.
             LifecycleError: If the model has a session already, or inference mode is on.
-            ConfigError: If the model cannot be gated as it is (see `refuse_unusable`).
+            ConfigError: If the model cannot be gated as it is (see `refuse_unusable`), the configuration breaks a rule,
+                or channels are to go and there is nothing to trace with.
         """
         self.model = refuse_unusable(model, "a masking session")
         self._require_free_model()
@@ -87,16 +90,19 @@ class MaskingSession:
                 "gates that are made in inference mode can have no gradient: make the session outside of "
                 "torch.inference_mode()"
             )
-        self.config = config
-        self.seed = seed
-        self.plan = plan or build_plan(model, config, groups, seed, example_inputs)
-        self.controller = BudgetController(self.plan.budgets, config.budget)
+        self.config, self.seed, own_inputs = read_config(config, seed)
+        if plan is None:
+            inputs = own_inputs if example_inputs is None else example_inputs
+            found = groups_for(model, self.config, inputs) if groups is None else groups
+            plan = build_plan(model, self.config, found, self.seed, inputs)
+        self.plan = plan
+        self.controller = BudgetController(self.plan.budgets, self.config.budget)
         self.total_steps: int | None = None
         self.steps = 0
         self._started = False
         self._frozen: list[nn.Parameter] = []
         self._hooks: SessionHooks | None = None
-        self._snapshot = Snapshot(model)
+        self._snapshot = Snapshot(model, checked_length("snapshot_every", snapshot_every))
         self._check = TrainingCheck(self.gate_parameters(), bool(self.controller.budgets))
 
     # Attaching ----------------------------------------------------------------------------------------------------
@@ -119,7 +125,10 @@ class MaskingSession:
             raise LifecycleError("the session was started before; a new MaskingSession learns new masks")
         self._require_free_model()
         self._started = True
-        self._initialize_weights()
+        generator = torch.Generator().manual_seed(self.seed)
+        for gated in self.plan.gated_layers.values():
+            factor = 1.0 if gated.mask is None else gated.mask.fan_factor
+            initialize_weight(gated.weight, self.config.weight_init, generator, factor)
         self.total_steps = total_steps
         self.attach(hooks=hooks)
         self._enter_phase()
@@ -178,12 +187,18 @@ class MaskingSession:
 
     # Learning -----------------------------------------------------------------------------------------------------
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the gates' and the scales' parameters, each with its learning settings, for an optimizer."""
-        return [
-            {"params": parameters, "lr": settings.lr, "weight_decay": settings.weight_decay}
-            for parameters, settings in self._learned_parameters()
-        ]
+    def parameter_groups(
+        self, optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the gates' and the scales' parameters, each with its learning settings, for an optimizer of yours.
+
+        Args:
+            optimizer: Who will get them, or its class. Where the configured rate is one that only SGD can have (the
+                published 50 of frozen weights) and this is another optimizer, the gates get 0.05, as they do by default
+                with Adam, and a message says so. Without it the configured settings are returned as they are.
+        """
+        fitting = [(parameters, settings_for(own, optimizer)) for parameters, own in self._learned_parameters()]
+        return [{"params": each, "lr": own.lr, "weight_decay": own.weight_decay} for each, own in fitting]
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return what is trained of the network itself, for its own optimizer; nothing if the weights are frozen."""
@@ -202,7 +217,9 @@ class MaskingSession:
         return [make_optimizer(parameters, settings) for parameters, settings in self._learned_parameters()]
 
     def guard(self, loss: Tensor) -> Tensor:
-        """Return a finite loss as it is; remember the model's state now and then.
+        """Return the loss as it is; remember the model's state now and then (see ``snapshot_every``).
+
+        On a CPU it is looked at now, elsewhere some steps later, but before a state is remembered, saved or decided.
 
         Raises:
             NonFiniteLossError: If the loss is NaN or infinite. The model gets its last remembered state back.
@@ -249,25 +266,21 @@ class MaskingSession:
     # The result ---------------------------------------------------------------------------------------------------
 
     def decide(self) -> None:
-        """Fix the hard masks: each scope's budget is met exactly. Says how much the final cut changed.
+        """Fix the hard masks: each budget is met exactly. Logs how much the final cut changed.
 
         Raises:
             LifecycleError: If the session was not started.
+            NonFiniteLossError: If a loss that `guard` got was NaN or infinite.
         """
         self._require_start("decide")
-        changed = total = 0
-        kept = []
+        self._snapshot.check()
         for budget in self.plan.budgets:
             own = {term.name: term.mask.decide(term.weight) for term in budget.terms}
             cut = budget.cut()
-            kept.append((budget, *kept_fractions(budget, list(own.values()), list(cut.values()))))
+            self._check.cut(budget, own, cut)
             for name, hard in cut.items():
-                changed += int((hard != own[name]).sum())
-                total += hard.numel()
                 self.plan.masks[name].fix(hard, self.plan.weight_of(self.plan.masks[name]))
-        self._check.decided(self.steps)
-        warn_if_unprepared(kept, self.steps, self.total_steps)
-        _logger.info("masks decided: the cut changed %d of %d gates (%.3g %%)", changed, total, 100 * changed / total)
+        self._check.decided(self.steps, self.total_steps)
 
     def extract(self) -> Masks:
         """Decide the masks if that is still to be done, write them into the weights, and return them.
@@ -311,6 +324,7 @@ class MaskingSession:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
+        self._snapshot.check()
         return save_state(self.plan, self.controller, self.steps, self.total_steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -321,7 +335,7 @@ class MaskingSession:
         """
         load_state(self.plan, self.controller, state)
         self.steps, self.total_steps = state["steps"], state["total_steps"]
-        self._snapshot = Snapshot(self.model)  # the old one is of another moment
+        self._snapshot.forget()  # it is of another moment
         for mask in self.plan.learned():
             mask.advance(self.progress)
 
@@ -384,12 +398,3 @@ class MaskingSession:
             registered.update(id(mask) for mask in masks)
             gates = Gates(new, gated.scale).to(gated.weight.device).train(self.model.training)
             gated.module.add_module(GATES, gates)
-
-    def _initialize_weights(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
-        for gated in self.plan.gated_layers.values():
-            factor = 1.0 if gated.mask is None else gated.mask.fan_factor
-            initialize_weight(gated.weight, self.config.weight_init, generator, factor)
-
-
-__all__ = ["GATES", "MaskingSession", "Masks", "Status", "make_optimizer", "plain_copy", "remove_gates"]

@@ -35,7 +35,7 @@ def check_session_state(plan: Plan, controller: BudgetController, state: object)
         if other:
             raise TargetError(f"the state is of another plan: mask {shown(other[0])} is in only one of them")
     for name, mask in plan.masks.items():
-        _check_tensors(mask.state_dict(), masks[name], f"masks[{name!r}]")
+        check_tensors(mask.state_dict(), masks[name], f"masks[{name!r}]")
     if any(phase not in _PHASES for phase in phases.values()) or len(set(phases.values())) > 1:
         raise TargetError(f"phases is {shown(dict(phases))}; all masks are in one phase, one of {', '.join(_PHASES)}")
     folded = found["folded"]
@@ -103,7 +103,12 @@ def require_keys(value: object, keys: Sequence[str], what: str) -> Mapping[Any, 
     return value
 
 
-def _check_tensors(own: Mapping[str, Tensor], given: object, what: str) -> None:
+def check_tensors(own: Mapping[str, Tensor], given: object, what: str) -> None:
+    """Refuse what is not a tensor of the same shape and kind for each of one's own.
+
+    Raises:
+        TargetError: With the first one that is missing, unknown or does not fit.
+    """
     found = require_keys(given, list(own), what)
     other = [key for key in found if key not in own]
     if other:

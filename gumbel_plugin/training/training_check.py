@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,19 @@ def checked_length(name: str, value: object) -> int | None:
     return length
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """What the gates of a budget kept of the dense cost by themselves, and what the cut allowed."""
+
+    budget: Budget
+    kept: float
+    allowed: float
+
+    @property
+    def distance(self) -> float:
+        return abs(self.kept - self.allowed)
+
+
 class TrainingCheck:
     """Watches one session's training, from the first step of its mask learning to the decision."""
 
@@ -55,7 +69,9 @@ class TrainingCheck:
         self._before: list[float] = []
         self._has_budget = has_budget
         self._forwards = self._without_gradients = self._losses = 0
-        self._said_loss = False
+        self._warned = False
+        self._cuts: list[_Cut] = []
+        self._changed = self._decided = 0
 
     def forward(self) -> None:
         """Count a forward in train mode while the gates are being learned."""
@@ -70,21 +86,41 @@ class TrainingCheck:
 
     def step(self) -> None:
         """Warn where a step was made whose loss left the budget out."""
-        if self._has_budget and not self._losses and not self._said_loss:
-            self._said_loss = True
+        if self._has_budget and not self._losses and not self._warned:
+            self._warned = True
             _logger.warning(
                 "a training step was made without session.loss(): nothing steers the gates to their sparse_ratio; add "
                 "it to the loss of every step while the masks are learned"
             )
 
-    def decided(self, steps: int) -> None:
-        """Warn where the gates cannot have learned anything.
+    def cut(self, budget: Budget, own: Mapping[str, Tensor], cut: Mapping[str, Tensor]) -> None:
+        """Note what a budget changed when it was cut.
+
+        Args:
+            budget: The budget.
+            own: By mask name, the gates as the method decides them without a budget, bool.
+            cut: The gates as the budget decides them, bool.
+        """
+        usages = [float(budget.usage([gates.float() for gates in each.values()])) for each in (own, cut)]
+        self._cuts.append(_Cut(budget, *usages))
+        self._changed += sum(int((hard != own[name]).sum()) for name, hard in cut.items())
+        self._decided += sum(hard.numel() for hard in cut.values())
+
+    def decided(self, steps: int, total_steps: int | None) -> None:
+        """Warn where the gates cannot have learned anything, or not enough; log what the cut changed.
 
         Args:
             steps: Optimizer steps so far, all phases together.
+            total_steps: Optimizer steps of the whole training, if known.
         """
-        if not self._forwards:
-            return
+        if self._forwards:
+            self._warn_if_nothing_was_learned(steps)
+        self._warn_if_far(steps, total_steps)
+        share = 100 * self._changed / self._decided
+        _logger.info("masks decided: the cut changed %d of %d gates (%.3g %%)", self._changed, self._decided, share)
+        self._cuts, self._changed, self._decided = [], 0, 0  # a training may go back to before its decision
+
+    def _warn_if_nothing_was_learned(self, steps: int) -> None:
         if not steps:
             _logger.warning(
                 "the masks are decided after %d training forwards, but session.step() was never called: the schedules "
@@ -102,41 +138,25 @@ class TrainingCheck:
                 "session.parameter_groups() to yours, or step those of session.optimizers()"
             )
 
+    def _warn_if_far(self, steps: int, total_steps: int | None) -> None:
+        """Warn where the cut changed much of what the gates had kept."""
+        steered = [
+            cut for cut in self._cuts if cut.budget.ratio is not None and not cut.budget.method.manages_own_sparsity
+        ]
+        far = [cut for cut in steered if cut.distance > max(_FAR * cut.allowed, _NOTICEABLE)]
+        if not far:
+            return
+        worst = max(far, key=lambda cut: cut.distance)
+        of = "" if total_steps is None else f" of {total_steps}"
+        _logger.warning(
+            "masks decided at step %d%s far from the budget: the gates of %s had kept %.3g %% of the dense cost, the "
+            "budget is %.3g %%, and the cut did the rest, for which the network was not trained%s. What usually helps: "
+            "more steps of mask learning, a higher learning rate of the gates (pruning.gate_optimizer.lr), a smaller "
+            "pruning.budget.ramp",
+            steps, of, shown(worst.budget.name), 100 * worst.kept, 100 * worst.allowed,
+            f" ({len(far)} of {len(steered)} budgets are far)" if len(steered) > 1 else "",
+        )  # fmt: skip
+
     def _sums(self) -> list[float]:
         """Return what shows without a copy whether the gates moved; torch counts no changes by fused optimizers."""
         return [float(parameter.detach().sum(dtype=torch.float64)) for parameter in self._gates]
-
-
-def kept_fractions(budget: Budget, own: Sequence[Tensor], cut: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the fraction of a scope's dense cost that its gates keep by themselves, and after the cut.
-
-    Args:
-        scope: The budget.
-        own: Each member's gates as the method decides them without a budget, bool.
-        cut: Each member's gates as the budget decides them, bool.
-    """
-    return float(budget.usage([gates.float() for gates in own])), float(budget.usage([gates.float() for gates in cut]))
-
-
-def warn_if_unprepared(budgets: Sequence[tuple[Budget, float, float]], steps: int, total_steps: int | None) -> None:
-    """Warn where the cut changed much of what the gates had kept: the network was not trained for what it became.
-
-    Args:
-        budgets: Budgets, each with the fraction that its gates kept by themselves, and after the cut.
-        steps: Optimizer steps so far.
-        total_steps: Optimizer steps of the whole training, if known.
-    """
-    steered = [entry for entry in budgets if entry[0].ratio is not None and not entry[0].method.manages_own_sparsity]
-    far = [entry for entry in steered if abs(entry[1] - entry[2]) > max(_FAR * entry[2], _NOTICEABLE)]
-    if not far:
-        return
-    budget, kept, allowed = max(far, key=lambda entry: abs(entry[1] - entry[2]))
-    of = "" if total_steps is None else f" of {total_steps}"
-    _logger.warning(
-        "masks decided at step %d%s far from the budget: the gates of %s had kept %.3g %% of the dense cost, the "
-        "budget is %.3g %%, and the cut did the rest, for which the network was not trained%s. What usually helps: "
-        "more steps of mask learning, a higher learning rate of the gates (pruning.gate_optimizer.lr), a smaller "
-        "pruning.budget.ramp",
-        steps, of, shown(budget.name), 100 * kept, 100 * allowed,
-        f" ({len(far)} of {len(steered)} budgets are far)" if len(steered) > 1 else "",
-    )  # fmt: skip

@@ -94,6 +94,37 @@ def test_resumed_from_the_trainers_own_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
+class Watching(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    """Notes what the gated model returns in eval mode, as it is saved."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, torch.Tensor] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.eval()
+        with torch.no_grad():
+            self.outputs[state.global_step] = model(**EXAMPLE).logits
+        model.train()
+
+
+def test_checkpoints_hold_the_plain_masked_model(tmp_path: Path) -> None:
+    watching = Watching()
+    callbacks = [GumbelPruningCallback({**CONFIG, "seed": 1}, EXAMPLE), watching]
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer = transformers.Trainer(bert(), arguments(tmp_path, **options), train_dataset=data(), callbacks=callbacks)
+    trainer.train()
+    for step, outputs in watching.outputs.items():  # learning, then fixed
+        folder = tmp_path / f"checkpoint-{step}"
+        plain, report = transformers.BertForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert not report["unexpected_keys"]
+        assert not report["missing_keys"]
+        with torch.no_grad():
+            assert torch.equal(plain.eval()(**EXAMPLE).logits, outputs)
+    closed = (plain.bert.encoder.layer[1].output.dense.weight == 0).all(0)
+    assert int(closed.sum()) == 12
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_a_checkpoint_without_the_gates(tmp_path: Path) -> None:
     train(tmp_path, GumbelPruningCallback(CONFIG, EXAMPLE), save_strategy="steps", save_steps=3)
     checkpoint = tmp_path / "checkpoint-3"
@@ -132,7 +163,7 @@ def test_a_training_that_failed_can_be_taken_back(tmp_path: Path) -> None:
 
 
 def test_before_the_training() -> None:
-    with pytest.raises(LifecycleError, match="train with this callback first"):
+    with pytest.raises(LifecycleError, match="there are no masks yet"):
         GumbelPruningCallback(CONFIG).shrink()
 
 
@@ -155,8 +186,21 @@ class TestBestCheckpoint:
         trainer.train()
 
     def test_of_a_denser_network_warns(self, tmp_path: Path) -> None:
-        with pytest.warns(UserWarning, match=r"has loaded .*checkpoint-4, written when the masks were not decided"):
+        with pytest.warns(UserWarning, match=r"has loaded .*checkpoint-4, written after step 4, when the masks"):
             self.train(tmp_path, best_epoch=1)
+
+    def test_its_own_gates_are_decided(self, tmp_path: Path) -> None:
+        """The best weights go with the gates of that moment, not with those that were learned later."""
+        pruning = GumbelPruningCallback({"pruning": {"config_list": RULES, "budget": {"ramp": 0.2}}}, EXAMPLE)
+        self.train(tmp_path, best_epoch=2, callback=pruning)
+        stopped = GumbelPruningCallback({"pruning": {"config_list": RULES, "budget": {"ramp": 0.2}}}, EXAMPLE)
+        resumed = transformers.Trainer(bert(), arguments(tmp_path), train_dataset=data(), callbacks=[stopped])
+        resumed.args.max_steps = 8  # over where the best checkpoint was written
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+        assert pruning.masks is not None
+        assert stopped.masks is not None
+        for name, targets in pruning.masks.items():
+            assert torch.equal(targets["weight"], stopped.masks[name]["weight"])
 
     def test_of_the_final_masks_is_fine(self, tmp_path: Path) -> None:
         with warnings.catch_warnings():

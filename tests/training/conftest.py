@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gumbel_plugin.config import PruningConfig, PruningSection
 from gumbel_plugin.training.session import MaskingSession
@@ -48,6 +48,32 @@ def element_session(pruning: Callable[..., PruningSection]) -> Callable[..., Mas
         return session
 
     return start
+
+
+@pytest.fixture
+def train_gates() -> Callable[..., list[float]]:
+    """Return the function that trains a started session's model and its gates; it returns the task's losses.
+
+    It is the loop of docs/training_loops.md: one loss, one backward, all optimizers, the session's step.
+    """
+
+    def train(
+        session: MaskingSession, task: Callable[[], Tensor], steps: int, weights: torch.optim.Optimizer | None = None
+    ) -> list[float]:
+        optimizers = [*([weights] if weights is not None else []), *session.optimizers()]
+        losses = []
+        for _ in range(steps):
+            loss = session.guard(task())
+            losses.append(loss.item())
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            (loss + session.loss()).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            session.step()
+        return losses
+
+    return train
 
 
 @pytest.fixture

@@ -81,17 +81,15 @@ def ask(session: MaskingSession, inputs: Tensor) -> tuple[Tensor, dict[str, Tens
     return outputs, {name: votes[0] for name, votes in found.items() if votes is not None}
 
 
-def learn(session: MaskingSession, inputs: Tensor, steps: int = 3) -> None:
-    parameters = [p for name, p in session.model.named_parameters() if GATES not in name]
-    optimizers = [torch.optim.SGD(parameters, 0.01), *session.optimizers()]
-    for _ in range(steps):
-        loss = session.guard(session.model(inputs).square().mean() + session.loss())
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        session.step()
+@pytest.fixture
+def learn(train_gates: Any) -> Callable[..., None]:
+    """Return a function that trains weights and gates to shrink the outputs."""
+
+    def run(session: MaskingSession, inputs: Tensor, steps: int = 3) -> None:
+        weights = torch.optim.SGD(session.weight_parameters(), 0.01)
+        train_gates(session, lambda: session.model(inputs).square().mean(), steps, weights)
+
+    return run
 
 
 # Each sample's own gates --------------------------------------------------------------------------------------------
@@ -265,7 +263,7 @@ def test_the_loss_of_a_session_is_usage_and_polarisation() -> None:
 
 
 @pytest.mark.slow
-def test_the_losses_lead_to_the_budget_and_to_agreement() -> None:
+def test_the_losses_lead_to_the_budget_and_to_agreement(train_gates: Any) -> None:
     """With nothing else to learn, the gates close what they must, and every sample agrees."""
     model = resnet()
     session = block_session(
@@ -273,16 +271,7 @@ def test_the_losses_lead_to_the_budget_and_to_agreement() -> None:
     )
     session.start(300)
     disagree(session)
-    optimizers = session.optimizers()
-    for _ in range(300):
-        model(IMAGES)
-        loss = session.loss()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        session.step()
+    train_gates(session, lambda: 0.0 * model(IMAGES).sum(), 300)
     set_consensus_from(session, [IMAGES])
     assert session.status().sparsity == 0.5
     agreement = measure_agreement(session, [IMAGES])
@@ -312,7 +301,7 @@ def test_an_evaluation_sees_the_consensus_and_the_extracted_network_is_it() -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9])
-def test_the_cut_of_blocks_is_exact_and_extraction_changes_nothing(ratio: float) -> None:
+def test_the_cut_of_blocks_is_exact_and_extraction_changes_nothing(ratio: float, learn: Any) -> None:
     model = resnet()
     keys = list(model.state_dict())
     session = block_session(model, ratio)
@@ -339,7 +328,7 @@ def test_the_cut_of_blocks_is_exact_and_extraction_changes_nothing(ratio: float)
 
 @pytest.mark.parametrize("name", ["residual", "concat", "flatten_linear", "no_bn"])
 def test_the_cut_of_channels_is_exact_and_extraction_changes_nothing(
-    name: str, make_network: Any, channel_session: Any
+    name: str, make_network: Any, channel_session: Any, learn: Any
 ) -> None:
     network = make_network(name, torch.float64)
     keys, inputs = list(network.model.state_dict()), network.batch(8)
@@ -355,7 +344,7 @@ def test_the_cut_of_channels_is_exact_and_extraction_changes_nothing(
         assert int(mask.hard.sum()) == mask.shape[0] - mask.shape[0] // 2
 
 
-def test_masks_of_blocks_travel(tmp_path: Any) -> None:
+def test_masks_of_blocks_travel(tmp_path: Any, learn: Any) -> None:
     model = resnet()
     session = block_session(model)
     session.start(10)
@@ -375,7 +364,7 @@ def test_masks_of_blocks_travel(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["channel", "block"])
-def test_agreement_is_counted_sample_by_sample(kind: str, make_network: Any, channel_session: Any) -> None:
+def test_agreement_is_counted_sample_by_sample(kind: str, make_network: Any, channel_session: Any, learn: Any) -> None:
     if kind == "block":
         model, inputs = resnet(), IMAGES
         session = block_session(model)
@@ -436,7 +425,7 @@ def test_nothing_to_ask() -> None:
 
 
 @pytest.mark.slow
-def test_a_session_goes_on_from_its_state() -> None:
+def test_a_session_goes_on_from_its_state(learn: Any) -> None:
     model, resumed_model = resnet(), resnet()
     session, resumed = block_session(model), block_session(resumed_model)
     session.start(20)
@@ -454,7 +443,7 @@ def test_a_session_goes_on_from_its_state() -> None:
         assert torch.equal(mask.batches, resumed.plan.masks[name].batches)
 
 
-def test_a_copy_made_while_learning_computes_the_same_and_goes_its_own_way() -> None:
+def test_a_copy_made_while_learning_computes_the_same_and_goes_its_own_way(learn: Any) -> None:
     model = resnet()
     session = block_session(model)
     session.start(20)

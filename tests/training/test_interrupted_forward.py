@@ -136,12 +136,16 @@ def test_an_input_that_is_gated_next_meets_the_weight_itself(monkeypatch: pytest
 
 def test_a_checkpoint_holds_the_plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Sometimes()
-    loop = MaskingLoop(model, [{"op_names": ["first"], "granularity": "element", "sparse_ratio": 0.5}])
+    plain = set(model.state_dict())
+    rules = [{"op_names": ["first"], "granularity": "element", "sparse_ratio": 0.5}]
+    loop = MaskingLoop(MaskingSession(model, rules))
     loop.start(10)
-    expected = loop.plain_state()
+    loop.keep_checkpoints_plain()
+    expected = copy.deepcopy(model.state_dict())
+    assert set(expected) == plain
     with interrupted(monkeypatch, KeyboardInterrupt):
         model(X)
-    for name, tensor in loop.plain_state().items():
+    for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name])
 
 

@@ -21,7 +21,7 @@ from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.masks.reparametrization import soft_gate
 from gumbel_plugin.masks.weight_dependent import WeightDependent
 from gumbel_plugin.storage.mask_format import Masks
-from gumbel_plugin.training.session import MaskingSession, make_optimizer
+from gumbel_plugin.training.session import MaskingSession
 
 FILTERS = [1, -1, -1, -1]
 
@@ -99,26 +99,18 @@ def build(case: Case) -> nn.Sequential:
     return case.network()
 
 
-def learn(model: nn.Module, session: MaskingSession, steps: int, until: int | None = None) -> list[float]:
-    """Train the weights that are not frozen, and the gates; return the task's losses."""
-    session.start(steps)
-    inputs, labels = points()
-    gates = {id(p) for p in [*session.gate_parameters(), *session.scale_parameters()]}
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in gates]
-    optimizers = session.optimizers()
-    if weights:
-        optimizers.append(make_optimizer(weights, OptimizerConfig(name="adam", lr=0.01)))
-    losses = []
-    for _ in range(steps if until is None else until):
-        task = session.guard(F.cross_entropy(model(inputs), labels))
-        losses.append(task.item())
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        (task + session.loss()).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        session.step()
-    return losses
+@pytest.fixture
+def learn(train_gates: Any) -> Callable[..., list[float]]:
+    """Return a function that trains the weights that are not frozen, and the gates; it returns the task's losses."""
+
+    def run(model: nn.Module, session: MaskingSession, steps: int, until: int | None = None) -> list[float]:
+        session.start(steps)
+        inputs, labels = points()
+        weights = session.weight_parameters()
+        optimizer = torch.optim.Adam(weights, 0.01) if weights else None
+        return train_gates(session, lambda: F.cross_entropy(model(inputs), labels), until or steps, optimizer)
+
+    return run
 
 
 @torch.no_grad()
@@ -150,7 +142,9 @@ def test_every_method_is_here() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, 0.83])
-def test_the_budget_is_met_exactly_and_the_extracted_network_is_the_masked_one(case: Case, ratio: float) -> None:
+def test_the_budget_is_met_exactly_and_the_extracted_network_is_the_masked_one(
+    case: Case, ratio: float, learn: Any
+) -> None:
     model = build(case)
     session = case.session(model, ratio)
     learn(model, session, 20)
@@ -175,8 +169,8 @@ def test_the_budget_is_met_exactly_and_the_extracted_network_is_the_masked_one(c
 
 
 @pytest.mark.slow
-def test_the_loss_falls(case: Case) -> None:
-    """The hard network that comes out solves the problem, or at least, where nothing is learned about it, did before."""
+def test_the_loss_falls(case: Case, learn: Any) -> None:
+    """The hard network that comes out solves the problem, or did before where nothing is learned about it."""
     model = build(case)
     session = case.session(model, 0.5, phases={} if "weights" in case.keys else {"fixed": 0.25})
     losses = learn(model, session, 240)
@@ -189,7 +183,7 @@ def test_the_loss_falls(case: Case) -> None:
 
 
 @pytest.mark.slow
-def test_the_seed_decides(case: Case) -> None:
+def test_the_seed_decides(case: Case, learn: Any) -> None:
     """The same seed learns the same mask whatever the global random state; another one samples other gates."""
     results = []
     for seed, state in ((0, 1), (0, 2), (1, 1)):
@@ -207,7 +201,7 @@ def test_the_seed_decides(case: Case) -> None:
 
 
 @pytest.mark.slow
-def test_a_session_goes_on_from_its_state(case: Case) -> None:
+def test_a_session_goes_on_from_its_state(case: Case, learn: Any) -> None:
     """The next sample, the next budget loss and the masks are those of the session that was not interrupted."""
     model, resumed_model = build(case), build(case)
     session, resumed = case.session(model), case.session(resumed_model, seed=1)
@@ -283,7 +277,7 @@ def test_a_global_reparametrisation_has_the_published_budget_loss() -> None:
 
 
 @pytest.mark.slow
-def test_a_reparametrised_network_comes_down_to_its_budget() -> None:
+def test_a_reparametrised_network_comes_down_to_its_budget(learn: Any) -> None:
     """Nothing is left for the final cut to change: that is what the budget loss is for."""
     model = build(CASES["reparametrization"])
     session = CASES["reparametrization, global"].session(model, 0.9)
@@ -296,7 +290,7 @@ def test_a_reparametrised_network_comes_down_to_its_budget() -> None:
     assert (evaluated(model).argmax(1) == before.argmax(1)).float().mean() > 0.97
 
 
-def test_reparametrised_weights_stay_what_they_are_when_the_masks_are_decided() -> None:
+def test_reparametrised_weights_stay_what_they_are_when_the_masks_are_decided(learn: Any) -> None:
     model = build(CASES["reparametrization"])
     session = CASES["reparametrization"].session(model, 0.0)
     learn(model, session, 5)
@@ -305,7 +299,7 @@ def test_reparametrised_weights_stay_what_they_are_when_the_masks_are_decided() 
     assert torch.equal(model(points()[0]), soft)
 
 
-def test_the_floors_train_dense_until_the_masks_are_fixed() -> None:
+def test_the_floors_train_dense_until_the_masks_are_fixed(learn: Any) -> None:
     for method in ("magnitude", "random"):
         model = build(CASES[method])
         session = CASES[method].session(model, 0.75, phases={"fixed": 0.5})

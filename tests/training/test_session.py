@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.config import OptimizerConfig
-from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
+from gumbel_plugin.config import OptimizerConfig, PruningConfig
+from gumbel_plugin.errors import ConfigError, LifecycleError, NonFiniteLossError, TargetError
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.training.session import MaskingSession, make_optimizer
+from gumbel_plugin.training.optimizers import make_optimizer
+from gumbel_plugin.training.session import MaskingSession
+from gumbel_plugin.training.snapshot import Snapshot
 
 METHOD_A = OptimizerConfig(name="sgd", lr=50.0, momentum=0.9)  # Dupont et al. 2022
 
@@ -231,6 +233,71 @@ def test_the_state_is_remembered_now_and_then(mlp: Any, element_session: Any) ->
     assert bool((model[0].bias == 100).all())
 
 
+def test_no_state_is_remembered_where_nobody_wants_it(mlp: Any) -> None:
+    model = mlp(4, 8, 3)
+    rules = [{"op_types": ["Linear"], "granularity": "element", "sparse_ratio": 0.5}]
+    session = MaskingSession(model, rules, snapshot_every=None)
+    session.start(10)
+    session.guard(torch.tensor(1.0))
+    with torch.no_grad():
+        model[0].bias.fill_(7.0)
+    with pytest.raises(NonFiniteLossError, match=r"at step 0; no state was remembered \(snapshot_every=None\)"):
+        session.guard(torch.tensor(math.nan))
+    assert bool((model[0].bias == 7).all())
+    with pytest.raises(ConfigError, match="snapshot_every = 0"):
+        MaskingSession(mlp(4, 8, 3), rules, snapshot_every=0)
+
+
+def test_losses_that_are_looked_at_together() -> None:
+    """As on an accelerator, where every look waits: the first bad loss is named, and no bad state remembered."""
+    layer = nn.Linear(2, 2)
+    snapshot = Snapshot(layer, every=6, waiting=4)
+    snapshot.take(0)
+    good = layer.weight.detach().clone()
+    for step, loss in enumerate([1.0, 1.0, 1.0, 1.0, 1.0, math.inf]):
+        snapshot.guard(torch.tensor(loss), step)
+        with torch.no_grad():
+            layer.weight.fill_(loss)
+    with pytest.raises(NonFiniteLossError, match="became inf at step 5; the model keeps its state at step 0"):
+        snapshot.guard(torch.tensor(1.0), 6)  # whose state would be remembered
+    assert torch.equal(layer.weight, good)
+    snapshot.guard(torch.tensor(math.nan), 3)
+    with pytest.raises(NonFiniteLossError, match="at step 3"):
+        snapshot.check()
+
+
+def test_a_bad_loss_is_seen_before_anything_is_decided_or_saved(mlp: Any, element_session: Any) -> None:
+    for verb in ("decide", "state_dict"):
+        session = element_session(mlp(4, 8, 3))
+        session._snapshot._waiting = 10  # as on an accelerator
+        session.guard(torch.tensor(math.nan))
+        with pytest.raises(NonFiniteLossError):
+            getattr(session, verb)()
+
+
+# Configurations -----------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_configuration_brings_its_seed(mlp: Any) -> None:
+    rules = [{"op_types": ["Linear"], "granularity": "element"}]
+    config = {"pruning": {"config_list": rules}, "seed": 7}
+    assert MaskingSession(mlp(4, 8, 3), config).plan.noise.seed == 7
+    assert MaskingSession(mlp(4, 8, 3), PruningConfig.load(config)).seed == 7
+    assert MaskingSession(mlp(4, 8, 3), config, seed=2).plan.noise.seed == 2
+    assert MaskingSession(mlp(4, 8, 3), rules).seed == 0
+
+
+def test_channel_groups_are_found_where_they_are_not_given(mlp: Any) -> None:
+    rules = [{"op_names": ["0"], "sparse_ratio": 0.5}]
+    for session in (
+        MaskingSession(mlp(4, 8, 3), rules, example_inputs=torch.zeros(2, 4)),
+        MaskingSession(mlp(4, 8, 3), {"pruning": {"config_list": rules}, "example_shape": [2, 4]}),
+    ):
+        assert [mask.shape for mask in session.plan.masks.values()] == [(8,)]
+    with pytest.raises(ConfigError, match="needs inputs to trace the model with: pass example_inputs="):
+        MaskingSession(mlp(4, 8, 3), rules)
+
+
 # Masks from outside -------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +372,24 @@ def test_parameters_are_handed_out_with_their_settings(mlp: Any, element_session
     assert [group["lr"] for group in groups] == [50.0, 1e-3]
     registered = {id(p) for n, p in session.model.named_parameters() if GATES in n}
     assert registered == {id(p) for group in groups for p in group["params"]}
+
+
+def test_settings_follow_the_optimizer_that_will_use_them(
+    mlp: Any, element_session: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rate 50 of frozen weights is SGD's: Adam would throw the gates about with it."""
+    session = element_session(mlp(4, 8, 3), rescale="learned", weights="frozen")
+    assert [group["lr"] for group in session.parameter_groups(torch.optim.SGD)] == [50.0, 1e-3]
+    assert not caplog.text
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    for group in session.parameter_groups(optimizer):
+        optimizer.add_param_group(group)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 0.05, 1e-3]
+    assert "for AdamW they get 0.05" in caplog.text
+    session.parameter_groups()
+    assert "pass the optimizer that will use it" in caplog.text
+    trained = element_session(mlp(4, 8, 3))
+    assert [group["lr"] for group in trained.parameter_groups(torch.optim.RMSprop)] == [0.05]
 
 
 @pytest.mark.parametrize(

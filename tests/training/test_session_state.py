@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gumbel_plugin.config import PruningConfig
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.training.agreement import measure_agreement, set_consensus_from
-from gumbel_plugin.training.loop import MaskingLoop
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_torch_pruning import find_groups
 
@@ -71,14 +70,14 @@ class TestStates:
 
     def test_the_length_may_be_told_later(self) -> None:
         rules = [{"op_types": ["Linear"], "granularity": "element"}]
-        loop = MaskingLoop(layer(), {"pruning": {"config_list": rules, "phases": {"dense": 0.5}}})
-        loop.start(None)
-        assert loop.session.status().phase == "learning"
-        loop.session.expect(10)
-        assert loop.session.status().phase == "open"
+        session = MaskingSession(layer(), {"pruning": {"config_list": rules, "phases": {"dense": 0.5}}})
+        session.start(None)
+        assert session.status().phase == "learning"
+        session.expect(10)
+        assert session.status().phase == "open"
         for _ in range(5):
-            loop.session.step()
-        assert loop.session.status().phase == "learning"
+            session.step()
+        assert session.status().phase == "learning"
 
 
 class TestLimits:

@@ -111,7 +111,7 @@ def test_a_loop_that_calls_parts_of_the_model_gets_new_samples_too(group_session
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rescale", ["none", "learned", "dynamic"])
-def test_method_a_learns_with_frozen_weights(rescale: str, mlp: Any, element_session: Any) -> None:
+def test_method_a_learns_with_frozen_weights(rescale: str, mlp: Any, element_session: Any, train_gates: Any) -> None:
     """Dupont et al. 2022: an untrained network, its weights frozen, is trained by choosing among them alone."""
     torch.manual_seed(0)
     inputs = torch.randn(400, 10)
@@ -124,15 +124,7 @@ def test_method_a_learns_with_frozen_weights(rescale: str, mlp: Any, element_ses
         return float((network.eval()(inputs).argmax(1) == labels).float().mean())
 
     before = accuracy(model)
-    optimizers = session.optimizers()
-    for _ in range(150):
-        loss = session.guard(nn.functional.cross_entropy(model.train()(inputs), labels)) + session.loss()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        session.step()
+    train_gates(session, lambda: nn.functional.cross_entropy(model.train()(inputs), labels), 150)
     after = accuracy(model)
     assert before < 0.7
     assert after > 0.9
@@ -145,7 +137,7 @@ def test_method_a_learns_with_frozen_weights(rescale: str, mlp: Any, element_ses
 
 
 @pytest.mark.slow
-def test_channels_are_learnt_with_their_weights_down_to_the_ratio(mlp: Any, pruning: Any) -> None:
+def test_channels_are_learnt_with_their_weights_down_to_the_ratio(mlp: Any, pruning: Any, train_gates: Any) -> None:
     """Half of the inputs say nothing: three quarters of the hidden units go, and the task is still learned."""
     torch.manual_seed(0)
     inputs = torch.randn(400, 10)
@@ -156,15 +148,7 @@ def test_channels_are_learnt_with_their_weights_down_to_the_ratio(mlp: Any, prun
     session = MaskingSession(model, config, find_groups(model, inputs[:2]))
     weights = torch.optim.Adam(model.parameters(), lr=0.02)
     session.start(300)
-    optimizers = [weights, *session.optimizers()]
-    for _ in range(300):
-        loss = session.guard(nn.functional.cross_entropy(model(inputs), labels)) + session.loss()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        session.step()
+    train_gates(session, lambda: nn.functional.cross_entropy(model(inputs), labels), 300, weights)
     session.extract()
     session.detach()
     assert int((model[2].weight == 0).all(0).sum()) == 30

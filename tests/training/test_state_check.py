@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import LifecycleError, TargetError
 from gumbel_plugin.shrinking.pruned_file import save_pruned
 from gumbel_plugin.training.loop import MaskingLoop
+from gumbel_plugin.training.session import MaskingSession
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
@@ -22,7 +23,7 @@ def trained(steps: int = 3, width: int = 8, **pruning: Any) -> MaskingLoop:
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
     rules = [{"op_types": ["Linear"], "granularity": "element", "sparse_ratio": 0.5}]
     pruning = {"rescale": "learned", "gate_optimizer": {"name": "adam", "lr": 0.1}, **pruning}
-    loop = MaskingLoop(model, {"pruning": {"config_list": rules, **pruning}})
+    loop = MaskingLoop(MaskingSession(model, {"pruning": {"config_list": rules, **pruning}}))
     loop.start(10)
     for _ in range(steps):
         model(X).square().mean().backward()

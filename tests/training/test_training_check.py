@@ -40,10 +40,13 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_training_that_reaches_its_budget_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_that_reaches_its_budget_warns_of_nothing(
+    train_gates: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     session = planned(gate_optimizer={"name": "adam", "lr": 0.3}, budget={"ramp": 0.5})
     session.start(200)
-    train(session, 200)
+    weights = torch.optim.SGD(session.weight_parameters(), 0.01)
+    train_gates(session, lambda: session.model(X).square().mean(), 200, weights)
     session.extract()
     assert warnings(caplog) == []
 
