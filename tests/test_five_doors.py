@@ -19,9 +19,12 @@ from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from gumbel_lightning import GumbelPruning
 from gumbel_plugin import GumbelGroupPruner, GumbelPruner, MaskingSession
+from gumbel_plugin.layers.geometry import is_matrix, layer_channels
 from gumbel_plugin.runs.run_config import TrainingConfig
 from gumbel_plugin.runs.train import fit
+from gumbel_plugin.sparsity.latency import LatencyTable, LayerGrid
 from gumbel_plugin.storage.mask_format import Masks
+from gumbel_plugin.training import metric_budgets
 from gumbel_plugin.training.loop import MaskingLoop
 
 BATCH, EPOCHS = 16, 6
@@ -29,7 +32,7 @@ X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 Y = X[:, :3].argmax(1)
 EXAMPLE = X[:2]
 STEPS = EPOCHS * len(X) // BATCH
-METRICS: list[str | None] = [None, "weights", "channels", "macs", "parameters"]
+METRICS: list[str | None] = [None, "weights", "channels", "macs", "parameters", "latency"]
 """What `pruning.budget` counts; None: each entry's own `sparse_ratio`."""
 
 
@@ -223,6 +226,18 @@ def _trainers_may_warn() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _every_door_reads_one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each door find the same latencies: measured anew, they would differ by noise, and so would the masks."""
+
+    def steady(model: nn.Module, inputs: Any) -> LatencyTable:
+        layers = {name: layer_channels(layer) for name, layer in model.named_modules() if is_matrix(layer)}
+        grids = {name: LayerGrid((1, n), (1, m), ((0.1, 0.3), (0.3, 1.0))) for name, (n, m) in layers.items()}
+        return LatencyTable("steady", grids, 0.1)
+
+    monkeypatch.setattr(metric_budgets, "measure_table", steady)
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -19,7 +19,7 @@ from gumbel_plugin.training.gated_layer import ColumnGates, GatedLayer
 
 
 class SampleHooks(Attached):
-    """Hooks that let a gated layer's masks gate each sample by itself: a layer's input channels, or a block's whole branch.
+    """Hooks by which masks gate each sample by itself: a layer's input channels, or a block's whole branch.
 
     A block's gate acts at the output of its branch's last layer in every phase, decided or not, so that the layer's
     bias is gated with its weight.

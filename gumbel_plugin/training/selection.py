@@ -32,7 +32,8 @@ def select_modules(
     chosen = {name: module for name, module in modules.items() if _selected(name, module, rule)}
     if not chosen:
         raise TargetError(
-            f"config_list entry {shown(rule.model_dump(exclude_defaults=True))} selects no module: its keys exclude each other"
+            f"config_list entry {shown(rule.model_dump(exclude_defaults=True))} selects no module: its keys exclude each "
+            "other"
         )
     whole = {group.name for group in groups} if rule.structured else set()
     for name, module in chosen.items():
