@@ -144,8 +144,8 @@ def close_half(model: nn.Module, groups: Sequence[ChannelGroup], seed: int) -> d
     session.start()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for logit in session.gate_parameters():
-            logit.copy_(torch.randn(logit.shape, generator=generator))
+        for mask in session.plan.masks.values():
+            mask.logit.copy_(torch.randn(mask.shape, generator=generator))
     masks = session.extract()
     session.detach()
     return masks

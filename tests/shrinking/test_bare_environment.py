@@ -19,6 +19,8 @@ from torch import nn
 
 from gumbel_plugin import load_pruned, save_pruned, shrink
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 OLD_FILE = ROOT / "tests" / "data" / "written_by_0_1_0" / "small.safetensors"
 
