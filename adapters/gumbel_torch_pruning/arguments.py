@@ -30,7 +30,7 @@ _SWITCHES = ("global_pruning", "isomorphic", "prune_num_heads", "prune_head_dims
 _FUNCTIONS = ("importance", "iterative_pruning_ratio_scheduler", "forward_fn", "output_transform")
 
 
-def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
+def check_arguments(target: str, arguments: Mapping[str, Any], pruning: PruningSection, inexact: bool) -> None:
     """Check what can be checked without the model.
 
     Raises:
@@ -69,9 +69,11 @@ def check_arguments(target: str, arguments: Mapping[str, Any]) -> None:
         function = arguments.get(name, len)
         if not callable(function) and not (function is None and name != "iterative_pruning_ratio_scheduler"):
             raise ConfigError(f"{name} = {shown(function)}: must be a function")
+    if pruning.config_list:
+        _check_config_list(pruning, target, inexact, arguments)
 
 
-def check_config_list(pruning: PruningSection, target: str, inexact: bool, arguments: Mapping[str, Any]) -> None:
+def _check_config_list(pruning: PruningSection, target: str, inexact: bool, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that say once more what a config list says already: what is gated, and how much of it goes.
 
     Raises:

@@ -13,12 +13,15 @@ from torch import nn
 
 from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.graph.attention_heads import kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.graph.tracing import calling
 from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
 from gumbel_plugin.sparsity.cost_budget import CostBudget
-from gumbel_plugin.sparsity.latency import LatencyTable
+from gumbel_plugin.sparsity.latency import LatencyTable, measure_table
 from gumbel_plugin.training.metric_budgets import cost_model
 from gumbel_plugin.training.plan import Plan
+from gumbel_plugin.training.planner import build_plan
 
 _logger = logging.getLogger(__name__)
 
@@ -132,6 +135,36 @@ def budget_of(pruner: Any, groups: Sequence[ChannelGroup], step: int) -> GroupBu
         dense_cost=pruner._dense_cost,
         table=pruner._table,
     )
+
+
+def gated_groups(pruner: Any) -> list[ChannelGroup]:
+    """Return the groups of a `GumbelGroupPruner` of which something may go: exact ones, unless their ratio is 0.
+
+    Heads stay unless ``prune_num_heads`` says otherwise.
+    """
+    allowed = ("exact", "inexact") if pruner._inexact else ("exact",)
+    modules = dict(pruner.model.named_modules())
+    groups = [
+        group
+        for group in pruner._groups
+        if group.safety in allowed and (group.name in pruner._heads or kind_of(modules[group.name]) is None)
+    ]
+    if pruner._target != "channels":
+        return groups
+    ratios = rank(pruner, groups, pruner._heads, -1).ratios
+    return [group for group in groups if ratios[group.name] > 0]
+
+
+def plan_step(pruner: Any, step: int, pruning: PruningSection) -> Plan:
+    """Plan the gates of a `GumbelGroupPruner`'s step; -1 is the last one."""
+    groups = gated_groups(pruner)
+    model, inputs = pruner.model, pruner.example_inputs
+    with calling(model, pruner._forward, inputs):
+        if pruning.config_list:
+            return build_plan(model, pruning, pruner._groups, pruner._seed, inputs)
+        if pruner._target == "latency" and pruner._table is None:
+            pruner._table = measure_table(model, inputs)
+        return plan_groups(model, pruning, groups, budget_of(pruner, groups, step), inputs, pruner._seed)
 
 
 def why_not(groups: Sequence[ChannelGroup]) -> str:

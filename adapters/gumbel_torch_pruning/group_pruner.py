@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from gumbel_plugin.config import ConfigLike, PruningSection
 from gumbel_plugin.errors import LifecycleError, TargetError
-from gumbel_plugin.graph.attention_heads import kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import DependencyGroups, mark_outputs
 from gumbel_plugin.graph.history import replay
@@ -27,23 +26,15 @@ from gumbel_plugin.graph.tracing import Structure, calling, catch_up, shared_par
 from gumbel_plugin.graph.transaction import restored_on_error
 from gumbel_plugin.layers.example_inputs import call_model, dtype_of, inputs_following
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.sparsity.latency import LatencyTable, measure_table
+from gumbel_plugin.sparsity.latency import LatencyTable
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gate_gradients import GateGradNormalizer
 from gumbel_plugin.training.loop import MaskingLoop
-from gumbel_plugin.training.plan import Plan, carried_over
-from gumbel_plugin.training.planner import build_plan
+from gumbel_plugin.training.plan import carried_over
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.session_config import read_config
-from gumbel_torch_pruning.arguments import (
-    check_arguments,
-    check_config_list,
-    check_graph,
-    check_model,
-    forward_of,
-    own_copies,
-)
-from gumbel_torch_pruning.group_budgets import Target, budget_of, plan_groups, rank, why_not
+from gumbel_torch_pruning.arguments import check_arguments, check_graph, check_model, forward_of, own_copies
+from gumbel_torch_pruning.group_budgets import Target, gated_groups, plan_step, why_not
 from gumbel_torch_pruning.importance import GateImportance
 from gumbel_torch_pruning.named_layers import with_layers
 
@@ -111,14 +102,12 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             TargetError: If a layer that an argument names is not in the graph, or nothing can be gated.
             LifecycleError: If the model has gates already.
         """
-        check_arguments(target, {"importance": importance, **arguments})
+        self._settings, self._seed, _ = read_config(PruningSection() if pruning is None else pruning, seed)
+        check_arguments(target, {"importance": importance, **arguments}, self._settings, inexact)
         check_model(model)
         arguments = with_layers(arguments, model)
         self.example_inputs = example_inputs
         self._dtype = dtype_of(model)
-        self._settings, self._seed, _ = read_config(PruningSection() if pruning is None else pruning, seed)
-        if self._settings.config_list:
-            check_config_list(self._settings, target, inexact, arguments)
         self._target, self._inexact, self._table = target, inexact, latency_table
         self._total_steps = total_steps
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
@@ -143,19 +132,16 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             check_graph(self, arguments)
             self._original = {group.name: group.size for group in self._groups}
             self._require_gated_groups()
-            self._gated = {group.name for group in self._gated_groups()}
-            self._record = Record(model, self._gated_groups())
+            self._gated = {group.name for group in gated_groups(self)}
+            self._record = Record(model, gated_groups(self))
             if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
-                self._plan(-1, self._settings)
+                plan_step(self, -1, self._settings)
             self._attach()
 
     # Training -----------------------------------------------------------------------------------------------------
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Return the gates' parameters (and scales), for a parameter group of the user's optimizer.
-
-        Where the configuration has a ``gate_optimizer``, that one steps them, and yours finds no gradient.
-        """
+        """Return the gates' parameters (and scales) for the user's optimizer; a configured one steps them by itself."""
         return [*self.session.gate_parameters(), *self.session.scale_parameters()]
 
     def update_regularizer(self) -> None:
@@ -243,7 +229,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             kept = self._changes.kept()
             left = {name: units_left(self.model, group, kept) for name, group in plan.groups.items()}
             self._removed(history + dependency.history(left))
-            if self.current_step < self.iterative_steps and self._gated_groups():
+            if self.current_step < self.iterative_steps and gated_groups(self):
                 self._attach()
             removed = {name: torch.nonzero(~stayed).flatten() for name, stayed in left.items()}
             for gates in carried_over(plan, self.session.plan if self._attached else None, removed):
@@ -392,7 +378,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         settings = self._settings
         if step > 1:  # weights that were learned are not initialized again
             settings = settings.model_copy(update={"weight_init": "keep"})
-        plan = self._plan(step, settings)
+        plan = plan_step(self, step, settings)
         self._dense_cost = self._dense_cost or plan.budgets[0].total
         self.session = MaskingSession(self.model, settings, seed=self._seed, plan=plan)
         self._loop = MaskingLoop(self.session, steps_gates=settings.gate_optimizer is not None)
@@ -404,35 +390,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self._own_importance:
             self.importance = GateImportance(self.session)
 
-    def _plan(self, step: int, settings: PruningSection) -> Plan:
-        """Plan the gates of a step; -1 is the last one."""
-        groups = self._gated_groups()
-        with calling(self.model, self._forward, self.example_inputs):
-            if settings.config_list:
-                return build_plan(self.model, settings, self._groups, self._seed, self.example_inputs)
-            if self._target == "latency" and self._table is None:
-                self._table = measure_table(self.model, self.example_inputs)
-            return plan_groups(
-                self.model, settings, groups, budget_of(self, groups, step), self.example_inputs, self._seed
-            )
-
     def _detach(self) -> None:
         self._loop.detach()
         self._attached = False
 
-    def _gated_groups(self) -> list[ChannelGroup]:
-        """Return the groups of which something may go: exact ones, unless their ratio is 0."""
-        allowed = ("exact", "inexact") if self._inexact else ("exact",)
-        groups = [group for group in self._groups if group.safety in allowed and self._may_go(group)]
-        if self._target == "channels":
-            ratios = rank(self, groups, self._heads, -1).ratios
-            groups = [group for group in groups if ratios[group.name] > 0]
-        return groups
-
     def _require_gated_groups(self) -> None:
-        if not self._gated_groups():
+        if not gated_groups(self):
             raise TargetError(f"no dependency group of this model can be gated: {why_not(self._groups)}")
-
-    def _may_go(self, group: ChannelGroup) -> bool:
-        """Whether the arguments let units of a group go: heads stay unless ``prune_num_heads`` says otherwise."""
-        return group.name in self._heads or kind_of(self.model.get_submodule(group.name)) is None
