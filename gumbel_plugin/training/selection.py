@@ -31,10 +31,8 @@ def select_modules(
     _check_words(modules, rule)
     chosen = {name: module for name, module in modules.items() if _selected(name, module, rule)}
     if not chosen:
-        raise TargetError(
-            f"config_list entry {shown(rule.model_dump(exclude_defaults=True))} selects no module: its keys exclude each "
-            "other"
-        )
+        entry = shown(rule.model_dump(exclude_defaults=True))
+        raise TargetError(f"config_list entry {entry} selects no module: its keys exclude each other")
     whole = {group.name for group in groups} if rule.structured else set()
     for name, module in chosen.items():
         if not blocks and name not in whole and not isinstance(getattr(module, "weight", None), Tensor):
