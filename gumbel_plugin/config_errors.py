@@ -24,12 +24,14 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     lines: list[str] = []
     items = error.errors(include_url=False)
     for item in items:
-        path = [part for part in item["loc"] if not _is_alternative(part)]
+        unknown = item["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+        keys = item["loc"][:-1] if unknown else item["loc"]  # the last one is as the user wrote it, brackets and all
+        path = [part for part in keys if not _is_alternative(part)] + list(item["loc"][len(keys) :])
         key = shorten(prefix + ".".join(str(part) for part in path), 160)
         scalar = item["loc"] and item["loc"][-1] in _SCALARS
         if scalar and isinstance(item["input"], dict | list | tuple) and (lines or item is not items[-1]):
             continue  # "a number or a schedule" was given a mapping: what is wrong with the schedule is enough
-        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        if unknown:
             lines.append(f"{key}: unknown key{nearest(str(path[-1]), _fields_at(model, path[:-1]))}")
         elif item["type"] == "missing":
             lines.append(f"{key}: required, but missing")

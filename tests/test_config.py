@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,10 @@ def test_sections_do_not_change() -> None:
     attempt: Callable[[], None] = lambda: setattr(config, "seed", 3)  # noqa: E731
     with pytest.raises(ValueError, match="frozen"):
         attempt()
+
+
+@pytest.mark.parametrize("key", ["s[eed", "str", "pruning[0]"])
+def test_an_unknown_key_is_named_whatever_it_looks_like(key: str) -> None:
+    """Names of pydantic's own, of which an alternative was tried, look like these."""
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)}: unknown key"):
+        RunConfig.load({"pruning": {}, key: 0})

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import nni
 import pytest
 import torch
-from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from gumbel_lightning import GumbelPruning
-from gumbel_plugin import GumbelGroupPruner, GumbelPruner, MaskingSession
+from gumbel_plugin import GumbelGroupPruner, MaskingSession
 from gumbel_plugin.layers.geometry import is_matrix, layer_channels
 from gumbel_plugin.runs.run_config import TrainingConfig
 from gumbel_plugin.runs.train import fit
@@ -94,6 +92,12 @@ def by_a_run(config: dict[str, Any], folder: Path) -> Result:
 
 
 def by_nni(config: dict[str, Any], folder: Path) -> Result:
+    pytest.importorskip("nni")
+    import nni
+    from nni.compression import TorchEvaluator
+
+    from gumbel_plugin import GumbelPruner
+
     model = Network()
 
     def train(model: nn.Module, optimizer: Any, step: Any, lr: Any, steps: int | None, epochs: int | None) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gumbel_plugin import GumbelPruner, PruningConfig
+from gumbel_plugin import PruningConfig
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.runs.run_config import DataConfig, RunConfig
 
@@ -47,6 +47,9 @@ def test_a_wrong_key_of_a_run_is_an_error(section: str) -> None:
 @pytest.mark.parametrize("inputs", [None, torch.ones(2, 1, 8, 8)], ids=["inputs of the data", "own inputs"])
 @pytest.mark.parametrize("section", ["data", "training"])
 def test_a_pruner_finds_it_before_it_trains(section: str, inputs: torch.Tensor | None) -> None:
+    pytest.importorskip("nni")
+    from gumbel_plugin import GumbelPruner
+
     values, message = WRONG[section]
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     before = model[1].weight.detach().clone()
