@@ -71,6 +71,11 @@ def check_arguments(target: str, arguments: Mapping[str, Any], pruning: PruningS
             raise ConfigError(f"{name} = {shown(function)}: must be a function")
     if pruning.config_list:
         _check_config_list(pruning, target, inexact, arguments)
+    elif pruning.budget.given:
+        raise ConfigError(
+            "pruning.budget says how much goes, but pruning.config_list is empty: name the layers there, or say it by "
+            "target= and pruning_ratio="
+        )
 
 
 def _check_config_list(pruning: PruningSection, target: str, inexact: bool, arguments: Mapping[str, Any]) -> None:
