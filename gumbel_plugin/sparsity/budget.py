@@ -101,7 +101,7 @@ class Budget:
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
-        if name == "ratio":  # the masks of some methods follow it at every forward
+        if name in ("ratio", "constant"):  # the masks of some methods follow it at every forward
             for term in self.terms:
                 self._sync(term)
 
@@ -111,8 +111,15 @@ class Budget:
         self._sync(term)
 
     def _sync(self, term: BudgetTerm) -> None:
-        bounds = term.min_ratio, term.max_ratio
-        term.mask.sparsity = None if self.ratio is None else min(max(self.ratio, bounds[0]), bounds[1])
+        ratio = self.of_gated(self.ratio)
+        term.mask.sparsity = None if ratio is None else min(max(ratio, term.min_ratio), term.max_ratio)
+
+    def of_gated(self, ratio: float | None) -> float | None:
+        """Return a fraction of everything that is counted as a fraction of what has gates."""
+        if not ratio or not self.constant:
+            return ratio
+        gated = sum(term.units * term.cost for term in self.terms)
+        return min(1.0, ratio * (gated + self.constant) / gated)
 
     @property
     def method(self) -> BudgetedMask:

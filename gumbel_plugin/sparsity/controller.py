@@ -177,7 +177,7 @@ def _own_loss(budget: Budget) -> Tensor | None:
     first = masks[0]
     if budget.ratio is None or not isinstance(first, HasBudgetLoss):
         return None
-    return first.budget_loss(masks, weights, budget.achievable, budget.usage)
+    return first.budget_loss(masks, weights, budget.of_gated(budget.achievable) or 0.0, budget.usage)
 
 
 def _at_least(values: Tensor, lowest: Tensor) -> Tensor:

@@ -126,3 +126,16 @@ def test_macs_need_inputs(make_network: Any) -> None:
     with pytest.raises(ConfigError, match="pass example_inputs"):
         MaskingSession(network.model, config.pruning, list(network.groups().values()))
     assert torch.is_grad_enabled()
+
+
+def test_methods_that_manage_their_sparsity_get_the_fraction_of_what_has_gates(make_network: Any) -> None:
+    network = make_network("no_bn")
+    entry = {"op_names": ["0"], "granularity": "element"}
+    pruning = {"config_list": [entry], "budget": {"metric": "parameters", "ratio": 0.2}, "method": "edge_popup"}
+    config = PruningConfig.load({"pruning": pruning})
+    session = MaskingSession(network.model, config.pruning, example_inputs=network.inputs)
+    (mask,), removed = session.plan.masks.values(), 0.2 * count_parameters(network.model)
+    assert mask.sparsity == pytest.approx(removed / mask.hard.numel())
+    session.start()
+    session.decide()
+    assert int((~mask.hard).sum()) == round(removed)
