@@ -244,6 +244,7 @@ def _every_door_reads_one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metric_budgets, "measure_table", steady)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("granularity", ["out_channel", "element"])
 @pytest.mark.parametrize("metric", METRICS)

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import nni
-import torch
 from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 
 from gumbel_plugin.config import ConfigLike, PruningConfig
 from gumbel_plugin.runs.run_config import RunConfig
+from gumbel_plugin.training.optimizers import family_and_arguments
 from gumbel_plugin.training.session import MaskingSession
-
-_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluator:
@@ -50,11 +48,10 @@ def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluato
             step(batch, model).backward()
             optimizer.step()
 
-    settings = resolved.training.optimizer
-    options = settings.model_dump(include={"lr", "weight_decay", *(["momentum"] if settings.name == "sgd" else [])})
+    family, arguments = family_and_arguments(resolved.training.optimizer)
     return TorchEvaluator(
         training_func,
-        nni.trace(_OPTIMIZERS[settings.name])(model.parameters(), **options),
+        nni.trace(family)(model.parameters(), **arguments),
         training_step,
         dummy_input=next(iter(train))[0][:2],
         evaluating_func=lambda model: evaluate(model, test, resolved.training.loss),
@@ -94,8 +91,6 @@ def train_from_config(
     from gumbel_plugin.runs.train import fit, loaders
 
     resolved = RunConfig.load(config)
-    training = (
-        resolved.training if max_epochs is None else resolved.training.model_copy(update={"max_epochs": max_epochs})
-    )
+    training = resolved.training.model_copy(update={} if max_epochs is None else {"max_epochs": max_epochs})
     train, validation, _ = loaders(resolved)
     fit(model, session, training, train, validation, max_steps=max_steps, hooks=False)

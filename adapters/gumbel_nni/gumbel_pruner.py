@@ -22,12 +22,11 @@ from gumbel_nni.compat.messages import check_compressor, check_evaluator, check_
 from gumbel_nni.compat.stacking import masks_of, weight_space
 from gumbel_nni.compat.training_length import PlannedSteps
 from gumbel_nni.compat.unwrapping import GATED_LAYER, unwrapped_copy, wrappers_of
-from gumbel_nni.config_evaluator import epochs_of
+from gumbel_nni.config_evaluator import epochs_of, train_from_config
 from gumbel_nni.pruner_arguments import inputs_to_trace, load_config, nni_entries
 from gumbel_nni.sparsity_targets import SparsityTargets
 from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, LifecycleError
-from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.layers.model_check import WRAPPER, refuse_wrapped
 from gumbel_plugin.layers.weights import register_weight_holder
 from gumbel_plugin.masks.base import Phase
@@ -35,7 +34,6 @@ from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
-from gumbel_plugin.training.planner import needs_groups
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.training_check import checked_length
 
@@ -110,8 +108,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         self.config = load_config(learned)
         self._example_inputs = inputs_to_trace(self.config, evaluator, example_inputs)
         pruning, inputs = self.config.pruning, self._example_inputs
-        groups = find_groups(model, inputs) if needs_groups(pruning) else []
-        self.session = MaskingSession(model, pruning, groups, self.config.seed, example_inputs=inputs)
+        self.session = MaskingSession(model, pruning, seed=self.config.seed, example_inputs=inputs)
         # What a scheduler of NNI's sets: every so many steps, and how often, it changes the sparse ratios.
         self.interval_steps = -1
         self.total_times = 1
@@ -183,19 +180,14 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         if self.evaluator is not None:
             super().compress(max_steps, max_epochs)
         elif self.config.data is not None:
-            self._compress_from_config(max_steps, max_epochs)
+            train_from_config(self.bound_model, self.session, self.config, max_steps, max_epochs)
+            self._take_over_masks()
         else:
             raise ConfigError(
                 "masks are learned, so something must train: pass evaluator= (an NNI evaluator), or a configuration "
                 "with a data section"
             )
         return self.bound_model, self.get_masks()
-
-    def _compress_from_config(self, max_steps: int | None, max_epochs: int | None) -> None:
-        from gumbel_nni.config_evaluator import train_from_config
-
-        train_from_config(self.bound_model, self.session, self.config, max_steps, max_epochs)
-        self._take_over_masks()
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
         self._fusion_compress(max_steps, max_epochs)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from nni.compression.base import config as nni_config
 from nni.compression.utils import Evaluator
 
 from gumbel_nni.compat.messages import complaints
+from gumbel_nni.config_evaluator import first_inputs
 from gumbel_plugin.config import ConfigLike, PruningConfig, PruningSection
 from gumbel_plugin.config_list import LayerRule
 from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.sparsity.types import Unstructured, granularity_of
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.planner import needs_groups
+from gumbel_plugin.training.session_config import read_config
 
 
 def load_config(config: ConfigLike) -> PruningConfig:
@@ -39,14 +40,13 @@ def inputs_to_trace(config: PruningConfig, evaluator: Evaluator | None, given: A
     """Return what to trace the model with, from the first of the four places that has it."""
     if given is not None:
         return given
-    if config.example_shape is not None:
-        return torch.randn(config.example_shape, generator=torch.Generator().manual_seed(config.seed))
+    shaped = read_config(config, None)[2]
+    if shaped is not None:
+        return shaped
     dummy = evaluator.get_dummy_input() if evaluator is not None else None
     if dummy is not None:
         return dummy
     if config.data is not None:
-        from gumbel_nni.config_evaluator import first_inputs
-
         return first_inputs(config)
     if needs_groups(config.pruning):
         raise ConfigError(

@@ -33,8 +33,8 @@ class Ranking:
     """Which groups are ranked together, and how much of each goes; by group name.
 
     Attributes:
-        scopes: What a group calls the scope that it shares; a group that is not in it is ranked alone.
-        ratios: The fraction of each group, or of its scope, to remove.
+        budgets: By group name, the name of the budget that it shares; a group that is not in it is ranked alone.
+        ratios: The fraction of each group, or of its budget, to remove.
     """
 
     budgets: Mapping[str, str]
@@ -223,7 +223,7 @@ def _channel_budgets(terms: Sequence[BudgetTerm], asked: GroupBudget) -> list[Bu
 
 
 def _within_limits(budget: Budget, wanted: float, original: int) -> float:
-    """Return how many units of a scope go: as many as wanted, or as its groups' limits let go, with a warning.
+    """Return how many units of a budget go: as many as wanted, or as its groups' limits let go, with a warning.
 
     Raises:
         ConfigError: If nothing was removed yet and there are more groups than units that would stay.

@@ -25,7 +25,6 @@ from gumbel_plugin.graph.removal import closed_units
 from gumbel_plugin.graph.tracing import Structure, calling, catch_up, shared_parts, traceable
 from gumbel_plugin.graph.transaction import restored_on_error
 from gumbel_plugin.layers.example_inputs import call_model, dtype_of, inputs_following
-from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.latency import LatencyTable
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gate_gradients import GateGradNormalizer
@@ -33,6 +32,7 @@ from gumbel_plugin.training.loop import MaskingLoop
 from gumbel_plugin.training.plan import carried_over
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.session_config import read_config
+from gumbel_plugin.training.status import hard_gates
 from gumbel_torch_pruning.arguments import check_arguments, check_graph, check_model, forward_of, own_copies
 from gumbel_torch_pruning.group_budgets import Target, gated_groups, plan_step, why_not
 from gumbel_torch_pruning.importance import GateImportance
@@ -117,19 +117,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._dense_cost = 0.0
         self._own_importance = importance is None
         with restored_on_error(model):
-            with (
-                calling(model, self._forward, example_inputs),
-                traceable(model, example_inputs, own_attention=bool(arguments.get("num_heads"))),
-            ):
-                super().__init__(
-                    model,
-                    example_inputs,
-                    importance or tp.importance.RandomImportance(),
-                    forward_fn=call_model,
-                    output_transform=mark_outputs,
-                    **own_copies(arguments, model),
-                )
-            check_graph(self, arguments)
+            self._build_graph(model, importance or tp.importance.RandomImportance(), arguments)
             self._original = {group.name: group.size for group in self._groups}
             self._require_gated_groups()
             self._gated = {group.name for group in gated_groups(self)}
@@ -137,6 +125,22 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
                 plan_step(self, -1, self._settings)
             self._attach()
+
+    def _build_graph(self, model: nn.Module, importance: Any, arguments: Mapping[str, Any]) -> None:
+        """Let Torch-Pruning read its arguments and trace the model, and check what it made of them."""
+        with (
+            calling(model, self._forward, self.example_inputs),
+            traceable(model, self.example_inputs, own_attention=bool(arguments.get("num_heads"))),
+        ):
+            super().__init__(
+                model,
+                self.example_inputs,
+                importance,
+                forward_fn=call_model,
+                output_transform=mark_outputs,
+                **own_copies(arguments, model),
+            )
+        check_graph(self, arguments)
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -284,10 +288,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._loop.after_step()
         if self.current_step or self._record.kept or not self._attached:
             return self._record.masks(self.model)
-        if self.session.phase is Phase.FIXED:
-            return self.session.masks()
-        hard = {m.name: m.mask.decide(m.weight) for budget in self.session.plan.budgets for m in budget.terms}
-        return self.session.masks(hard)
+        terms = [term for budget in self.session.plan.budgets for term in budget.terms]
+        return self.session.masks({term.name: hard_gates(term) for term in terms})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later: gates, schedules and what was pruned so far."""
@@ -336,9 +338,9 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise LifecycleError("this pruner pruned something already; replay a history on the unpruned network")
         with restored_on_error(self):
             self._detach()
-            heads = self._dependency.heads
+            dependency = self._dependency  # read before anything is removed
             with tracked(self.model) as self._changes:
-                replay(self.model, self.DG, heads, pruning_history)
+                replay(self.model, self.DG, dependency.heads, pruning_history)
             self._removed(copy.deepcopy(list(pruning_history)))
             self.current_step = self.iterative_steps
 
@@ -374,8 +376,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _attach(self) -> None:
         """Attach the gates of the next step."""
-        step = self.current_step + 1
-        settings = self._settings
+        step, settings = self.current_step + 1, self._settings
         if step > 1:  # weights that were learned are not initialized again
             settings = settings.model_copy(update={"weight_init": "keep"})
         plan = plan_step(self, step, settings)

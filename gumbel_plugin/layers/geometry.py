@@ -16,11 +16,6 @@ def input_channels(layer: nn.Module) -> int:
     return channels
 
 
-def input_dimension(layer: nn.Module) -> int:
-    """Return the dimension of a layer's weight that runs over its input channels."""
-    return 0 if getattr(layer, "transposed", False) else 1
-
-
 def layer_channels(layer: nn.Module) -> tuple[int, int]:
     """Return how many input and output channels a layer has; of a normalization both are the same."""
     for before, after in (("in_channels", "out_channels"), ("in_features", "out_features")):
@@ -73,6 +68,11 @@ def output_dimension(layer: nn.Module) -> int | None:
         return 1
     # (in, out / groups, ...): the outputs of all groups share dimension 1, unless every channel is a group of its own.
     return 0 if is_depthwise(layer) else None
+
+
+def input_dimension(layer: nn.Module) -> int:
+    """Return the dimension of a layer's weight that runs over its input channels."""
+    return 0 if is_transposed(layer) else 1
 
 
 def rows_view(layer: nn.Module, rows: Tensor) -> Tensor:

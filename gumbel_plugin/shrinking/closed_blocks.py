@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from gumbel_plugin.graph.record import note_removed, removed_blocks
 from gumbel_plugin.graph.residual_blocks import ResidualBlock, residual_block
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +56,3 @@ def _is_zero(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor):
         return False
     return not any(bool(parameter.detach().any()) for parameter in module.parameters(recurse=False))
-
-
-__all__ = ["find_closed_blocks", "note_removed", "remove_closed_blocks", "removed_blocks"]

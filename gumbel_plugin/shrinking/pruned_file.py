@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, nearest, shown
-from gumbel_plugin.graph.record import kept_of, note_kept
+from gumbel_plugin.graph.record import kept_of, note_kept, removed_blocks
 from gumbel_plugin.graph.residual_blocks import residual_block
 from gumbel_plugin.layers import compact_attention
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.layers.weights import modules_with_gates
-from gumbel_plugin.shrinking.closed_blocks import removed_blocks
 from gumbel_plugin.storage.json_form import read_json
 from gumbel_plugin.storage.tensor_file import DIGEST, read_tensors, require_digest, write_tensors
 from gumbel_plugin.storage.versions import VERSION

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import TargetError, nearest
 from gumbel_plugin.graph.dependency_groups import DependencyGroups
-from gumbel_plugin.graph.record import find_kept, kept_after, kept_of, note_kept
+from gumbel_plugin.graph.record import find_kept, kept_after, kept_of, note_kept, note_removed
 from gumbel_plugin.layers.example_inputs import ExampleInputs, checked_inputs, random_inputs_like
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.layers.precision import dtypes_of, round_to
 from gumbel_plugin.layers.weights import how_to_keep_weights, plain_copy
-from gumbel_plugin.shrinking.closed_blocks import note_removed, remove_closed_blocks
+from gumbel_plugin.shrinking.closed_blocks import remove_closed_blocks
 from gumbel_plugin.shrinking.equivalence import compare
 from gumbel_plugin.shrinking.folded_constants import fold_constants
 from gumbel_plugin.shrinking.merged_constants import merge_constants

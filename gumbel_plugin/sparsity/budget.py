@@ -86,8 +86,8 @@ class Budget:
     """Masks that share one budget: a layer, a dependency group, or the whole network.
 
     Attributes:
-        name: What the scope is called in messages.
-        members: Its masks.
+        name: What it is called in messages.
+        terms: Its masks.
         ratio: The fraction of its weights to remove, None where the gates decide by themselves.
         threshold: Without a ratio: a unit stays if its P(keep) is at least this.
         constant: The cost of what is counted too, but has no gates.
@@ -164,7 +164,7 @@ class Budget:
 
     @property
     def achievable(self) -> float:
-        """The fraction to remove as far as the members' limits let it; 0 without a ratio."""
+        """The fraction to remove as far as the terms' limits let it; 0 without a ratio."""
         limits = [term.prunable_range() for term in self.terms]
         lowest, highest = (
             sum(m.cost * limit[end] for m, limit in zip(self.terms, limits, strict=True)) for end in (0, 1)
@@ -188,13 +188,13 @@ class Budget:
         return hard + (soft - soft.detach())
 
     def usage(self, gates: Sequence[Tensor]) -> Tensor:
-        """Return the fraction of the dense cost that stays under gates (soft or hard), one tensor a member."""
+        """Return the fraction of the dense cost that stays under gates (soft or hard), one tensor a term."""
         shares = [g.sum() * (term.cost / self.total) for g, term in zip(gates, self.terms, strict=True)]
         return sum(shares[1:], start=shares[0]) + self.constant / self.total
 
     @torch.no_grad()
     def cut(self) -> dict[str, Tensor]:
-        """Return the hard gates of every member, bool, that meet the ratio exactly (or the threshold, without one).
+        """Return the hard gates of every term, bool, that meet the ratio exactly (or the threshold, without one).
 
         Units go in the order of their scores, the lowest first, until what is gone reaches the ratio: ⌊ratio · units⌋
         of them where all units cost the same; otherwise the cost may pass the ratio by less than one unit.

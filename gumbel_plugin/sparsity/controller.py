@@ -62,7 +62,7 @@ _FASTEST = 0.05  # beyond it the gates of small groups overshoot
 
 
 class BudgetController:
-    """Steers every scope to its ratio with a Lagrange multiplier, along a falling target.
+    """Steers every budget to its ratio with a Lagrange multiplier, along a falling target.
 
     loss = Σ μ·v + ρ·v², v = log density − log target; μ ← μ + η·v after every step; beyond |v| = ½ the square goes on
     as a straight line, and μ follows v no faster. Both signs of v count, so gates that were closed too far open again.
@@ -81,7 +81,7 @@ class BudgetController:
         self._violations: Tensor | None = None
 
     def targets(self, progress: float) -> list[float]:
-        """Return each scope's target density at this progress of the mask learning.
+        """Return each budget's target density at this progress of the mask learning.
 
         It falls by constant factors rather than by constant amounts, faster at first (Zhu and Gupta's cubic, in log
         density): from 2 % to 0.2 % is as far as from 20 % to 2 %, and must not happen within a few steps at the end.

@@ -45,10 +45,7 @@ class Widths:
     @classmethod
     def of(cls, model: nn.Module, groups: Mapping[str, ChannelGroup]) -> Widths:
         """Return the widths of every layer that some of the groups reads or computes."""
-        sides = [
-            (part.module, side) for g in groups.values() for side in (0, 1) for part in (g.consumers, g.producers)[side]
-        ]
-        layers = list(dict.fromkeys(name for name, _ in sides))
+        layers = list(dict.fromkeys(part.module for g in groups.values() for part in (*g.consumers, *g.producers)))
         place = {name: number for number, name in enumerate(layers)}
         channels = [layer_channels(model.get_submodule(name)) for name in layers]
         full = torch.tensor([before for before, _ in channels] + [after for _, after in channels], dtype=torch.float64)

@@ -60,8 +60,7 @@ def cost_model(
         ConfigError: If there are no inputs to count with.
         TargetError: If the table is of another network.
     """
-    if example_inputs is None and metric != "parameters":
-        raise ConfigError(f"budget.metric {metric!r} needs inputs to count with: pass example_inputs=")
+    _require_inputs(metric, example_inputs)
     if metric == "latency":
         return latency_cost(model, plan.groups, table or measure_table(model, example_inputs))
     return count_cost(model, plan.groups, example_inputs, metric)
@@ -95,9 +94,8 @@ def _of_network(
         what = "zeros inside of a weight save no time" if metric == "latency" else "some entries remove whole channels"
         raise ConfigError(f"budget.metric {metric!r}: {what}; give all entries the granularity 'out_channel'")
     total = float(count_parameters(model))
+    _require_inputs(metric, example_inputs)
     if metric == "macs":
-        if example_inputs is None:
-            raise ConfigError("budget.metric 'macs' needs inputs to count with: pass example_inputs=")
         macs = macs_of_layers(model, example_inputs)
         total = float(macs.total)
         for term in terms:
@@ -105,6 +103,11 @@ def _of_network(
             term.cost *= macs.of(term.name) / (1.0 if weight is None else weight.numel())
     gated = sum(term.units * term.cost for term in terms)
     return Budget(name, list(terms), ratio, constant=max(0.0, total - gated))
+
+
+def _require_inputs(metric: str, example_inputs: Any) -> None:
+    if example_inputs is None and metric != "parameters":
+        raise ConfigError(f"budget.metric {metric!r} needs inputs to count with: pass example_inputs=")
 
 
 def _require_channels(plan: Plan, term: BudgetTerm) -> None:

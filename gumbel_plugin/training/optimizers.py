@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -20,10 +20,16 @@ _NORMALIZED = OptimizerConfig(name="adam", lr=0.05)
 
 def make_optimizer(parameters: Sequence[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
     """Build an optimizer from its configuration."""
+    family, arguments = family_and_arguments(settings)
+    return family(parameters, **arguments)
+
+
+def family_and_arguments(settings: OptimizerConfig) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]:
+    """Return the class of an optimizer and its keyword arguments, for those who build it themselves."""
+    arguments = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.name == "sgd":
-        return torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
-    family = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return family(parameters, settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.SGD, {**arguments, "momentum": settings.momentum}
+    return (torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW), arguments
 
 
 def settings_for(

@@ -222,7 +222,7 @@ class _Builder:
         return self.plan.finish(budgets)
 
     def _join_budget(self, rule: LayerRule, term: BudgetTerm, together: str | None = None) -> None:
-        """Give a member its budget: its own, or one shared by `global_group_id` or by what belongs `together`."""
+        """Give a mask its budget: its own, or one shared by `global_group_id` or by what belongs `together`."""
         term.max_ratio = 1.0 if rule.max_sparse_ratio is None else rule.max_sparse_ratio
         term.min_ratio = rule.min_sparse_ratio or 0.0
         shared = rule.global_group_id

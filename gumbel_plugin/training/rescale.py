@@ -18,7 +18,7 @@ Rescale = Literal["none", "learned", "dynamic"]
 def initialize_weight(
     weight: Tensor, how: WeightInit, generator: torch.Generator | None = None, fan_factor: float = 1.0
 ) -> None:
-    """Initialise a weight in place before its mask is learned.
+    """Initialize a weight in place before its mask is learned.
 
     Args:
         weight: A convolution's or linear layer's weight; one of a single dimension (a normalization's) is left.

@@ -72,9 +72,8 @@ class MaskingSession:
             groups: The model's channel groups, where a rule removes whole channels; found here if they are not given.
             seed: Seeds initial weights and the masks' noise; by default the configuration's, else 0.
             plan: What is gated, where something else than the config list decides it.
-            example_inputs: One batch, to find the channel groups with, and for methods that count multiply-accumulates
-                (`PerSample`): a budget shared by several masks is in multiply-accumulates then. Without
-                it, it is in weights.
+            example_inputs: One batch: to find the channel groups with, for budgets of MACs or latency, and for methods
+                whose units cost multiply-accumulates where they are known, and else weights (`PerSample`).
             snapshot_every: After how many steps `guard` copies the model's state, to fall back to; None copies nothing.
 
         Raises:
@@ -279,7 +278,8 @@ class MaskingSession:
             cut = budget.cut()
             self._check.cut(budget, own, cut)
             for name, hard in cut.items():
-                self.plan.masks[name].fix(hard, self.plan.weight_of(self.plan.masks[name]))
+                mask = self.plan.masks[name]
+                mask.fix(hard, self.plan.weight_of(mask))
         self._check.decided(self.steps, self.total_steps)
 
     def extract(self) -> Masks:
@@ -316,11 +316,11 @@ class MaskingSession:
             TargetError: If masks do not fit the model, hold anything but 0 and 1, or disagree within a group.
         """
         decided = decisions_of(self.plan, dict(self.model.named_modules()), masks)
-        for name, mask in self.plan.masks.items() if decided else ():
+        for mask in self.plan.masks.values() if decided else ():
             if id(mask) in decided:
-                mask.fix(decided[id(mask)], self.plan.weight_of(self.plan.masks[name]))
+                mask.fix(decided[id(mask)], self.plan.weight_of(mask))
             elif mask.phase is not Phase.FIXED:
-                mask.fix(torch.ones(mask.shape), self.plan.weight_of(self.plan.masks[name]))
+                mask.fix(torch.ones(mask.shape), self.plan.weight_of(mask))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""

@@ -352,6 +352,7 @@ def test_speedup_leaves_modes_and_statistics_alone(monkeypatch: pytest.MonkeyPat
     assert (model.training, model[0].out_features) == (True, 3)
 
 
+@pytest.mark.slow
 def test_an_nni_that_does_not_work_here_is_one_error_and_costs_nothing_else(tmp_path: Path) -> None:
     """NNI imports typeguard; where that is not to be had, nothing but the adapter is lost."""
     program = """

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gumbel_nni import GumbelPruner
 from gumbel_plugin import verify_equivalence
+from gumbel_plugin.graph.record import removed_blocks
 from gumbel_plugin.runs.models import CifarResNet
-from gumbel_plugin.shrinking.closed_blocks import removed_blocks
 
 pytestmark = pytest.mark.slow
 

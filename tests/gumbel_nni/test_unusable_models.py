@@ -30,6 +30,7 @@ def test_a_model_that_is_wrapped_too_early_is_refused_and_left_alone(use: str, k
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, in kinds that differ by release
 @pytest.mark.parametrize("kind", UNUSABLE)
 @pytest.mark.parametrize("use", USES)

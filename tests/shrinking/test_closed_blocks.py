@@ -12,8 +12,9 @@ from torch import nn
 
 from gumbel_plugin import shrink, verify_equivalence
 from gumbel_plugin.errors import DataError
+from gumbel_plugin.graph.record import removed_blocks
 from gumbel_plugin.runs.models import build_model
-from gumbel_plugin.shrinking.closed_blocks import find_closed_blocks, remove_closed_blocks, removed_blocks
+from gumbel_plugin.shrinking.closed_blocks import find_closed_blocks, remove_closed_blocks
 from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
 from gumbel_plugin.sparsity.counting import count_macs
 

@@ -355,6 +355,7 @@ def test_a_sparse_convnet_shrinks_exactly(seed: int, density: float, padding: in
     torch.testing.assert_close(small(inputs), model(inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @settings(quick, max_examples=2)
 @given(st.integers(0, 10**6), st.floats(0.05, 0.3))
 def test_both_engines_agree(by_nni: Any, seed: int, density: float) -> None:

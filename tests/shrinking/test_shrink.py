@@ -76,6 +76,7 @@ def test_the_small_network_computes_what_the_gated_one_did(
             assert layer.bias.shape == (int(kept.sum()),)
 
 
+@pytest.mark.slow
 def test_both_engines_give_the_same_network(by_nni: Any, network_name: str, masked: Any) -> None:
     network, masks, _ = masked(network_name)
     first, second = (shrink(network.model, masks, network.inputs, engine=each) for each in (None, by_nni))

@@ -171,6 +171,7 @@ def test_exactly_two_of_every_four_inputs_stay(method: str, network: str, tmp_pa
         assert torch.equal(targets["weight"], masks[name]["weight"])
 
 
+@pytest.mark.slow
 def test_the_gates_are_steered_to_the_density() -> None:
     """Before any cut: the budget is not met by the projection alone."""
     _, session = learned("gumbel_softmax", "mlp", steps=300)

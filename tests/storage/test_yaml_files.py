@@ -36,6 +36,7 @@ def test_ordinary_yaml_is_read(text: str, expected: Any, tmp_path: Path) -> None
     assert read_yaml(path) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -104,7 +104,7 @@ def test_what_is_no_state_at_all(state: Any) -> None:
     refused(loop, loop.load_state_dict, state, "^the state is .*must be a mapping")
 
 
-GUEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+LOOP_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no session": (drop("session"), "the state lacks 'session'"),
     "no optimizers": (drop("optimizers"), "the state lacks 'optimizers'"),
     "an optimizer too few": (lambda state: state["optimizers"].pop(), "has 1 optimizers, the session 2"),
@@ -120,9 +120,9 @@ GUEST_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", GUEST_FAULTS)
+@pytest.mark.parametrize("fault", LOOP_FAULTS)
 def test_a_damaged_state_with_optimizers(fault: str) -> None:
-    damage, message = GUEST_FAULTS[fault]
+    damage, message = LOOP_FAULTS[fault]
     state = copy.deepcopy(trained(5).state_dict())
     damage(state)
     loop = trained()
