@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
-from gumbel_plugin.layers.compact_attention import CompactMultiheadAttention, CompactWindowAttention
+from gumbel_plugin.layers.compact_attention import CompactMultiheadAttention, CompactWindowAttention, part_of
 
 # Where layers note how many heads they have; their forward may read any of them.
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
@@ -143,7 +143,7 @@ class TorchHeads(AttentionKind):
     def remove(self, name: str, model: nn.Module, units: Tensor) -> None:
         """See `AttentionKind.remove`."""
         attention: Any = model.get_submodule(name)
-        _replace(model, name, CompactMultiheadAttention.of(attention))
+        _replace(model, name, CompactMultiheadAttention(attention))
         CompactHeads().remove(name, model, units)
 
 
@@ -176,9 +176,9 @@ class WindowHeads(AttentionKind):
         _keep_rows(layer.qkv, _kept(group.producers[0], units))
         _keep_columns(layer.proj, _kept(group.consumers[0], units))
         if layer.logit_scale is None:
-            layer.relative_position_bias_table = _part(layer.relative_position_bias_table, 1, kept)
+            layer.relative_position_bias_table = part_of(layer.relative_position_bias_table, 1, kept)
         else:
-            layer.logit_scale = _part(layer.logit_scale, 0, kept)
+            layer.logit_scale = part_of(layer.logit_scale, 0, kept)
             _keep_rows(layer.cpb_mlp[-1], kept)
         layer.num_heads = len(kept)
 
@@ -338,25 +338,17 @@ def _kept(part: ChannelSlice, removed: Tensor) -> Tensor:
     return part.positions[~torch.isin(part.units, removed)]
 
 
-def _part(parameter: Tensor, dimension: int, kept: Tensor) -> nn.Parameter:
-    kept = kept.to(parameter.device)
-    part = nn.Parameter(parameter.detach().index_select(dimension, kept), parameter.requires_grad)
-    if parameter.grad is not None:
-        part.grad = parameter.grad.index_select(dimension, kept)
-    return part
-
-
 def _keep_rows(linear: nn.Module, kept: Tensor) -> None:
     assert isinstance(linear, nn.Linear)
-    linear.weight = _part(linear.weight, 0, kept)
+    linear.weight = part_of(linear.weight, 0, kept)
     if linear.bias is not None:
-        linear.bias = _part(linear.bias, 0, kept)
+        linear.bias = part_of(linear.bias, 0, kept)
     linear.out_features = len(kept)
 
 
 def _keep_columns(linear: nn.Module, kept: Tensor) -> None:
     assert isinstance(linear, nn.Linear)
-    linear.weight = _part(linear.weight, 1, kept)
+    linear.weight = part_of(linear.weight, 1, kept)
     linear.in_features = len(kept)
 
 

@@ -7,6 +7,7 @@ heads, so a layer that lost a head cannot be one of them. The layers here comput
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,64 +34,23 @@ class CompactMultiheadAttention(nn.Module):
     # torch's encoder layer asks for this before it takes its fused path, which knows packed weights only.
     _qkv_same_embed_dim = False
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int,
-        *,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        bias: bool = True,
-        dropout: float = 0.0,
-        batch_first: bool = False,
-    ) -> None:
-        """Create the layer with fresh weights.
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        """Take over the heads and weights of a torch layer, all heads of it.
 
         Args:
-            embed_dim: Channels of query and output.
-            num_heads: Number of heads.
-            head_dim: Channels of a head.
-            kdim: Channels of key, by default ``embed_dim``.
-            vdim: Channels of value, by default ``embed_dim``.
-            bias: Whether all projections have one.
-            dropout: Probability of dropping an attention weight in train mode.
-            batch_first: Whether inputs are (N, L, E) instead of (L, N, E).
+            attention: The layer; its output projection becomes part of this one.
         """
         super().__init__()
-        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim
-        self.dropout, self.batch_first, self.total_heads = dropout, batch_first, num_heads
-        inner = num_heads * head_dim
-        self.q_proj = nn.Linear(embed_dim, inner, bias)
-        self.k_proj = nn.Linear(kdim or embed_dim, inner, bias)
-        self.v_proj = nn.Linear(vdim or embed_dim, inner, bias)
-        self.out_proj = nn.Linear(inner, embed_dim, bias)
-        self.register_buffer("mask_heads", torch.arange(num_heads))
-
-    @classmethod
-    def of(cls, attention: nn.MultiheadAttention) -> CompactMultiheadAttention:
-        """Return a layer with the same heads and weights; the output projection is the same module."""
-        packed_bias = attention.in_proj_bias
-        with torch.device("meta"):  # fresh weights would draw from the global generator, for nothing
-            made = cls(
-                attention.embed_dim,
-                attention.num_heads,
-                attention.head_dim,
-                kdim=attention.kdim,
-                vdim=attention.vdim,
-                bias=packed_bias is not None,
-                dropout=attention.dropout,
-                batch_first=attention.batch_first,
-            )
-        packed = attention.in_proj_weight
-        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-        for number, linear in enumerate((made.q_proj, made.k_proj, made.v_proj)):
-            linear.weight = _third(packed, number) if packed is not None else weights[number]
-            if packed_bias is not None:
-                linear.bias = _third(packed_bias, number)
-        made.out_proj = attention.out_proj
-        made.mask_heads = torch.arange(made.num_heads, device=attention.out_proj.weight.device)
-        return made.train(attention.training)
+        self.embed_dim, self.num_heads, self.head_dim = attention.embed_dim, attention.num_heads, attention.head_dim
+        self.dropout, self.batch_first, self.total_heads = attention.dropout, attention.batch_first, self.num_heads
+        packed, packed_bias = attention.in_proj_weight, attention.in_proj_bias
+        separate = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        weights = separate if packed is None else _thirds(packed)
+        biases = (None, None, None) if packed_bias is None else _thirds(packed_bias)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.out_proj = attention.out_proj
+        self.register_buffer("mask_heads", torch.arange(self.num_heads, device=self.out_proj.weight.device))
+        self.train(attention.training)
 
     @property
     def in_proj_weight(self) -> Tensor:
@@ -154,12 +114,26 @@ class CompactMultiheadAttention(nn.Module):
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, batch_first={self.batch_first}"
 
 
-def _third(packed: nn.Parameter, number: int) -> nn.Parameter:
-    """Return the part of a packed parameter that belongs to queries (0), keys (1) or values (2), gradient included."""
-    part = nn.Parameter(packed.detach().chunk(3)[number].clone(), packed.requires_grad)
-    if packed.grad is not None:
-        part.grad = packed.grad.chunk(3)[number].clone()
+def part_of(parameter: Tensor, dimension: int, kept: Tensor) -> nn.Parameter:
+    """Return a parameter that has some entries of another along a dimension, those of its gradient included."""
+    kept = kept.to(parameter.device)
+    part = nn.Parameter(parameter.detach().index_select(dimension, kept), parameter.requires_grad)
+    if parameter.grad is not None:
+        part.grad = parameter.grad.index_select(dimension, kept)
     return part
+
+
+def _thirds(packed: Tensor) -> list[nn.Parameter]:
+    """Return the parts of a packed parameter that belong to queries, keys and values."""
+    return [part_of(packed, 0, rows) for rows in torch.arange(len(packed)).chunk(3)]
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    with torch.device("meta"):  # fresh weights would draw from the global generator, for nothing
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = weight
+    linear.register_parameter("bias", bias)
+    return linear
 
 
 @torch.fx.wrap
@@ -284,6 +258,12 @@ class CompactWindowAttention(nn.Module):
         )
 
 
+COMPACT: dict[str, Callable[[Any], nn.Module]] = {
+    kind.__name__: kind for kind in (CompactMultiheadAttention, CompactWindowAttention)
+}
+"""What takes an attention layer's place, by its name in files; each is made of the layer."""
+
+
 def _geometry(x: Tensor, window: list[int], shift: list[int]) -> tuple[list[int], list[int]]:
     """Return height and width padded to whole windows, and the shift: none where one window covers everything."""
     padded = [math.ceil(size / step) * step for size, step in zip(x.shape[1:3], window, strict=True)]
@@ -320,11 +300,7 @@ def _split_packed(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.fx.wrap
 def _window_bias(relative: Tensor, x: Tensor, window: list[int], shift: list[int]) -> Tensor:
-    """Add to the relative bias what keeps pixels apart that the shift made neighbors.
-
-    Returns:
-        Shape (1 or batch * windows, heads, pixels, pixels).
-    """
+    """Add what keeps pixels apart that the shift made neighbors; (1 or batch * windows, heads, pixels, pixels)."""
     padded, shift = _geometry(x, window, shift)
     if not any(shift):
         return relative

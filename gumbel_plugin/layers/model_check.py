@@ -65,25 +65,19 @@ def _refuse_module(module: nn.Module, name: str, what: str) -> None:
     """
     kind, place = type(module).__name__, repr(name) if name else "the model"
     inner = ".".join(filter(None, ("model", name)))
+    problem = ""
     if isinstance(module, DataParallel | DistributedDataParallel):
-        raise ConfigError(
-            f"{what} needs a plain model, but {place} is wrapped in {kind}, which would not see the gates: pass the "
-            f"plain one ({inner}.module) here, and wrap with DistributedDataParallel afterwards"
-        )
-    if any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
-        raise ConfigError(
-            f"{what} needs a plain model, but {place} is sharded by FSDP ({kind}), which gates do not support yet: "
-            "use DistributedDataParallel, or prune before sharding"
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise ConfigError(
-            f"{what} needs a plain model, but {place} is scripted ({kind}): pass the model it was made of"
-        )
-    if hasattr(module, "_orig_mod"):  # torch.compile's OptimizedModule, whose class has no public name
-        raise ConfigError(
-            f"{what} needs a plain model, but {place} is compiled: pass the plain one ({inner}._orig_mod) here, and "
-            "compile afterwards"
-        )
+        advice = f"pass the plain one ({inner}.module) here, and wrap with DistributedDataParallel afterwards"
+        problem = f"wrapped in {kind}, which would not see the gates: {advice}"
+    elif any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in type(module).__mro__):
+        advice = "use DistributedDataParallel, or prune before sharding"
+        problem = f"sharded by FSDP ({kind}), which gates do not support yet: {advice}"
+    elif isinstance(module, torch.jit.ScriptModule):
+        problem = f"scripted ({kind}): pass the model it was made of"
+    elif hasattr(module, "_orig_mod"):  # torch.compile's OptimizedModule, whose class has no public name
+        problem = f"compiled: pass the plain one ({inner}._orig_mod) here, and compile afterwards"
+    if problem:
+        raise ConfigError(f"{what} needs a plain model, but {place} is {problem}")
 
 
 def _is_sharded(tensor: Tensor) -> bool:

@@ -20,8 +20,13 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
 
     TF32 and bfloat16 shortcuts are off meanwhile.
     """
-    with _full_precision(), _default_dtype(dtype), _AtLeast(dtype):
-        yield
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that torch.zeros(n) in a forward has the dtype of the weights it meets
+    try:
+        with _full_precision(), _AtLeast(dtype):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
@@ -102,17 +107,6 @@ class _AtLeast(TorchFunctionMode):
         if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize < self._dtype.itemsize:
             return self._dtype
         return value
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Let ``torch.zeros(n)`` in a forward have the dtype of the weights it meets."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing_extensions import Self, override
 
 from gumbel_plugin.config_values import Section
 from gumbel_plugin.errors import ConfigError, nearest, shown
-from gumbel_plugin.masks.functional import uniform_noise
+from gumbel_plugin.masks.functional import at_least_float32, uniform_noise
 from gumbel_plugin.sparsity.types import CHANNEL, SparsityType
 
 WeightMode = Literal["frozen", "trained"]
@@ -104,8 +104,9 @@ class LearnedMask(nn.Module):
     """A set of gates that are learned together: the units of one tensor, or of channel groups.
 
     A method is a subclass with the name that configurations have for it, ``class CoinMask(LearnedMask, name="coin")``,
-    which overrides `sample`, `scores` and `probability`. It finds its latents as `self.logit`, one a gate, unless it
-    overrides `create_latents`; where it has something to schedule or to penalize, it overrides `advance` and `penalty`.
+    which overrides `sample`, and `scores` and `probability` where they are not the logit and its sigmoid. It finds its
+    latents as `self.logit`, one a gate, unless it overrides `create_latents`; where it has something to schedule or to
+    penalize, it overrides `advance` and `penalty`.
     Gates that are functions of the weights derive from `WeightDependent`, those of samples from `PerSample`. A method
     that drives its gates to the budget by a loss of its own has a `budget_loss` (see `HasBudgetLoss`).
 
@@ -177,11 +178,11 @@ class LearnedMask(nn.Module):
 
     def scores(self, weight: Tensor | None) -> Tensor:
         """Return the gates' importance, of `shape`: the highest are kept. A gate is open by itself if it is >= 0."""
-        raise NotImplementedError
+        return self.logit
 
     def probability(self, weight: Tensor | None) -> Tensor:
         """Return the differentiable expectation of each gate, of `shape`, in [0, 1]."""
-        raise NotImplementedError
+        return torch.sigmoid(at_least_float32(self.scores(weight)))
 
     # What it may say too ------------------------------------------------------------------------------------------
 

@@ -58,11 +58,7 @@ class HardConcreteMask(LearnedMask, name="hard_concrete"):
 
     @override
     def scores(self, weight: Tensor | None) -> Tensor:
-        return self.log_alpha - self._shift
-
-    @override
-    def probability(self, weight: Tensor | None) -> Tensor:
-        return torch.sigmoid(at_least_float32(self.log_alpha) - self._shift)
+        return at_least_float32(self.log_alpha) - self._shift
 
     @override
     def penalty(self, weight: Tensor | None) -> Tensor | None:

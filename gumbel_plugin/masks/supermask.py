@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from gumbel_plugin.masks.base import LearnedMask
-from gumbel_plugin.masks.functional import at_least_float32, straight_through
+from gumbel_plugin.masks.functional import straight_through
 
 
 class Supermask(LearnedMask, name="supermask"):
@@ -22,11 +21,3 @@ class Supermask(LearnedMask, name="supermask"):
     def sample(self, weight: Tensor | None) -> Tensor:
         probability = self.probability(weight)
         return straight_through(self.uniform_like(probability.detach()) < probability, probability)
-
-    @override
-    def scores(self, weight: Tensor | None) -> Tensor:
-        return self.logit
-
-    @override
-    def probability(self, weight: Tensor | None) -> Tensor:
-        return torch.sigmoid(at_least_float32(self.logit))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from gumbel_plugin.graph.residual_blocks import ResidualBlock, residual_block
 
@@ -22,12 +22,10 @@ def remove_closed_blocks(model: nn.Module) -> list[str]:
         The names of the blocks that went.
     """
     removed: list[str] = []
-    found = find_closed_blocks(model)
-    while found:  # a block around it may be found only once the inner one is gone
+    while found := find_closed_blocks(model):  # a block around it may be found only once the inner one is gone
         for name, block in found.items():
             model.set_submodule(name, block.remainder())
         removed += found
-        found = find_closed_blocks(model)
     if removed:
         _logger.info("removed %d residual blocks: %s", len(removed), ", ".join(removed))
     return removed
@@ -36,8 +34,8 @@ def remove_closed_blocks(model: nn.Module) -> list[str]:
 def find_closed_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
     """Return the innermost residual blocks of a model whose branch is exactly zero, by name."""
     modules = dict(model.named_modules())
-    zero = [name for name, module in modules.items() if _is_zero(module)]
-    return dict(found for name in zero if (found := _block_around(name, modules)) is not None)
+    around = [_block_around(name, modules) for name, module in modules.items() if _is_zero(module)]
+    return dict(found for found in around if found is not None)
 
 
 def _block_around(layer: str, modules: Mapping[str, nn.Module]) -> tuple[str, ResidualBlock] | None:
@@ -52,7 +50,5 @@ def _block_around(layer: str, modules: Mapping[str, nn.Module]) -> tuple[str, Re
 
 
 def _is_zero(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    if not isinstance(weight, Tensor):
-        return False
-    return not any(bool(parameter.detach().any()) for parameter in module.parameters(recurse=False))
+    has_weight = module._parameters.get("weight") is not None
+    return has_weight and not any(bool(own.detach().any()) for own in module.parameters(recurse=False))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -62,13 +62,7 @@ class EquivalenceReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain types, ready for JSON or YAML."""
-        return {
-            "passed": self.passed,
-            "samples": self.samples,
-            "errors": dict(self.errors),
-            "absolute_errors": dict(self.absolute_errors),
-            "tolerances": dict(self.tolerances),
-        }
+        return {"passed": self.passed, "samples": self.samples, **asdict(self)}
 
     def raise_for_failure(self) -> None:
         """Do nothing if the models agree.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, nearest, shown
 from gumbel_plugin.graph.record import kept_of, note_kept, removed_blocks
 from gumbel_plugin.graph.residual_blocks import residual_block
-from gumbel_plugin.layers import compact_attention
+from gumbel_plugin.layers.compact_attention import COMPACT
 from gumbel_plugin.layers.model_check import refuse_wrapped
 from gumbel_plugin.layers.weights import modules_with_gates
 from gumbel_plugin.storage.json_form import read_json
@@ -67,9 +67,7 @@ def save_pruned(path: str | Path, model: nn.Module, /, **header: Any) -> None:
         "kept": {name: dims for name, dims in kept.items() if name in state},
         "sizes": {name: sizes for name, module in model.named_modules() if (sizes := _sizes(module))},
         "blocks": list(removed_blocks(model)),
-        "replaced": {
-            n: type(m).__name__ for n, m in model.named_modules() if type(m).__module__ == compact_attention.__name__
-        },
+        "replaced": {name: type(m).__name__ for name, m in model.named_modules() if type(m) in COMPACT.values()},
         **header,
     }
     write_tensors(path, {**state, HINT: torch.empty(0)}, {FORMAT: json.dumps(about)})
@@ -199,14 +197,12 @@ def _remove_block(model: nn.Module, name: str, path: str | Path) -> None:
 def _replace(model: nn.Module, name: str, kind: str, path: str | Path) -> None:
     """Put the kind of attention layer in place that can have lost heads."""
     layers = dict(model.named_modules())
-    make = getattr(compact_attention, kind, None)
-    known = isinstance(make, type) and issubclass(make, nn.Module) and make.__module__ == compact_attention.__name__
-    if make is None or not known or not name or name not in layers:
+    if kind not in COMPACT or not name or name not in layers:
         raise DataError(f"{path}: the factory's network has no attention layer {shown(name)}{nearest(name, layers)}")
     if type(layers[name]).__name__ == kind:
         return
     try:
-        layer = getattr(make, "of", make)(layers[name])
+        layer = COMPACT[kind](layers[name])
     except (AttributeError, TypeError) as error:
         raise DataError(f"{path}: the factory's {name!r} is no attention layer that {kind} replaces") from error
     model.set_submodule(name, layer)

@@ -23,9 +23,7 @@ def unread_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> Tenso
 
 
 @torch.no_grad()
-def find_dead_units(
-    model: nn.Module, groups: Sequence[ChannelGroup], *, include_inexact: bool = False
-) -> dict[str, Tensor]:
+def find_dead_units(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
     """Find every unit that can go without changing the output, to the end of the chain.
 
     What a dead unit computes does not matter, so its producers' rows are set to zero; that may leave units before it
@@ -34,14 +32,12 @@ def find_dead_units(
     Args:
         model: The masked model; rows of dead units are zeroed in place, which does not change its output.
         groups: Its channel groups; only exact ones are considered.
-        include_inexact: Consider also groups whose removal changes what a normalization computes.
 
     Returns:
         Unit numbers by group name, for the groups that lose any.
     """
     modules = dict(model.named_modules())
-    allowed = ("exact", "inexact") if include_inexact else ("exact",)
-    exact = [group for group in groups if group.safety in allowed]
+    exact = [group for group in groups if group.safety == "exact"]
     dead: dict[str, Tensor] = {}
     changed = True
     while changed:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from gumbel_plugin.layers.geometry import (
     is_transposed,
     layer_channels,
 )
+from gumbel_plugin.layers.weights import read_weight
 from gumbel_plugin.sparsity.cost_model import CostModel, WidthCosts, Widths
 from gumbel_plugin.storage.files import write_bytes
 
@@ -69,7 +70,7 @@ class LayerGrid:
     def plus(self, other: LayerGrid) -> LayerGrid:
         """Return the time of two calls of one layer."""
         times = torch.tensor(self.milliseconds) + torch.tensor(other.milliseconds)
-        return LayerGrid(self.inputs, self.outputs, tuple(tuple(row) for row in times.tolist()))
+        return LayerGrid(self.inputs, self.outputs, tuple(map(tuple, times.tolist())))
 
 
 @dataclass(frozen=True)
@@ -171,27 +172,18 @@ def latency_cost(model: nn.Module, groups: Mapping[str, ChannelGroup], table: La
     times = [_interpolate(table.layers[name]) if name in gated else None for name in widths.layers]
 
     def of_widths(inputs: Tensor, outputs: Tensor) -> Tensor:
-        zero = inputs.new_zeros(())
         pairs = zip(times, inputs, outputs, strict=True)
-        return torch.stack([zero, *(zero if time is None else time(before, after) for time, before, after in pairs)])[
-            1:
-        ]
+        costs = [inputs.new_zeros(()) if time is None else time(before, after) for time, before, after in pairs]
+        return torch.stack(costs) if costs else inputs.new_zeros(0)
 
     return CostModel("latency", widths, of_widths, fixed)
 
 
-@dataclass
-class _Call:
-    """One call of a layer in a forward, or (without a layer) what runs between two of them.
-
-    Attributes:
-        layer: The layer's name.
-        shape: The shape of its input.
-        milliseconds: The time it took.
-    """
+class _Call(NamedTuple):
+    """One call of a layer in a forward, or (without a layer) what runs between two of them."""
 
     layer: str
-    shape: torch.Size
+    shape: torch.Size  # of its input
     milliseconds: float
 
 
@@ -231,8 +223,7 @@ def _time_calls(model: nn.Module, example_inputs: ExampleInputs) -> list[_Call]:
 
 def _geometry(module: nn.Module) -> object:
     """Return what a layer's time depends on besides its input's shape."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = read_weight(module)
     words = ("stride", "padding", "dilation", "groups", "transposed", "output_padding", "padding_mode")
     options = tuple(getattr(module, word, None) for word in words)
     has_bias = getattr(module, "bias", None) is not None
@@ -251,18 +242,16 @@ def _measure_layer(module: nn.Module, shape: torch.Size, min_run_time: float) ->
     outputs = _points(wide_out, 1 if depthwise else groups)
     inputs = (wide_in,) if depthwise else _points(wide_in, groups)
     times = torch.empty(len(inputs), len(outputs))
-    weight = module.weight
-    assert isinstance(weight, Tensor)
     for row, in_channels in enumerate(inputs):
         for column, out_channels in enumerate(outputs):
             size = list(shape)
             size[channel_dimension(module)] = out_channels if depthwise else in_channels
             layer = _narrow(module, size[channel_dimension(module)], out_channels).eval()
-            batch = torch.ones(size, device=weight.device, dtype=weight.dtype)  # times do not depend on the values
+            batch = layer.weight.new_ones(size)  # times do not depend on the values
             with torch.no_grad():
                 times[row, column] = _milliseconds(partial(layer, batch), min_run_time)
     times = times.flip(0, 1).cummin(0).values.cummin(1).values.flip(0, 1)
-    return LayerGrid(inputs, outputs, tuple(tuple(row) for row in times.tolist()))
+    return LayerGrid(inputs, outputs, tuple(map(tuple, times.tolist())))
 
 
 def _milliseconds(call: Callable[[], Any], min_run_time: float) -> float:
@@ -297,17 +286,14 @@ def _points(width: int, step: int) -> tuple[int, ...]:
 def _narrow(module: nn.Module, in_channels: int, out_channels: int) -> Any:
     """Return a copy of a layer with the first channels only."""
     layer: Any = copy.deepcopy(module)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
     groups = groups_of(module)
     kind = "features" if isinstance(module, nn.Linear) else "channels"
+    rows, columns = out_channels, in_channels // groups
     if is_depthwise(module):
-        layer.groups, rows, columns = out_channels, out_channels, 1
-    else:
-        rows, columns = out_channels, in_channels // groups
-        if is_transposed(module):
-            rows, columns = in_channels, out_channels // groups
-    layer.weight = nn.Parameter(weight.detach()[:rows, :columns].clone())
+        layer.groups, columns = out_channels, 1
+    elif is_transposed(module):
+        rows, columns = in_channels, out_channels // groups
+    layer.weight = nn.Parameter(layer.weight.detach()[:rows, :columns].clone())
     if isinstance(layer.bias, Tensor):
         layer.bias = nn.Parameter(layer.bias.detach()[:out_channels].clone())
     setattr(layer, f"in_{kind}", in_channels)

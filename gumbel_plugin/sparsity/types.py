@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -119,14 +118,12 @@ class Block(SparsityType):
     """A gate for every block of a weight, in NNI's terms (`nni.compression.utils.Scaling`).
 
     Attributes:
-        steps: The size of a block along the dimensions named; `FULL` spans the dimension.
-        padding: Where dimensions that `steps` does not name are added.
-        fill: The step of the added dimensions.
+        steps: The size of a block along the last dimensions, one along the others; `FULL` spans the dimension.
+        leading: Whether `steps` are those of the first dimensions instead, and the others are spanned.
     """
 
     steps: tuple[int, ...]
-    padding: Literal["front", "back"] = "front"
-    fill: int = 1
+    leading: bool = False
 
     @override
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -135,8 +132,7 @@ class Block(SparsityType):
             raise ConfigError(
                 f"granularity {list(self.steps)} has {len(self.steps)} dimensions, the tensor {tuple(shape)} fewer"
             )
-        added = (self.fill,) * missing
-        steps = added + self.steps if self.padding == "front" else self.steps + added
+        steps = self.steps + (FULL,) * missing if self.leading else (1,) * missing + self.steps
         block = tuple(size if step == FULL else step for step, size in zip(steps, shape, strict=True))
         if any(step < 1 or size % step for step, size in zip(block, shape, strict=True)):
             raise ConfigError(
@@ -165,10 +161,10 @@ class Block(SparsityType):
 
 ELEMENT = Unstructured()
 CHANNEL = Channel()
-KERNEL = Block((1, 1), "back", FULL)
-OUT_CHANNEL = Block((1,), "back", FULL)
-IN_CHANNEL = Block((FULL, 1), "back", FULL)
-WHOLE = Block((FULL,), "front", FULL)
+KERNEL = Block((1, 1), leading=True)
+OUT_CHANNEL = Block((1,), leading=True)
+IN_CHANNEL = Block((FULL, 1), leading=True)
+WHOLE = Block((FULL,), leading=True)
 
 _NAMED: dict[str, SparsityType] = {
     "element": ELEMENT,

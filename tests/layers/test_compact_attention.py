@@ -44,7 +44,7 @@ def test_compact_attention_equals_torchs_and_loses_heads(batch_first: bool, mask
     torch.manual_seed(1)
     options: dict[str, Any] = {"batch_first": batch_first, "kdim": 12, "vdim": 20, "bias": masks != "float"}
     original = _random(nn.MultiheadAttention(16, 4, **options)).eval()
-    holder = nn.ModuleDict({"attention": CompactMultiheadAttention.of(copy.deepcopy(original))})  # type: ignore[arg-type]
+    holder = nn.ModuleDict({"attention": CompactMultiheadAttention(copy.deepcopy(original))})  # type: ignore[arg-type]
     inputs = [torch.randn(2, length, width) for length, width in ((5, 16), (6, 12), (6, 20))]
     inputs = inputs if batch_first else [each.transpose(0, 1) for each in inputs]
     asked = {"need_weights": weights != "none", "average_attn_weights": weights == "averaged", **_masks(masks)}
@@ -66,7 +66,7 @@ def test_compact_attention_equals_torchs_and_loses_heads(batch_first: bool, mask
 def test_compact_attention_takes_unbatched_inputs() -> None:
     torch.manual_seed(1)
     original = _random(nn.MultiheadAttention(16, 4)).eval()
-    compact = CompactMultiheadAttention.of(copy.deepcopy(original))  # type: ignore[arg-type]
+    compact = CompactMultiheadAttention(copy.deepcopy(original))  # type: ignore[arg-type]
     x, padding = torch.randn(5, 16), torch.tensor([False, False, True, False, False])
     for asked in ({}, {"key_padding_mask": padding}, {"attn_mask": torch.randn(4, 5, 5)}):
         for ours, theirs in zip(compact(x, x, x, **asked), original(x, x, x, **asked), strict=True):
@@ -75,7 +75,8 @@ def test_compact_attention_takes_unbatched_inputs() -> None:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_compact_attention_refuses_what_it_would_get_wrong() -> None:
-    compact, x = CompactMultiheadAttention(16, 3, 4, batch_first=True), torch.randn(2, 5, 16)
+    original, x = nn.MultiheadAttention(12, 3, batch_first=True), torch.randn(2, 5, 12)
+    compact = CompactMultiheadAttention(original)
     with pytest.raises(ConfigError, match="is_causal"):
         compact(x, x, x, is_causal=True)
     nested = torch.nested.nested_tensor([x[0], x[1, :3]])
@@ -85,7 +86,8 @@ def test_compact_attention_refuses_what_it_would_get_wrong() -> None:
 
 def test_compact_attention_drops_weights_only_in_train_mode() -> None:
     torch.manual_seed(1)
-    compact, x = CompactMultiheadAttention(16, 3, 4, dropout=0.5, batch_first=True), torch.randn(2, 5, 16)
+    original, x = nn.MultiheadAttention(12, 3, dropout=0.5, batch_first=True), torch.randn(2, 5, 12)
+    compact = CompactMultiheadAttention(original)
     for need_weights in (True, False):
         first, second = (compact(x, x, x, need_weights=need_weights)[0] for _ in range(2))
         assert not torch.allclose(first, second)
@@ -117,7 +119,7 @@ def test_compact_attention_keeps_flags_and_draws_nothing(separate: bool) -> None
     assert frozen is not None
     frozen.requires_grad_(False)
     random = torch.get_rng_state()
-    compact = CompactMultiheadAttention.of(original)
+    compact = CompactMultiheadAttention(original)
     assert torch.equal(torch.get_rng_state(), random)
     assert {parameter.dtype for parameter in compact.parameters()} == {torch.float64}
     trainable = [linear.weight.requires_grad for linear in (compact.q_proj, compact.k_proj, compact.v_proj)]
