@@ -11,6 +11,7 @@ import yaml
 
 from gumbel_plugin.config_values import MAX_DEPTH, MAX_VALUES, plain
 from gumbel_plugin.errors import ConfigError, shorten, shown, shown_path
+from gumbel_plugin.storage.files import reason_of
 
 MAX_BYTES = 1_000_000
 """How large a configuration file may be."""
@@ -18,7 +19,7 @@ MAX_BYTES = 1_000_000
 # YAML 1.1, which PyYAML follows, takes 1e-3 for text because it has no decimal point; YAML 1.2 does not.
 _EXPONENT_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
 _TAG = "tag:yaml.org,2002:"
-_SCALARS = tuple(_TAG + kind for kind in ("null", "bool", "int", "float", "str"))
+_SCALARS = ("null", "bool", "int", "float", "str")
 _VALUE_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
@@ -29,8 +30,6 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.depth = 0
         self.nodes = 0
-        self.values: dict[yaml.Node, Any] = {}  # an alias is the same node as its anchor, and has the same value
-        self.unfinished: set[yaml.Node] = set()
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
@@ -47,43 +46,30 @@ class _Loader(yaml.SafeLoader):
     def _mark(self) -> yaml.Mark:
         return self.peek_event().start_mark  # type: ignore[no-untyped-call,no-any-return]
 
-    def construct_document(self, node: yaml.Node) -> Any:
-        return self._value(node)
-
-    def _value(self, node: yaml.Node) -> Any:
-        if node in self.values:
-            return self.values[node]
-        if node in self.unfinished or len(self.unfinished) >= MAX_DEPTH:
-            raise _error("an alias makes it contain itself, or nests it too deeply", node.start_mark)
-        self.unfinished.add(node)
-        self.values[node] = self._construct(node)
-        self.unfinished.remove(node)
-        return self.values[node]
-
-    def _construct(self, node: yaml.Node) -> Any:
-        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
-            return self._mapping(node)
-        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-            return [self._value(item) for item in node.value]
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         kind = node.tag.removeprefix(_TAG)
-        if not isinstance(node, yaml.ScalarNode):
+        if node in self.recursive_objects:  # an alias is the same node as its anchor
+            raise _error("an alias makes it contain itself", node.start_mark)
+        if isinstance(node, yaml.ScalarNode):
+            if kind not in _SCALARS:  # a date, for instance
+                hint = f"{shown(node.value)} reads as {shown(kind)}; if it is text, put it in quotes"
+                raise _error(hint, node.start_mark)
+        elif kind != ("map" if isinstance(node, yaml.MappingNode) else "seq"):
             raise _error(f"the tag {shown(kind)} does not belong here", node.start_mark)
-        if node.tag not in _SCALARS:  # a date, for instance
-            raise _error(
-                f"{shown(node.value)} reads as {shown(kind)}; if it is text, put it in quotes", node.start_mark
-            )
         try:
-            return super().construct_object(node)
+            return super().construct_object(node, deep=True)
+        except ConfigError:
+            raise
         except _VALUE_ERRORS as error:
             raise _error(f"{shown(node.value)} is no valid {kind}", node.start_mark) from error
 
-    def _mapping(self, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         own: dict[Hashable, Any] = {}
         merged: dict[Hashable, Any] = {}
         lines: dict[Hashable, int] = {}
         for key_node, value_node in node.value:
             is_merge = key_node.tag == _TAG + "merge"
-            key = "<<" if is_merge else self._value(key_node)
+            key = "<<" if is_merge else self.construct_object(key_node)
             if not isinstance(key, Hashable):
                 raise _error("a key must be text", key_node.start_mark)
             line = key_node.start_mark.line + 1
@@ -93,12 +79,12 @@ class _Loader(yaml.SafeLoader):
             if is_merge:
                 merged = self._merged(value_node)
             else:
-                own[key] = self._value(value_node)
+                own[key] = self.construct_object(value_node)
         return {**merged, **own}
 
     def _merged(self, node: yaml.Node) -> dict[Hashable, Any]:
         """Return what ``<<`` takes over: of several mappings the earlier ones win."""
-        content = self._value(node)
+        content = self.construct_object(node)
         mappings = content if isinstance(content, list) else [content]
         merged: dict[Hashable, Any] = {}
         for mapping in mappings:
@@ -172,10 +158,8 @@ def _read_bytes(path: Path, name: str) -> bytes:
         if is_regular:
             with path.open("rb") as file:
                 raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
-    except (ValueError, RuntimeError) as error:  # a NUL character; a home folder that is unknown
-        raise ConfigError(f"{name} cannot be read: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL character; a home folder that is unknown
+        raise ConfigError(f"{name} cannot be read: {reason_of(error)}") from error
     if not is_regular:
         raise ConfigError(f"{name} {'is no regular file' if exists else 'does not exist'}")
     if len(raw) > MAX_BYTES:
