@@ -44,18 +44,27 @@ def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
 
     Args:
         model: The model.
-        dtypes: What `dtypes_of` said; a tensor it does not name takes the dtype of its layer's weight.
+        dtypes: What `dtypes_of` said; a tensor it does not name takes the dtype of its layer, or of what is around it.
     """
     for prefix, module in model.named_modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or tensor.dtype != torch.float64:
                 continue
-            path = f"{prefix}." * bool(prefix)
-            wide, dtype = tensor.detach().clone(), dtypes.get(path + name, dtypes.get(f"{path}weight", tensor.dtype))
-            tensor.data = wide.to(dtype)
+            wide = tensor.detach().clone()
+            tensor.data = wide.to(_dtype_at(f"{prefix}.{name}".lstrip("."), dtypes))
             if name in _MAY_BE_ROUNDED and not torch.equal(tensor.double(), wide):
                 setattr(module, _UNROUNDED + name, wide)
     return model
+
+
+def _dtype_at(path: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """Return a tensor's dtype; of a new one, such as a projection that was packed, that of its nearest neighbor."""
+    found = dtypes.get(path)
+    while found is None and path:
+        path = path.rpartition(".")[0]
+        start = f"{path}." if path else ""
+        found = next((each for name, each in dtypes.items() if name.startswith(start) and each.is_floating_point), None)
+    return found or torch.float64
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from gumbel_plugin.layers.geometry import (
     is_transposed,
     written_channels,
 )
-from gumbel_plugin.layers.precision import computing_in, dtypes_of, round_to
+from gumbel_plugin.layers.precision import computing_in
 from gumbel_plugin.layers.weights import read_weight
 from gumbel_plugin.shrinking.unread_units import unread_units
 
@@ -58,7 +58,7 @@ def fold_constants(
     in float64 on two random batches.
 
     Args:
-        model: The masked model, changed in place; its outputs stay. Where there is something to fold, all of it becomes
+        model: The masked model, changed in place; its outputs stay. Where something may be folded, all of it becomes
             float64 (`round_to` takes it back).
         groups: Its channel groups; only exact ones are considered.
         example_inputs: What to run it on.
@@ -71,7 +71,6 @@ def fold_constants(
     usable = [group for group in groups if _usable(group, modules, uses)]
     if not any(len(_constant_units(modules, group)) for group in usable):
         return {}
-    dtypes = dtypes_of(model)
     model.double()
     constants = observe(model, {part.module for group in usable for part in group.consumers}, example_inputs)
     folded: dict[str, Tensor] = {}
@@ -88,8 +87,6 @@ def fold_constants(
                 _fold(modules[part.module], part.positions[torch.isin(part.units, units)], constants[part.module])
             folded[group.name] = torch.cat([folded.get(group.name, units[:0]), units]).sort().values
             changed = True
-    if not folded:
-        round_to(model, dtypes)
     return folded
 
 

@@ -30,7 +30,6 @@ from gumbel_plugin.layers.geometry import (
     read_channels,
     written_channels,
 )
-from gumbel_plugin.layers.precision import dtypes_of, round_to
 from gumbel_plugin.layers.weights import read_weight
 from gumbel_plugin.shrinking.folded_constants import ReadValues, observe, run_in_float64, uses_of_parameters
 from gumbel_plugin.shrinking.unread_units import unread_units
@@ -46,8 +45,8 @@ def merge_constants(
     """Let the readers of channels that do not depend on the input read zeros not at all, and one constant for many.
 
     Args:
-        model: The masked model, changed in place; its outputs stay. Where something changes, all of it becomes float64
-            (`round_to` takes it back).
+        model: The masked model, changed in place; its outputs stay. Where something may change, all of it becomes
+            float64 (`round_to` takes it back).
         groups: Its channel groups: a group's readers agree on the representative unit.
         example_inputs: What to run it on; floating tensors, or what an embedding reads.
 
@@ -59,7 +58,6 @@ def merge_constants(
     if not any(_has_constant_units(modules, group) for group in exact):
         return {}
     readers = _readers(modules, exact)
-    dtypes = dtypes_of(model)
     model.double()
     independent = _independent(model, readers, example_inputs)
     seen = observe(model, set(readers), example_inputs)
@@ -70,8 +68,6 @@ def merge_constants(
         gone = _merge(modules[name], torch.nonzero(usable).flatten(), seen[name], channels, representatives)
         if len(gone):
             unread[name] = gone
-    if not unread:
-        round_to(model, dtypes)
     return unread
 
 

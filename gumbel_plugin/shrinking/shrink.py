@@ -118,9 +118,8 @@ def remove_dead_units(masked: nn.Module, example_inputs: ExampleInputs, engine: 
     dependency = DependencyGroups(small, example_inputs)
     dtypes = dtypes_of(small)
     folded = fold_constants(small, dependency.groups, example_inputs)
-    merged = merge_constants(small, dependency.groups, example_inputs)
-    wide = bool(folded or merged)
-    if wide:  # the model is float64 from here on, until it is rounded at the end
+    merge_constants(small, dependency.groups, example_inputs)
+    if dtypes_of(small) != dtypes:  # it is float64 from here on, until it is rounded at the end
         example_inputs = random_inputs_like(example_inputs, torch.Generator().manual_seed(0), torch.float64)
     dead = find_dead_units(small, dependency.groups)
     kept = find_kept(small, lambda copied: dependency.remover_of(copied).remove(dead))
@@ -134,4 +133,4 @@ def remove_dead_units(masked: nn.Module, example_inputs: ExampleInputs, engine: 
     note_removed(result, blocks)
     gone, constant = (sum(len(units) for units in found.values()) for found in (dead, folded))
     _logger.info("removed %d units in %d groups; the constants of %d were folded", gone, len(dead), constant)
-    return round_to(result, dtypes) if wide else result
+    return round_to(result, dtypes)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.layers.geometry import output_dimension
+from gumbel_plugin.sparsity.counting import count_parameters
 
 _logger = logging.getLogger(__name__)
 _NAMED = 8
@@ -31,7 +32,7 @@ def warn_if_nothing_left(
     closing = [
         name for name, targets in masks.items() if any(m is not None and (m == 0).any() for m in targets.values())
     ]
-    if not closing or _size(small) < _size(model):
+    if not closing or count_parameters(small) < count_parameters(model):
         return
     groups = find_groups(model, example_inputs)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -40,10 +41,6 @@ def warn_if_nothing_left(
         reasons.setdefault(_reason(name, modules[name], masks[name].get("weight"), groups), []).append(name)
     text = "; ".join(f"{_listed(names)}: {reason}" for reason, names in reasons.items())
     _logger.warning("no channel can leave, the network that is returned is as large as before (%s)", text)
-
-
-def _size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
-        raise OutputError(f"{shown_path(path)} cannot be written: {reason_of(error)}") from error
+        raise OutputError(f"{shown_path(path)} cannot be written: {problem_of(error)}") from error
 
 
 def append_text(path: str | Path, text: str) -> None:
@@ -39,7 +39,7 @@ def append_text(path: str | Path, text: str) -> None:
         with Path(path).open("ab") as file:
             file.write(text.encode())
     except OSError as error:
-        raise OutputError(f"{shown_path(path)} cannot be written: {reason_of(error)}") from error
+        raise OutputError(f"{shown_path(path)} cannot be written: {problem_of(error)}") from error
 
 
 def check_writable(path: str | Path) -> None:
@@ -56,7 +56,7 @@ def check_writable(path: str | Path) -> None:
         elif file.exists() and not file.is_file():
             problem = "it is a folder" if file.is_dir() else "it is no regular file"
     except (OSError, ValueError) as error:  # a name that is too long, or that holds a NUL
-        problem = reason_of(error)
+        problem = problem_of(error)
     if problem is not None:
         raise OutputError(f"{shown_path(path)} cannot be written: {problem}")
 
@@ -80,6 +80,6 @@ def check_readable(path: str | Path, kind: str) -> None:
         raise DataError(f"{kind} {shorten(str(path), 400)} cannot be read: {problem}")
 
 
-def reason_of(error: Exception) -> str:
+def problem_of(error: Exception) -> str:
     """Return what an error says, without the path that an OSError's own text repeats."""
     return getattr(error, "strerror", None) or str(error)

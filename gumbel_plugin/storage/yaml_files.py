@@ -11,7 +11,7 @@ import yaml
 
 from gumbel_plugin.config_values import MAX_DEPTH, MAX_VALUES, plain
 from gumbel_plugin.errors import ConfigError, shorten, shown, shown_path
-from gumbel_plugin.storage.files import reason_of
+from gumbel_plugin.storage.files import problem_of
 
 MAX_BYTES = 1_000_000
 """How large a configuration file may be."""
@@ -159,7 +159,7 @@ def _read_bytes(path: Path, name: str) -> bytes:
             with path.open("rb") as file:
                 raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError, RuntimeError) as error:  # a NUL character; a home folder that is unknown
-        raise ConfigError(f"{name} cannot be read: {reason_of(error)}") from error
+        raise ConfigError(f"{name} cannot be read: {problem_of(error)}") from error
     if not is_regular:
         raise ConfigError(f"{name} {'is no regular file' if exists else 'does not exist'}")
     if len(raw) > MAX_BYTES:

@@ -269,6 +269,23 @@ class TestRounding:
         assert "0.bias" in small.state_dict()
         assert not any("unrounded" in name for name in small.state_dict())
 
+    def test_so_have_the_projections_that_were_packed(self) -> None:
+        class Attending(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.mlp, self.attention = mlp(), nn.MultiheadAttention(3, 3)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = self.mlp(x)
+                return x + self.attention(x, x, x)[0]
+
+        model = Attending().eval()
+        close([1, 4], model.mlp[0])
+        one_head = {"attention.out_proj": {"weight": torch.tensor([[0.0, 1.0, 1.0]] * 3)}}
+        small = shrink(model, one_head, torch.randn(3, 5))
+        assert small.attention.num_heads == 2
+        assert {tensor.dtype for tensor in small.parameters()} == {torch.float32}
+
     def test_it_is_told_from_a_mistake(self) -> None:
         """In float64 the rounding of a folded bias is 1e-8; put right it is 1e-16; another value is what it is."""
         model = mlp()
