@@ -70,7 +70,7 @@ class LayerRule(Section):
         """Read NNI's nested settings (ours has one maskable target, the weight), and the ratio that n:m implies."""
         if not isinstance(values, Mapping):
             return values
-        entry = flatten_entry(values)
+        entry = _flattened(values)
         word = entry.get("granularity")
         density = granularity_of(word).density if isinstance(word, str) and ":" in word else None
         if density is not None and (entry.get("sparse_ratio"), entry.get("sparse_threshold")) == (None, None):
@@ -145,12 +145,8 @@ class LayerRule(Section):
         return found
 
 
-def flatten_entry(entry: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return an entry with the settings of its weight, which NNI allows in ``target_settings``, at its top.
-
-    Raises:
-        ValueError: If it is written for NNI 2 or for a quantizer, or sets what has no learned mask.
-    """
+def _flattened(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return an entry with the settings of its weight, which NNI allows in ``target_settings``, at its top."""
     _refuse_other_formats(entry)
     settings = entry.get("target_settings")
     if isinstance(settings, Mapping):

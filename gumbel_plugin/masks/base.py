@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,6 +18,8 @@ from gumbel_plugin.sparsity.types import CHANNEL, SparsityType
 
 WeightMode = Literal["frozen", "trained"]
 """Whether the weights stay at their initial values (subnetwork extraction) or are trained with the gates."""
+
+OptimizerSettings: TypeAlias = Mapping[str, str | float] | None
 
 
 class Phase(Enum):
@@ -134,7 +136,7 @@ class LearnedMask(nn.Module):
     manages_own_sparsity: ClassVar[bool] = False
     shares_budget: ClassVar[bool] = True
     needs_trained_weights: ClassVar[bool] = False
-    published_optimizer: ClassVar[Mapping[str, str | float] | None] = None
+    published_optimizer: ClassVar[OptimizerSettings] = None
     hard: Tensor
     stage: Tensor
 

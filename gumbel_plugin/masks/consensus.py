@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.base import LearnedMask, MaskOptions
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, OptimizerSettings
 from gumbel_plugin.masks.functional import at_least_float32
 from gumbel_plugin.masks.per_sample import PerSample
 from gumbel_plugin.sparsity.budgeted import Usage
@@ -65,7 +65,7 @@ class ConsensusMask(PerSample, name="consensus"):
 
     Options: ClassVar[type[MaskOptions]] = ConsensusOptions
     manages_own_sparsity: ClassVar[bool] = True
-    published_optimizer: ClassVar[Mapping[str, str | float] | None] = {"name": "adam", "lr": 0.01}
+    published_optimizer: ClassVar[OptimizerSettings] = {"name": "adam", "lr": 0.01}
     options: ConsensusOptions
 
     @override

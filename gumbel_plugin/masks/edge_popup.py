@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gumbel_plugin.masks.base import LearnedMask, MaskOptions
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, OptimizerSettings
 from gumbel_plugin.masks.functional import straight_through
 
 
@@ -38,12 +37,7 @@ class EdgePopupMask(LearnedMask, name="edge_popup"):
     Options: ClassVar[type[MaskOptions]] = EdgePopupOptions
     manages_own_sparsity: ClassVar[bool] = True
     shares_budget: ClassVar[bool] = False
-    published_optimizer: ClassVar[Mapping[str, str | float] | None] = {
-        "name": "sgd",
-        "lr": 0.1,
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-    }
+    published_optimizer: ClassVar[OptimizerSettings] = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
     options: EdgePopupOptions
 
     @override

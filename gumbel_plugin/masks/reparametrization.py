@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gumbel_plugin.errors import ConfigError
-from gumbel_plugin.masks.base import LearnedMask, MaskOptions, Phase
+from gumbel_plugin.masks.base import LearnedMask, MaskOptions, OptimizerSettings, Phase
 from gumbel_plugin.masks.weight_dependent import WeightDependent
 from gumbel_plugin.sparsity.budgeted import Usage
 from gumbel_plugin.sparsity.types import Unstructured
@@ -69,7 +69,7 @@ class ReparametrizationMask(WeightDependent, name="reparametrization"):
 
     Options: ClassVar[type[MaskOptions]] = ReparametrizationOptions
     manages_own_sparsity: ClassVar[bool] = True
-    published_optimizer: ClassVar[Mapping[str, str | float] | None] = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
+    published_optimizer: ClassVar[OptimizerSettings] = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
     options: ReparametrizationOptions
     initial_kept: Tensor
 

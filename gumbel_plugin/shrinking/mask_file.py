@@ -71,12 +71,23 @@ def load_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
         DataError: If the file is missing, damaged, or no masks file, or a mask holds anything but 0 and 1.
     """
     check_readable(path, _KIND)
-    masks = _torch_masks(path) if zipfile.is_zipfile(path) else _tensor_masks(path)
+    with_pickle = zipfile.is_zipfile(path)
+    content = torch_content(Path(path).read_bytes(), path, _KIND, _ALLOWED) if with_pickle else _tensor_masks(path)
     try:
-        check_format(masks)
+        check_format(content)
     except TargetError as error:
         raise DataError(f"{path} is no masks file: {error}") from error
-    return {name: {target: mask.float() for target, mask in targets.items()} for name, targets in masks.items()}
+    if with_pickle:
+        warnings.warn(
+            f"{path} is a torch.save file; gumbel_plugin.shrinking.mask_file.save_masks writes masks without pickle",
+            stacklevel=2,
+        )
+    masks: dict[str, dict[str, Tensor]] = {}
+    for module, targets in content.items():
+        for target, mask in targets.items():
+            if mask is not None:
+                masks.setdefault(module, {})[target] = mask.float()
+    return masks
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -108,25 +119,9 @@ def _tensor_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
     return masks
 
 
-def _torch_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    # get_masks() of NNI returns a defaultdict(dict); nothing but that and tensors is built.
-    allowed: list[Any] = [(_plain_dict, "collections.defaultdict"), dict]
-    content = torch_content(Path(path).read_bytes(), path, _KIND, allowed)
-    masks: dict[str, dict[str, Tensor]] = {}
-    for module, targets in content.items() if isinstance(content, dict) else (("", None),):
-        if not isinstance(module, str) or not isinstance(targets, dict):
-            raise DataError(f"{path} is no masks file: it holds no {{module: {{target: tensor}}}}")
-        for target, mask in targets.items():
-            if isinstance(mask, Tensor):
-                masks.setdefault(module, {})[target] = mask
-            elif mask is not None:
-                raise DataError(f"{path} is no masks file: its {module}.{target} is a {type(mask).__name__}")
-    warnings.warn(
-        f"{path} is a torch.save file; gumbel_plugin.shrinking.mask_file.save_masks writes masks without pickle",
-        stacklevel=3,
-    )
-    return masks
-
-
 def _plain_dict(factory: type) -> dict[str, Any]:
     return {}
+
+
+# get_masks() of NNI returns a defaultdict(dict); nothing but that and tensors is built.
+_ALLOWED: list[Any] = [(_plain_dict, "collections.defaultdict"), dict]

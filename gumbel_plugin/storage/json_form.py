@@ -42,23 +42,16 @@ def read_json(text: str, required: Mapping[str, Form], optional: Mapping[str, Fo
 
 def _misfit(value: Any, form: Form, path: str) -> str:
     """Return which part of a value does not fit, and how; empty if all of it does."""
-    if isinstance(form, tuple):
-        if not all(_misfit(value, each, path) for each in form):
+    for each in form if isinstance(form, tuple) else (form,):
+        if type(each) in (dict, list) and type(value) is type(each):
+            inner, parts = (each[str], value.items()) if type(each) is dict else (each[0], enumerate(value))
+            return next(filter(None, (_misfit(part, inner, f"{path}.{key}") for key, part in parts)), "")
+        if isinstance(each, range):
+            fits = type(value) is int and value in each
+        else:
+            fits = value is None if each is None else each is str and isinstance(value, str)
+        if fits:
             return ""
-        alike = next((each for each in form if type(each) is type(value)), None)
-        return _problem(value, form, path) if alike is None else _misfit(value, alike, path)
-    if isinstance(form, dict) and isinstance(value, dict):
-        return next(filter(None, (_misfit(part, form[str], f"{path}.{key}") for key, part in value.items())), "")
-    if isinstance(form, list) and isinstance(value, list):
-        return next(filter(None, (_misfit(part, form[0], f"{path}.{key}") for key, part in enumerate(value))), "")
-    if isinstance(form, range):
-        fits = type(value) is int and value in form
-    else:
-        fits = value is None if form is None else form is str and isinstance(value, str)
-    return "" if fits else _problem(value, form, path)
-
-
-def _problem(value: Any, form: Form, path: str) -> str:
     return f"{shown(path)} = {shown(value)}: must be {_in_words(form)}"
 
 

@@ -70,12 +70,13 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a block of nothing": (lambda h: h["blocks"].append("7"), "no residual block '7'"),
     "a block that is none": (lambda h: h["blocks"].append("0"), "no residual block '0'"),
     "a class of torch": (lambda h: h["replaced"].update({"0": "nn"}), "no attention layer '0'"),
-    "a function": (lambda h: h["replaced"].update({"0": "_third"}), "no attention layer '0'"),
+    "a function": (lambda h: h["replaced"].update({"0": "part_of"}), "no attention layer '0'"),
     "no attention": (lambda h: h["replaced"].update({"0": "CompactMultiheadAttention"}), "'0' is no attention layer"),
     "no windows": (lambda h: h["replaced"].update({"0": "CompactWindowAttention"}), "'0' is no attention layer"),
     "the network itself": (lambda h: h["replaced"].update({"": "CompactWindowAttention"}), "no attention layer ''"),
     "no sizes": (lambda h: h.pop("sizes"), "'sizes': Field required"),
-    "a list": (lambda h: h.update(sizes=[]), r"'sizes' = \[\]"),
+    "no replacements": (lambda h: h.pop("replaced"), "damaged header: 'replaced': Field required"),
+    "a list": (lambda h: h.update(sizes=[]), r"damaged header: 'sizes' = \[\]"),
     "an odd shape": (lambda h: h.update(input_shape=[-1]), "'input_shape.0' = -1"),
 }
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import re
 import zipfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +82,13 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     assert set(load_masks(path)) == {"fc"}
 
 
-def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+READERS = pytest.mark.parametrize("read", [load_masks, read_header])
+
+
+@READERS
+def test_a_missing_file_is_an_error(read: Callable[[Path], Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.safetensors cannot be read"):
-        load_masks(tmp_path / "nowhere.safetensors")
+        read(tmp_path / "nowhere.safetensors")
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
@@ -94,20 +101,24 @@ def test_a_damaged_file_is_an_error(damage: str, tmp_path: Path) -> None:
         load_masks(path)
 
 
-def test_another_safetensors_file_is_an_error(tmp_path: Path) -> None:
+@READERS
+@pytest.mark.parametrize("header", [{"format": "pt"}, {}])
+def test_another_safetensors_file_is_an_error(
+    header: dict[str, str], read: Callable[[Path], Any], tmp_path: Path
+) -> None:
     path = tmp_path / "weights.safetensors"
-    save_file({"fc.weight": torch.ones(2)}, path, metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r'is no masks file: its header says \{"format": "pt"\}'):
-        load_masks(path)
+    save_file({"fc.weight": torch.ones(2)}, path, metadata=header)
+    with pytest.raises(DataError, match="is no masks file: its header says " + re.escape(json.dumps(header))):
+        read(path)
 
 
 class TestWhatIsNoMasksFile:
-    def test_what_would_never_end_is_not_opened(self, tmp_path: Path) -> None:
+    @READERS
+    def test_what_would_never_end_is_not_opened(self, read: Callable[[Path], Any], tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-            for read in (load_masks, read_header):
-                with pytest.raises(DataError, match="cannot be read: it is no regular file"):
-                    read(path)
+            with pytest.raises(DataError, match="cannot be read: it is no regular file"):
+                read(path)
 
     @pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
     def test_a_name_that_no_file_has(self, name: str, tmp_path: Path) -> None:
@@ -122,10 +133,7 @@ class TestWhatIsNoMasksFile:
         with pytest.raises(DataError, match=r"is no masks file: mask for fc\.weight holds 65"):
             load_masks(tmp_path / "m")
         torch.save({"fc": {"weight": torch.tensor([0.0, float("nan")])}}, tmp_path / "masks.pth")
-        with (
-            pytest.warns(UserWarning, match="torch.save file"),
-            pytest.raises(DataError, match=r"mask for fc\.weight holds nan"),
-        ):
+        with pytest.raises(DataError, match=r"is no masks file: mask for fc\.weight holds nan"):
             load_masks(tmp_path / "masks.pth")
 
     def test_a_pickle(self, tmp_path: Path) -> None:
@@ -197,21 +205,12 @@ class TestOldFiles:
             load_masks(tmp_path / "masks.pth")
         assert not (tmp_path / "sprung").exists()
 
-    @pytest.mark.parametrize("content", [[torch.ones(2)], {"fc": torch.ones(2)}, {"fc": {"weight": 1.0}}])
+    @pytest.mark.parametrize(
+        "content",
+        [[torch.ones(2)], {"fc": torch.ones(2)}, {"fc": {"weight": 1.0}}, torch.nn.Linear(2, 2).state_dict()],
+        ids=["list", "tensor", "number", "state dict"],
+    )
     def test_other_content_is_an_error(self, content: Any, tmp_path: Path) -> None:
         torch.save(content, tmp_path / "masks.pth")
         with pytest.raises(DataError, match="is no masks file"):
             load_masks(tmp_path / "masks.pth")
-
-    def test_a_state_dict_is_an_error(self, tmp_path: Path) -> None:
-        torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pth")
-        with pytest.raises(DataError, match="is no masks file"):
-            load_masks(tmp_path / "weights.pth")
-
-
-def test_a_header_can_be_read_of_masks_files_only(tmp_path: Path) -> None:
-    save_file({"fc.weight": torch.ones(2)}, tmp_path / "weights.safetensors")
-    with pytest.raises(DataError, match="is no masks file"):
-        read_header(tmp_path / "weights.safetensors")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_header(tmp_path / "nowhere")
