@@ -66,10 +66,6 @@ class GibbsOptions(MaskOptions):
             raise ValueError(f"{given} is for hamiltonian 'kernel' or 'filter'; 'unstructured' couples nothing")
         return self
 
-    def schedule(self, progress: float) -> float:
-        """Return the inverse temperature at a progress of the mask learning."""
-        return as_schedule(_BETA[self.hamiltonian] if self.beta is None else self.beta)(progress / self.annealing)
-
 
 class GibbsMask(WeightDependent, name="gibbs"):
     """Gates x drawn from P(x) ∝ exp(−β·H(x, W)) at every forward; nothing but the weights is learned.
@@ -155,7 +151,8 @@ class GibbsMask(WeightDependent, name="gibbs"):
 
     @override
     def advance(self, progress: float) -> None:
-        self.beta = self.options.schedule(progress)
+        beta = _BETA[self.options.hamiltonian] if self.options.beta is None else self.options.beta
+        self.beta = as_schedule(beta)(progress / self.options.annealing)
 
     def _cut_point(self, squares: Tensor) -> Tensor:
         return cut_point(self.mean(squares), self.sparsity or 0.0)

@@ -25,16 +25,13 @@ _JSON = ("shapes", "versions")
 _KIND = "masks file"
 
 
-def save_masks(
-    path: str | Path, masks: Mapping[str, Mapping[str, Tensor | None]], model: str = "", **header: str
-) -> None:
+def save_masks(path: str | Path, masks: Mapping[str, Mapping[str, Tensor | None]], model: str = "") -> None:
     """Write masks to a file; it appears whole or not at all.
 
     Args:
         path: The file to write.
         masks: NNI's masks format, ``{module: {target: 0/1 tensor}}``.
         model: The model's name.
-        **header: More to note.
 
     Raises:
         TargetError: If they are no masks, or hold anything but 0 and 1.
@@ -55,7 +52,6 @@ def save_masks(
         "shapes": json.dumps({name: list(mask.shape) for name, mask in tensors.items()}),
         "sparsity": f"{closed / max(total, 1):.6f}",
         "versions": json.dumps(library_versions()),
-        **header,
     }
     write_tensors(path, tensors, metadata)
 
@@ -91,7 +87,7 @@ def load_masks(path: str | Path) -> dict[str, dict[str, Tensor]]:
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """Return what a masks file says of itself: ``format``, ``model``, ``shapes``, ``sparsity``, ``versions``, and more.
+    """Return what a masks file says of itself: ``format``, ``model``, ``shapes``, ``sparsity`` and ``versions``.
 
     Raises:
         DataError: If the file is missing or damaged, or `save_masks` did not write it.

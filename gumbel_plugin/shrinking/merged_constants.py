@@ -75,7 +75,7 @@ Channels = Mapping[int, tuple[str, int]]
 """The group and the unit behind each of a reader's input channels."""
 
 
-def _readers(modules: Mapping[str, nn.Module], groups: Sequence[ChannelGroup]) -> dict[str, Channels]:
+def _readers(modules: Mapping[str, nn.Module], groups: Sequence[ChannelGroup]) -> Mapping[str, Channels]:
     """Return the layers that read groups, and own their weights."""
     uses = uses_of_parameters(modules)
     readers: dict[str, dict[int, tuple[str, int]]] = {}
@@ -85,7 +85,7 @@ def _readers(modules: Mapping[str, nn.Module], groups: Sequence[ChannelGroup]) -
             if weight is not None and uses[id(weight)] == 1:
                 pairs = zip(part.positions.tolist(), part.units.tolist(), strict=True)
                 readers.setdefault(part.module, {}).update({place: (group.name, unit) for place, unit in pairs})
-    return dict(readers)
+    return readers
 
 
 def _has_constant_units(modules: Mapping[str, nn.Module], group: ChannelGroup) -> bool:
