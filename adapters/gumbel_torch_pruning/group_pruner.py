@@ -30,7 +30,7 @@ from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gate_gradients import GateGradNormalizer
 from gumbel_plugin.training.group_planner import GroupMetric, GroupPlanner, Share
 from gumbel_plugin.training.loop import MaskingLoop
-from gumbel_plugin.training.plan import Plan, carried_over
+from gumbel_plugin.training.plan import Plan, carry_over
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.session_config import read_config
 from gumbel_plugin.training.status import hard_gates
@@ -234,11 +234,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             self._removed(history + dependency.history(left))
             if self.current_step < self.iterative_steps and self._planner.gated(*self._asked(self.current_step + 1)):
                 self._attach()
-            removed = {name: torch.nonzero(~stayed).flatten() for name, stayed in left.items()}
-            for gates in carried_over(plan, self.session.plan if self._attached else None, removed):
-                self._changes.add_gates(*gates)
-            scales = (gated.scale for gated in plan.gated_layers.values())
-            self._changes.dropped.extend(scale for scale in scales if scale is not None)
+            carry_over(plan, self.session.plan if self._attached else None, left, self._changes)
 
     def _removed(self, history: list[Any]) -> None:
         """Note what was removed: in the record, the history, the graph, and where heads are counted."""
