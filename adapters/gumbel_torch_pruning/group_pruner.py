@@ -28,15 +28,15 @@ from gumbel_plugin.layers.example_inputs import call_model, dtype_of, inputs_fol
 from gumbel_plugin.sparsity.latency import LatencyTable
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.gate_gradients import GateGradNormalizer
+from gumbel_plugin.training.group_planner import GroupMetric, GroupPlanner, Share
 from gumbel_plugin.training.loop import MaskingLoop
-from gumbel_plugin.training.plan import carried_over
+from gumbel_plugin.training.plan import Plan, carry_over
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.session_config import read_config
 from gumbel_plugin.training.status import hard_gates
-from gumbel_torch_pruning.arguments import check_arguments, check_graph, check_model, forward_of, own_copies
-from gumbel_torch_pruning.group_budgets import Target, gated_groups, plan_step, why_not
+from gumbel_torch_pruning.arguments import check_graph, forward_of, read_arguments
 from gumbel_torch_pruning.importance import GateImportance
-from gumbel_torch_pruning.named_layers import with_layers
+from gumbel_torch_pruning.shares import shares
 
 _logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         example_inputs: Any,
         importance: Any = None,
         *,
-        target: Target = "channels",
+        target: GroupMetric | None = None,
         pruning: PruningSection | ConfigLike | None = None,
         total_steps: int | None = None,
         inexact: bool = False,
@@ -84,11 +84,13 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             model: The model; its train/eval flags are kept, and if this raises it is as it was.
             example_inputs: A tensor, a tuple of positional inputs, or a dict.
             importance: Ignored by this pruner; by default `GateImportance`.
-            target: What ``pruning_ratio`` is a fraction of: ``channels`` (per group, or of all with
+            target: What ``pruning_ratio`` is a fraction of: ``channels`` (the default; per group, or of all with
                 ``global_pruning``), or the network's ``macs``, ``parameters`` or ``latency``.
             pruning: Method, rescale and budget settings: a section, or a whole configuration. A config list in it says
-                which channels are gated and how many go, in place of ``pruning_ratio`` and its like. Without a
-                ``gate_optimizer`` in it the gates belong into your optimizer; with one the pruner steps them itself.
+                which channels are gated and how many go, in place of ``pruning_ratio`` and its like; without one, its
+                budget's metric, ratio and scope are other words for ``target``, ``pruning_ratio`` and
+                ``global_pruning``. Without a ``gate_optimizer`` in it the gates belong into your optimizer; with one
+                the pruner steps them itself.
             total_steps: How many optimizer steps will be made before each `step`, so that the budget can tighten
                 gradually; None holds the gates to the final target at once.
             inexact: Also gate groups whose removal changes what a normalization computes.
@@ -103,44 +105,41 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             LifecycleError: If the model has gates already.
         """
         self._settings, self._seed, _ = read_config(PruningSection() if pruning is None else pruning, seed)
-        check_arguments(target, {"importance": importance, **arguments}, self._settings, inexact)
-        check_model(model)
-        arguments = with_layers(arguments, model)
-        self.example_inputs = example_inputs
-        self._dtype = dtype_of(model)
-        self._target, self._inexact, self._table = target, inexact, latency_table
-        self._total_steps = total_steps
+        metric, arguments = read_arguments(
+            model, target, {"importance": importance, **arguments}, self._settings, inexact
+        )
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
-        self._changes = ParameterChanges()
-        self._found: DependencyGroups | None = None
-        self._running: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the step that is being made
-        self._dense_cost = 0.0
         self._own_importance = importance is None
+        self._total_steps = total_steps
+        self._changes = ParameterChanges()
+        self._running: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the step that is being made
+        self._found: DependencyGroups | None = None
+        self._dtype = dtype_of(model)
+        self.example_inputs = example_inputs
         with restored_on_error(model):
-            self._build_graph(model, importance or tp.importance.RandomImportance(), arguments)
-            self._original = {group.name: group.size for group in self._groups}
-            self._require_gated_groups()
-            self._gated = {group.name for group in gated_groups(self)}
-            self._record = Record(model, gated_groups(self))
-            if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
-                plan_step(self, -1, self._settings)
-            self._attach()
-
-    def _build_graph(self, model: nn.Module, importance: Any, arguments: Mapping[str, Any]) -> None:
-        """Let Torch-Pruning read its arguments and trace the model, and check what it made of them."""
-        with (
-            calling(model, self._forward, self.example_inputs),
-            traceable(model, self.example_inputs, own_attention=bool(arguments.get("num_heads"))),
-        ):
-            super().__init__(
-                model,
-                self.example_inputs,
-                importance,
-                forward_fn=call_model,
-                output_transform=mark_outputs,
-                **own_copies(arguments, model),
+            with (
+                calling(model, self._forward, example_inputs),
+                traceable(model, example_inputs, own_attention=bool(arguments["num_heads"])),
+            ):
+                arguments.setdefault("importance", tp.importance.RandomImportance())
+                super().__init__(
+                    model, example_inputs, forward_fn=call_model, output_transform=mark_outputs, **arguments
+                )
+            check_graph(self, arguments)
+            self._planner = GroupPlanner(
+                self._settings,
+                self._seed,
+                self._dependency.groups,
+                metric=metric,
+                limit=self.max_pruning_ratio,
+                round_to=self.round_to or 1,
+                inexact=inexact,
+                table=latency_table,
             )
-        check_graph(self, arguments)
+            if self.iterative_steps > 1:  # a target that cannot be met shows at once, not at the last step
+                self._plan(-1)
+            self._attach()
+            self._record = Record(model, list(self.session.plan.groups.values()))
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -233,13 +232,9 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             kept = self._changes.kept()
             left = {name: units_left(self.model, group, kept) for name, group in plan.groups.items()}
             self._removed(history + dependency.history(left))
-            if self.current_step < self.iterative_steps and gated_groups(self):
+            if self.current_step < self.iterative_steps and self._planner.gated(*self._asked(self.current_step + 1)):
                 self._attach()
-            removed = {name: torch.nonzero(~stayed).flatten() for name, stayed in left.items()}
-            for gates in carried_over(plan, self.session.plan if self._attached else None, removed):
-                self._changes.add_gates(*gates)
-            scales = (gated.scale for gated in plan.gated_layers.values())
-            self._changes.dropped.extend(scale for scale in scales if scale is not None)
+            carry_over(plan, self.session.plan if self._attached else None, left, self._changes)
 
     def _removed(self, history: list[Any]) -> None:
         """Note what was removed: in the record, the history, the graph, and where heads are counted."""
@@ -269,16 +264,16 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def reset(self) -> None:
         """Start over: ``iterative_steps`` count from zero again, and new gates are attached to what is left."""
         self._take_back()
-        self._require_gated_groups()
-        super().reset()
-        self._detach()
-        self._attach()
+        with restored_on_error(self):
+            super().reset()
+            self._detach()
+            self._attach()
 
     # Results ------------------------------------------------------------------------------------------------------
 
     def groups(self) -> list[ChannelGroup]:
         """Return every dependency group with its safety: exact, inexact or unsupported, and why."""
-        return list(self._groups)
+        return list(self._dependency.groups)
 
     def masks(self) -> Masks:
         """Return the masks in NNI's format, on the original network's shapes.
@@ -366,21 +361,21 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._found = DependencyGroups(self.model, self.example_inputs, self)
         return self._found
 
-    @property
-    def _groups(self) -> list[ChannelGroup]:
-        return self._dependency.groups
+    def _asked(self, step: int) -> tuple[list[ChannelGroup], dict[str, Share]]:
+        """Return the groups, and what is asked of each at an iterative step; -1 is the last one."""
+        dependency = self._dependency
+        return dependency.groups, shares(self, dependency, self._planner.metric, step)
 
-    @property
-    def _heads(self) -> set[str]:
-        return self._dependency.heads
+    def _plan(self, step: int) -> Plan:
+        groups, asked = self._asked(step)
+        with calling(self.model, self._forward, self.example_inputs):
+            return self._planner.plan(self.model, groups, asked, self.example_inputs)
 
     def _attach(self) -> None:
         """Attach the gates of the next step."""
-        step, settings = self.current_step + 1, self._settings
-        if step > 1:  # weights that were learned are not initialized again
+        plan, settings = self._plan(self.current_step + 1), self._settings
+        if self.current_step:  # weights that were learned are not initialized again
             settings = settings.model_copy(update={"weight_init": "keep"})
-        plan = plan_step(self, step, settings)
-        self._dense_cost = self._dense_cost or plan.budgets[0].total
         self.session = MaskingSession(self.model, settings, seed=self._seed, plan=plan)
         self._loop = MaskingLoop(self.session, steps_gates=settings.gate_optimizer is not None)
         self._loop.start(self._total_steps)
@@ -394,7 +389,3 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _detach(self) -> None:
         self._loop.detach()
         self._attached = False
-
-    def _require_gated_groups(self) -> None:
-        if not gated_groups(self):
-            raise TargetError(f"no dependency group of this model can be gated: {why_not(self._groups)}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
+from gumbel_plugin.graph.optimizer_state import ParameterChanges
 from gumbel_plugin.graph.residual_blocks import ResidualBlock
 from gumbel_plugin.layers.geometry import is_matrix, output_dimension
 from gumbel_plugin.layers.weights import how_to_keep_weights
@@ -189,28 +190,23 @@ class Plan:
         return mask
 
 
-def carried_over(
-    before: Plan, after: Plan | None, closed: Mapping[str, Tensor]
-) -> list[tuple[LearnedMask, LearnedMask | None, Tensor]]:
-    """Return which gates go on after some of them left: a mask, the mask that follows it, and the gates that stay.
+def carry_over(before: Plan, after: Plan | None, left: Mapping[str, Tensor], changes: ParameterChanges) -> None:
+    """Let gates go on where they were after some of them left, in optimizers too.
 
     Args:
         before: The plan whose gates were decided.
         after: The plan that follows it, if one does.
-        closed: The units that left, by group.
+        left: Which units are left of each channel group, bool.
+        changes: What happened to the model's parameters; that of the gates' is added.
     """
     following: Mapping[str, Any] = {} if after is None else after.masks
-    pairs: list[tuple[LearnedMask, LearnedMask | None, Tensor]] = []
     parts = [torch.zeros(0, dtype=torch.int64)]
     for name, mask in before.masks.items():
-        left = torch.ones(mask.shape, dtype=torch.bool)
-        left[closed.get(name, parts[0])] = False
-        kept = torch.nonzero(left).flatten()
+        kept = torch.nonzero(left.get(name, torch.ones(mask.shape, dtype=torch.bool))).flatten()
         if not isinstance(mask, GateSlice):
-            pairs.append((mask, following.get(name), kept))
+            changes.add_gates(mask, following.get(name), kept)
         elif name in following:
             parts.append(kept + mask.start)
     if before.bank is not None:
-        next_bank = None if after is None or after.bank is None else after.bank.mask
-        pairs.append((before.bank.mask, next_bank, torch.cat(parts)))
-    return pairs
+        changes.add_gates(before.bank.mask, after.bank.mask if after and after.bank else None, torch.cat(parts))
+    changes.dropped.extend(before.scales())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.selection import excluded_names, is_excluded, select_modules, unmatched
 
 _logger = logging.getLogger(__name__)
+
+_BUDGET = ("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "global_group_id")
 
 
 def needs_groups(config: PruningSection) -> bool:
@@ -53,11 +55,13 @@ def build_plan(
     if not config.config_list:
         raise ConfigError("pruning.config_list is empty: it must name the layers to prune")
     blocks = config.method_options().gates_blocks
-    builder = _Builder(model, config, Plan(model, config, seed, example_inputs), groups)
+    chosen = [select_modules(model, rule, groups, blocks) for rule in config.config_list]
+    every = {module for modules in chosen for module in modules.values()}
+    builder = _Builder(model, config, Plan(model, config, seed, example_inputs), every)
     _warn_of_words_without_effect(model, config.config_list)
     names = {module: name for name, module in model.named_modules()}  # one name a module, also where it has two
-    for rule in config.config_list:
-        selected = list(dict.fromkeys(names[module] for module in select_modules(model, rule, groups, blocks).values()))
+    for rule, modules in zip(config.config_list, chosen, strict=True):
+        selected = list(dict.fromkeys(names[module] for module in modules.values()))
         builder.claim(selected)
         if blocks:
             builder.add_blocks(rule, selected)
@@ -89,7 +93,7 @@ def _warn_of_words_without_effect(model: nn.Module, rules: Sequence[LayerRule]) 
 class _Builder:
     """Fills a plan from an NNI config list, rule by rule."""
 
-    def __init__(self, model: nn.Module, config: PruningSection, plan: Plan, groups: Sequence[ChannelGroup]) -> None:
+    def __init__(self, model: nn.Module, config: PruningSection, plan: Plan, chosen: Container[nn.Module]) -> None:
         self.plan = plan
         self._modules = dict(model.named_modules())
         self._model, self._config = model, config
@@ -97,9 +101,6 @@ class _Builder:
         self._ties: dict[int | str, tuple[BudgetTerm, LayerRule]] = {}
         self._claimed: set[str] = set()
         self._gated: set[str] = set()
-        blocks = config.method_options().gates_blocks
-        rules = config.config_list
-        chosen = {module for rule in rules for module in select_modules(model, rule, groups, blocks).values()}
         self._excluded = {n for n in excluded_names(model, config.config_list) if self._modules[n] not in chosen}
 
     def claim(self, layers: Iterable[str]) -> None:
@@ -111,10 +112,6 @@ class _Builder:
 
     def add_layer(self, rule: LayerRule, name: str) -> None:
         """Gate the units of one layer's weight, or let it share the gates of the layer that it is tied to."""
-        if name in self.plan.masks:
-            raise ConfigError(
-                f"{name!r} is masked by its own entry and as part of a channel group; exclude it from one"
-            )
         granularity = granularity_of(rule.granularity, input_dimension(self._modules[name]))
         first = self._tied_to(rule, name)
         if first is None:
@@ -129,10 +126,7 @@ class _Builder:
         gated = self.plan.gated(name)
         shape = granularity.latent_shape(gated.weight.shape)
         if (mask.shape, mask.sparsity_type) != (shape, granularity):
-            raise ConfigError(
-                f"dependency_group_id {rule.dependency_group_id!r}: {name!r} has gates of shape {shape}, "
-                f"{first.name!r} of shape {mask.shape}; they cannot share them"
-            )
+            raise _unequal(rule, name, shape, first)
         gated.mask = mask
         first.cost += granularity.unit_size(gated.weight.shape)
 
@@ -178,35 +172,36 @@ class _Builder:
                 self._add_group(rule, group)
 
     def _add_group(self, rule: LayerRule, group: ChannelGroup) -> None:
-        if group.name in self.plan.masks:
-            raise ConfigError(
-                f"{group.name!r} is masked by its own entry and as part of a channel group; exclude it from one"
-            )
         first = self._tied_to(rule, group.name)
         if first is None:
             self._join_budget(rule, self.plan.gate_group(group))
             return
         known = self.plan.groups.get(first.name)
         if known is None or known.size != group.size:
-            raise ConfigError(
-                f"dependency_group_id {rule.dependency_group_id!r}: {group.name!r} has gates of shape ({group.size},), "
-                f"{first.name!r} of shape {first.mask.shape}; they cannot share them"
-            )
+            raise _unequal(rule, group.name, (group.size,), first)
         self.plan.groups[first.name] = replace(
             known, producers=known.producers + group.producers, consumers=known.consumers + group.consumers
         )
         first.cost += self.plan.unit_cost(group)
 
     def _tied_to(self, rule: LayerRule, name: str) -> BudgetTerm | None:
-        """Return whose gates the rule's dependency_group_id says to share, if somebody has it already."""
+        """Return whose gates the rule's dependency_group_id says to share, if somebody has it already.
+
+        Raises:
+            ConfigError: If gates of that name are planned already, or the entries of both ask for different things.
+        """
+        if name in self.plan.masks:
+            raise ConfigError(
+                f"{name!r} is masked by its own entry and as part of a channel group; exclude it from one"
+            )
         tie = rule.dependency_group_id
         if tie is None or tie not in self._ties:
             return None
         first, other = self._ties[tie]
-        if _budget(rule) != _budget(other):
+        if any(getattr(rule, key) != getattr(other, key) for key in _BUDGET):
             raise ConfigError(
                 f"dependency_group_id {tie!r}: {name!r} and {first.name!r} share their gates, so their entries must "
-                "agree on sparse_ratio, sparse_threshold, min_sparse_ratio, max_sparse_ratio and global_group_id"
+                f"agree on {', '.join(_BUDGET[:-1])} and {_BUDGET[-1]}"
             )
         return first
 
@@ -240,11 +235,8 @@ class _Builder:
             self._ties.setdefault(rule.dependency_group_id, (term, rule))
 
 
-def _budget(rule: LayerRule) -> tuple[object, ...]:
-    return (
-        rule.sparse_ratio,
-        rule.sparse_threshold,
-        rule.min_sparse_ratio,
-        rule.max_sparse_ratio,
-        rule.global_group_id,
+def _unequal(rule: LayerRule, name: str, shape: Sequence[int], first: BudgetTerm) -> ConfigError:
+    return ConfigError(
+        f"dependency_group_id {rule.dependency_group_id!r}: {name!r} has gates of shape {tuple(shape)}, "
+        f"{first.name!r} of shape {first.mask.shape}; they cannot share them"
     )

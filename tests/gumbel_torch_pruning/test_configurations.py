@@ -59,8 +59,10 @@ def test_a_config_list_selects_what_goes(form: str) -> None:
 
 def test_layers_that_no_entry_names_stay() -> None:
     pruner = GumbelGroupPruner(network(), X, pruning=RULES[1:])
+    masked = set(pruner.masks())
     pruner.step()
     assert [layer.out_features for layer in pruner.model if isinstance(layer, nn.Linear)] == [16, 6, 3]
+    assert set(pruner.masks()) == masked == {"2"}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,65 @@ def test_what_is_said_twice_is_refused(keys: dict[str, Any], message: str) -> No
     model = network()
     with pytest.raises(ConfigError, match=message):
         GumbelGroupPruner(model, X, pruning=RULES, **keys)
+    assert not list(model.buffers())
+
+
+@pytest.mark.parametrize(
+    ("budget", "said", "same"),
+    [
+        ({"metric": "macs", "ratio": 0.4}, {}, {"target": "macs", "pruning_ratio": 0.4}),
+        ({"metric": "parameters"}, {"pruning_ratio": 0.4}, {"target": "parameters", "pruning_ratio": 0.4}),
+        ({"ratio": 0.4}, {"target": "macs"}, {"target": "macs", "pruning_ratio": 0.4}),
+        ({"metric": "macs", "ratio": 0.4}, {"target": "macs", "pruning_ratio": 0.4}, {"target": "macs"}),
+        ({"metric": "macs", "ratio": 0.4}, {"iterative_steps": 2}, {"target": "macs", "pruning_ratio": 0.4}),
+        ({"metric": "channels", "ratio": 0.4}, {}, {"pruning_ratio": 0.4, "global_pruning": True}),
+        ({"metric": "channels", "ratio": 0.4, "scope": "layer"}, {}, {"pruning_ratio": 0.4}),
+        ({"metric": "channels", "ratio": 0.4}, {"global_pruning": False}, {"pruning_ratio": 0.4}),
+    ],
+)
+def test_a_budget_without_a_config_list_says_what_the_arguments_say(
+    budget: dict[str, Any], said: dict[str, Any], same: dict[str, Any]
+) -> None:
+    def widths(pruner: GumbelGroupPruner) -> list[int]:
+        for number in range(pruner.iterative_steps):
+            generator = torch.Generator().manual_seed(number)
+            for parameter in pruner.gate_parameters():
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+            pruner.step()
+        return [layer.out_features for layer in pruner.model if isinstance(layer, nn.Linear)]
+
+    ours = widths(GumbelGroupPruner(network(), X, pruning={"pruning": {"budget": budget}}, **said))
+    assert ours == widths(GumbelGroupPruner(network(), X, **{"pruning_ratio": 0.4, **said, **same}))
+    assert ours != widths(GumbelGroupPruner(network(), X, pruning_ratio=0.5))
+
+
+@pytest.mark.parametrize(
+    ("budget", "said", "message"),
+    [
+        (
+            {"metric": "macs"},
+            {"target": "channels"},
+            r"target = 'channels' and pruning.budget.metric = 'macs' disagree",
+        ),
+        ({"metric": "macs", "ratio": 0.5}, {"pruning_ratio": 0.4}, r"pruning_ratio = 0.4 and .*budget.ratio = 0.5 dis"),
+        ({"metric": "macs", "ratio": 0.5}, {"ch_sparsity": 0.4}, r"ch_sparsity = 0.4 and pruning.budget.ratio = 0.5"),
+        (
+            {"metric": "channels", "scope": "layer"},
+            {"global_pruning": True},
+            r"global_pruning = True and pruning.budget.scope = 'layer' disagree",
+        ),
+        ({"scope": "layer"}, {"target": "macs"}, r"scope 'layer': macs are budgeted for the whole network"),
+        ({"ratio": 0.5}, {}, r"counts weights unless .*config_list is empty.*one of the metrics channels, macs"),
+        ({"metric": "weights", "ratio": 0.5}, {}, r"counts weights unless"),
+        ({"metric": "macs", "ratio": 0.99}, {}, r"pruning_ratio 0.99 of the macs cannot be met"),
+    ],
+)
+def test_a_budget_that_the_arguments_contradict_or_that_cannot_be_is_refused(
+    budget: dict[str, Any], said: dict[str, Any], message: str
+) -> None:
+    model = network()
+    with pytest.raises(ConfigError, match=message):
+        GumbelGroupPruner(model, X, pruning={"pruning": {"budget": budget}}, **said)
     assert not list(model.buffers())
 
 

@@ -81,7 +81,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[GumbelPluginError], str]] = {
     "a ratio as text": ({"pruning_ratio_dict": {"first": "0.5"}}, ConfigError, r"\['first'\] = '0.5'"),
     "heads of a typo": ({"num_heads": {"frist": 2}}, TargetError, "num_heads: .*did you mean 'first'"),
     "heads of another model": ({"num_heads": {nn.Linear(6, 16): 2}}, TargetError, "num_heads: .*another model"),
-    "no heads": ({"num_heads": {"first": 0}}, ConfigError, r"num_heads\[Linear\] = 0"),
+    "no heads": ({"num_heads": {"first": 0}}, ConfigError, r"num_heads\['first'\] = 0"),
     "half a head": ({"num_heads": {"first": 2.5}}, ConfigError, "= 2.5: must be a whole number"),
     "heads that do not fit": ({"num_heads": {"first": 3}}, ConfigError, "must divide the layer's 16 output channels"),
     "heads for all": ({"num_heads": 4}, ConfigError, "num_heads = 4: must be a dictionary"),

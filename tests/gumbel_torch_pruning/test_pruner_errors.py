@@ -300,9 +300,3 @@ def test_a_forward_that_fails_is_named_once_with_its_line(use: Callable[..., obj
 def test_inputs_that_nothing_can_be_traced_with(use: Callable[..., object], inputs: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         use(Net(), inputs)
-
-
-def test_a_budget_without_a_config_list_is_not_ignored():
-    pruning = {"pruning": {"budget": {"metric": "macs", "ratio": 0.5}}}
-    with pytest.raises(ConfigError, match=r"config_list is empty: name the layers there, or say it by target="):
-        GumbelGroupPruner(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(2, 4), pruning=pruning)
