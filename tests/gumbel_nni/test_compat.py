@@ -28,9 +28,9 @@ import gumbel_nni
 from gumbel_nni import compat
 from gumbel_nni.compat import speedup as repairs
 from gumbel_nni.compat import trace_repairs as tracing
-from gumbel_nni.compat.patching import innermost
 from gumbel_plugin.errors import MissingExtraError
 from gumbel_plugin.shrinking.mask_file import save_masks
+from tests.gumbel_nni.helpers import without
 
 ALL_REPAIRS = (
     "two_pruners_on_one_layer",
@@ -267,7 +267,7 @@ def test_masks_of_a_pruner_load_from_a_path(tmp_path: Path, monkeypatch: pytest.
     torch.save(masks, path)
     save_masks(ours, masks)
     with monkeypatch.context() as undo:
-        undo.setattr(ModelSpeedup, "__init__", innermost(ModelSpeedup.__init__))
+        without(undo, ModelSpeedup, "__init__")
         with pytest.raises(pickle.UnpicklingError, match="defaultdict"):
             ModelSpeedup(two_layers(), torch.ones(2, 4), str(path))
     for file in (path, str(path), ours):
@@ -301,9 +301,8 @@ def test_traced_code_may_name_generic_classes(monkeypatch: pytest.MonkeyPatch) -
             return F.max_pool2d(F.relu(x), kernel).mean((2, 3))
 
     x = torch.randn(2, 3, 4, 4)
-    with monkeypatch.context() as patch:
-        for name in ("_create_wrapped_leaf_class", "_create_wrapped_leaf_iterable_class"):
-            patch.setattr(concrete_tracer, name, innermost(getattr(concrete_tracer, name)))
+    with monkeypatch.context() as undo:
+        without(undo, concrete_tracer, "_create_wrapped_leaf_class", "_create_wrapped_leaf_iterable_class")
         with pytest.raises(TypeError, match="not subscriptable"):
             concrete_trace(Pooled(), (x,))
     traced = concrete_trace(Pooled(), (x,))
@@ -340,8 +339,7 @@ def test_speedup_leaves_modes_and_statistics_alone(monkeypatch: pytest.MonkeyPat
         return ModelSpeedup(model, torch.randn(3, 4) + 5, masks).speedup_model()
 
     with monkeypatch.context() as undo:
-        for name in ("__init__", "speedup_model"):
-            undo.setattr(ModelSpeedup, name, innermost(getattr(ModelSpeedup, name)))
+        without(undo, ModelSpeedup, "__init__", "speedup_model")
         model = shrunk()
         assert bool(model[1].running_mean.any())
         assert model[3].training

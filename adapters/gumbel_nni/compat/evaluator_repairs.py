@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nni
@@ -130,22 +129,16 @@ def default_optimizer_of_trainer(original: Any, self: Any, pure_model: Any) -> N
     instance with the model too (Transformers 4.39 and later), and NNI leaves a plain function where the static
     method was.
     """
-    with _traced_default_optimizer(self.traced_trainer):
-        original(self, pure_model)
-
-
-@contextmanager
-def _traced_default_optimizer(trainer: Any) -> Iterator[None]:
-    """Put the Trainer's default optimizer, traced, where the user gave none that is traced."""
+    trainer = self.traced_trainer
     if trainer.optimizer is not None and nni.common.is_traceable(trainer.optimizer):
-        yield
+        original(self, pure_model)
         return
     cls, arguments = type(trainer).get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     trainer.get_optimizer_cls_and_kwargs = lambda args, model=None: (nni.trace(cls), arguments)
     trainer.optimizer = None
     try:
         trainer.optimizer = trainer.create_optimizer()
-        yield
+        original(self, pure_model)
     finally:
         del trainer.get_optimizer_cls_and_kwargs
         trainer.optimizer = None
