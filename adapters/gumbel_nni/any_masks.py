@@ -17,6 +17,7 @@ from gumbel_plugin.shrinking.shrink import Engine, shrink
 
 Backend = Literal["torch_pruning", "nni"]
 """What removes channels: Torch-Pruning's functions, or NNI's ModelSpeedup. Both give the same network."""
+_ENGINES: dict[str, Engine | None] = {"torch_pruning": None, "nni": remove_by_nni}
 
 
 def speedup(
@@ -65,16 +66,6 @@ def speedup(
     """
     refuse_wrapped(model, "speedup")
     given = load_masks(masks) if isinstance(masks, str | Path) else masks
-    return shrink(model, given, example_inputs, verify, engine=engine_of(backend))
-
-
-def engine_of(backend: Backend) -> Engine | None:
-    """Return what removes channels under this name; None for Torch-Pruning's functions, which `shrink` calls itself.
-
-    Raises:
-        ConfigError: If there is no such backend.
-    """
-    engines: dict[str, Engine | None] = {"torch_pruning": None, "nni": remove_by_nni}
-    if backend not in engines:
-        raise ConfigError(f"backend {backend!r} is unknown{nearest(backend, engines)}")
-    return engines[backend]
+    if backend not in _ENGINES:
+        raise ConfigError(f"backend {backend!r} is unknown{nearest(backend, _ENGINES)}")
+    return shrink(model, given, example_inputs, verify, engine=_ENGINES[backend])

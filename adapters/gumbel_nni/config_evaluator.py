@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import nni
@@ -43,7 +42,8 @@ def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluato
         model: nn.Module, optimizer: Any, step: Any, scheduler: Any, max_steps: int | None, max_epochs: int | None
     ) -> None:
         model.train()
-        for batch in _batches(train, max_steps, max_epochs or resolved.training.max_epochs):
+        epochs = range(max_epochs or resolved.training.max_epochs) if max_steps is None else itertools.count()
+        for batch in itertools.islice((batch for _ in epochs for batch in train), max_steps):
             optimizer.zero_grad()
             step(batch, model).backward()
             optimizer.step()
@@ -56,11 +56,6 @@ def evaluator_from_config(model: nn.Module, config: ConfigLike) -> TorchEvaluato
         dummy_input=next(iter(train))[0][:2],
         evaluating_func=lambda model: evaluate(model, test, resolved.training.loss),
     )
-
-
-def _batches(loader: Any, max_steps: int | None, max_epochs: int) -> Iterator[Any]:
-    epochs = range(max_epochs) if max_steps is None else itertools.count()
-    return itertools.islice((batch for _ in epochs for batch in loader), max_steps)
 
 
 def epochs_of(config: PruningConfig) -> int:

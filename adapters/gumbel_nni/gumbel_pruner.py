@@ -246,9 +246,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
 
     def _take_over_masks(self) -> None:
         """Decide the masks, write them into the weights, and show them to NNI."""
-        self._show(self.session.extract())
-
-    def _show(self, masks: Masks) -> None:
+        masks = self.session.extract()
         learned = {name: targets for name, targets in masks.items() if name not in self._followers}
         for name, targets in learned.items():
             for target, mask in targets.items():
@@ -281,7 +279,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         super().update_masks(given)
         self.session.fix_masks(given)
         if self.session.phase is Phase.FIXED:
-            self._show(self.session.extract())
+            self._take_over_masks()
 
     def _let_go(self, gated: GatedLayer) -> None:
         """Leave a layer that is about to be unwrapped, closed weights at zero if the masks were decided."""

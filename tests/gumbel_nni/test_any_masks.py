@@ -8,10 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nni
 import pytest
 import torch
-from nni.compression import TorchEvaluator
 from nni.compression.pruning import (
     FPGMPruner,
     L1NormPruner,
@@ -27,26 +25,14 @@ from torch import Tensor, nn
 import gumbel_nni
 from gumbel_nni.any_masks import Backend
 from gumbel_nni.compat.exact_speedup import column_masks
-from gumbel_plugin.errors import ConfigError, DataError, LifecycleError, TargetError
+from gumbel_plugin.errors import ConfigError, DataError
 from gumbel_plugin.layers.geometry import input_channels, read_channels
 from gumbel_plugin.shrinking.mask_file import save_masks
 from gumbel_plugin.shrinking.shrink import masked_copy
+from tests.gumbel_nni.helpers import Masks, evaluator_of, size
 
 BACKENDS: tuple[Backend, ...] = ("torch_pruning", "nni")
-Masks = dict[str, dict[str, Tensor]]
 NETWORKS = ("conv_bn_relu", "residual", "depthwise", "concat", "squeeze_excite", "sigmoid", "grouped", "flatten_linear")
-
-
-def evaluator_of(model: nn.Module, inputs: Tensor) -> TorchEvaluator:
-    def train(model: nn.Module, optimizer: Any, step: Any, lr: Any, steps: int, epochs: int | None) -> None:
-        model.train()
-        for _ in range(steps):
-            optimizer.zero_grad()
-            step(inputs, model).backward()
-            optimizer.step()
-
-    optimizer = nni.trace(torch.optim.Adam)(model.parameters(), lr=1e-2)
-    return TorchEvaluator(train, optimizer, lambda batch, model: model(batch).square().mean())
 
 
 def trained(cls: type, **arguments: int) -> Callable[..., Any]:
@@ -77,10 +63,6 @@ def prune(name: str, model: nn.Module, inputs: Tensor, rules: list[dict[str, Any
 
 def hidden_layers(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))][:-1]
-
-
-def size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.slow
@@ -179,26 +161,6 @@ def test_masks_may_lie_in_a_file(make_network: Callable[..., Any], tmp_path: Pat
     torch.testing.assert_close(small(network.inputs), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(DataError, match="nowhere"):
         gumbel_nni.speedup(network.model, str(tmp_path / "nowhere"), network.inputs)
-
-
-def test_a_wrapped_model_is_refused_with_the_way_out(make_network: Callable[..., Any]) -> None:
-    network = make_network("no_bn")
-    _, masks = L1NormPruner(network.model, [{"op_names": ["0"], "sparse_ratio": 0.5}]).compress()
-    with pytest.raises(LifecycleError, match=r"speedup needs a plain model, but '0' is wrapped .*unwrap_model\(\)"):
-        gumbel_nni.speedup(network.model, masks, network.inputs)
-
-
-@pytest.mark.parametrize(
-    ("masks", "message"),
-    [
-        ({"00": {"weight": torch.ones(1)}}, "'00', which the model does not have; did you mean '0'"),
-        ({"0": {"weight": torch.ones(3, 3)}}, r"0\.weight: mask \(3, 3\), tensor \(12, 7\)"),
-    ],
-)
-def test_masks_that_do_not_fit(masks: Masks, message: str, make_network: Callable[..., Any]) -> None:
-    network = make_network("no_bn")
-    with pytest.raises(TargetError, match=message):
-        gumbel_nni.speedup(network.model, masks, network.inputs)
 
 
 def test_an_unknown_backend(make_network: Callable[..., Any]) -> None:

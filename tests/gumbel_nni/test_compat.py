@@ -28,43 +28,43 @@ import gumbel_nni
 from gumbel_nni import compat
 from gumbel_nni.compat import speedup as repairs
 from gumbel_nni.compat import trace_repairs as tracing
-from gumbel_nni.compat.patching import innermost
 from gumbel_plugin.errors import MissingExtraError
 from gumbel_plugin.shrinking.mask_file import save_masks
+from tests.gumbel_nni.helpers import without
 
 ALL_REPAIRS = (
-    "tensor_methods_in_tracer",
-    "python_functions_in_tracer",
-    "generic_classes_in_tracer",
-    "type_in_tracer",
-    "classes_after_tracing",
-    "impure_with_two_arguments",
-    "bytecode_caches_in_proxy",
-    "size_is_a_leaf",
-    "values_last_used_by_size",
-    "pytree_nodes_of_fx",
-    "masks_by_path",
-    "modes_and_statistics",
     "two_pruners_on_one_layer",
     "total_sparsity_of_old_lists",
     "masks_of_unknown_modules",
     "slim_factors_in_weights",
     "biases_of_norms",
-    "channels_of_transposed_convolutions",
     "norm_pruners_in_fusion",
     "layers_survive_unwrapping",
     "wrapped_layers_in_fused_kernels",
-    "length_of_a_fused_training",
     "gradients_of_quantized_values",
     "settable_max_steps",
-    "loss_with_item_count",
-    "default_optimizer_of_trainer",
     "steps_after_backward",
     "steps_of_trainer",
+    "loss_with_item_count",
+    "default_optimizer_of_trainer",
     "config_errors_with_index",
     "untraced_optimizers",
     "optimizers_of_another_model",
     "layer_types_by_name",
+    "values_last_used_by_size",
+    "pytree_nodes_of_fx",
+    "size_is_a_leaf",
+    "masks_by_path",
+    "modes_and_statistics",
+    "tensor_methods_in_tracer",
+    "python_functions_in_tracer",
+    "type_in_tracer",
+    "bytecode_caches_in_proxy",
+    "generic_classes_in_tracer",
+    "impure_with_two_arguments",
+    "classes_after_tracing",
+    "length_of_a_fused_training",
+    "channels_of_transposed_convolutions",
 )
 NOT_NEEDED = {
     "type_in_tracer": isinstance(getattr(type, "__type_params__", ()), tuple),
@@ -188,7 +188,7 @@ def test_dead_code_elimination_may_pass_two_arguments(monkeypatch: pytest.Monkey
     monkeypatch.setattr(concrete_tracer, "node_is_impure_wrapper", repaired.__wrapped__)
     with pytest.raises(TypeError, match="positional argument"):
         concrete_trace(two_layers(), (torch.ones(2, 4),))
-    assert tracing.impure_with_two_arguments()
+    compat.apply()
     assert concrete_tracer.node_is_impure_wrapper is not repaired.__wrapped__
     concrete_trace(two_layers(), (torch.ones(2, 4),))
 
@@ -230,7 +230,7 @@ def test_size_is_one_leaf_in_every_module_of_speedup(monkeypatch: pytest.MonkeyP
             undo.setattr(module, "tree_map_zip", original)
         with pytest.raises(AttributeError, match="numel"):
             ModelSpeedup(Reshaping(), torch.ones(2, 3, 2), copy.deepcopy(masks)).speedup_model()
-        assert repairs.size_is_a_leaf()
+        compat.apply()
         assert model_speedup.tree_map_zip is mask_updater.tree_map_zip is utils.tree_map_zip
         small = ModelSpeedup(Reshaping(), torch.ones(2, 3, 2), copy.deepcopy(masks)).speedup_model()
         assert small.first.weight.shape == (4, 6)
@@ -267,7 +267,7 @@ def test_masks_of_a_pruner_load_from_a_path(tmp_path: Path, monkeypatch: pytest.
     torch.save(masks, path)
     save_masks(ours, masks)
     with monkeypatch.context() as undo:
-        undo.setattr(ModelSpeedup, "__init__", innermost(ModelSpeedup.__init__))
+        without(undo, ModelSpeedup, "__init__")
         with pytest.raises(pickle.UnpicklingError, match="defaultdict"):
             ModelSpeedup(two_layers(), torch.ones(2, 4), str(path))
     for file in (path, str(path), ours):
@@ -301,12 +301,10 @@ def test_traced_code_may_name_generic_classes(monkeypatch: pytest.MonkeyPatch) -
             return F.max_pool2d(F.relu(x), kernel).mean((2, 3))
 
     x = torch.randn(2, 3, 4, 4)
-    with monkeypatch.context() as patch:
-        for name in ("_create_wrapped_leaf_class", "_create_wrapped_leaf_iterable_class"):
-            patch.setattr(concrete_tracer, name, innermost(getattr(concrete_tracer, name)))
+    with monkeypatch.context() as undo:
+        without(undo, concrete_tracer, "_create_wrapped_leaf_class", "_create_wrapped_leaf_iterable_class")
         with pytest.raises(TypeError, match="not subscriptable"):
             concrete_trace(Pooled(), (x,))
-    assert tracing.generic_classes_in_tracer()
     traced = concrete_trace(Pooled(), (x,))
     torch.testing.assert_close(traced(2 * x), Pooled()(2 * x), rtol=0, atol=0)
 
@@ -341,8 +339,7 @@ def test_speedup_leaves_modes_and_statistics_alone(monkeypatch: pytest.MonkeyPat
         return ModelSpeedup(model, torch.randn(3, 4) + 5, masks).speedup_model()
 
     with monkeypatch.context() as undo:
-        for name in ("__init__", "speedup_model"):
-            undo.setattr(ModelSpeedup, name, innermost(getattr(ModelSpeedup, name)))
+        without(undo, ModelSpeedup, "__init__", "speedup_model")
         model = shrunk()
         assert bool(model[1].running_mean.any())
         assert model[3].training

@@ -6,7 +6,6 @@ import copy
 import warnings
 from typing import Any
 
-import nni
 import pytest
 import torch
 from nni.compression import TorchEvaluator
@@ -20,9 +19,10 @@ from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.pruning.tools import sparse_gen
 from torch import Tensor, nn
 
-from gumbel_nni.compat import compressors, stacking, training_length
+from gumbel_nni.compat import stacking, training_length
 from gumbel_nni.compat.patching import innermost
 from gumbel_plugin.errors import ConfigError
+from tests.gumbel_nni.helpers import evaluator_of, without
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 
@@ -32,30 +32,17 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
-def evaluator_of(model: nn.Module) -> TorchEvaluator:
-    def train(model: nn.Module, optimizer: Any, step: Any, lr: Any, steps: int, epochs: int | None) -> None:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            step(X, model).backward()
-            optimizer.step()
-
-    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.1)
-    return TorchEvaluator(train, optimizer, lambda batch, model: model(batch).square().mean())
+def trainer_of(model: nn.Module) -> TorchEvaluator:
+    return evaluator_of(model, X, optimizer=torch.optim.SGD, lr=0.1)
 
 
 def rules(layer: str, ratio: float = 0.5) -> list[dict[str, Any]]:
     return [{"op_names": [layer], "sparse_ratio": ratio}]
 
 
-def without(monkeypatch: pytest.MonkeyPatch, owner: type, *names: str) -> None:
-    """Give NNI its own methods back for the rest of a context."""
-    for name in names:
-        monkeypatch.setattr(owner, name, innermost(getattr(owner, name)))
-
-
 def two_on_one_layer() -> tuple[Pruner, Pruner, nn.Module]:
     model = network()
-    evaluator = evaluator_of(model)
+    evaluator = trainer_of(model)
     first = L1NormPruner(model, rules("0"))
     first.compress()
     second = TaylorPruner.from_compressor(first, rules("0", 0.25), training_steps=2, evaluator=evaluator)
@@ -108,7 +95,7 @@ def test_masks_of_unknown_modules_are_ignored(monkeypatch: pytest.MonkeyPatch, c
 def test_slim_factors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained() -> tuple[SlimPruner, nn.Module]:
         model = network()
-        pruner = SlimPruner(model, rules("0"), evaluator_of(model), training_steps=5)
+        pruner = SlimPruner(model, rules("0"), trainer_of(model), training_steps=5)
         pruner.compress()
         return pruner, model
 
@@ -135,13 +122,13 @@ def test_biases_of_batch_norms_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     def masks() -> dict[str, Tensor]:
         model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
         rules = [{"op_types": ["BatchNorm1d", "Linear"], "exclude_op_names": ["2"], "sparse_ratio": 0.5}]
-        pruner = SlimPruner(model, rules, evaluator_of(model), training_steps=2)
+        pruner = SlimPruner(model, rules, trainer_of(model), training_steps=2)
         found = pruner.compress()[1]
         assert torch.equal(found["0"]["bias"], found["0"]["weight"].flatten(1)[:, 0])
         return found["1"]
 
     with monkeypatch.context() as undo:
-        undo.setattr(sparse_gen, "_generate_align_sparsity", innermost(sparse_gen._generate_align_sparsity))
+        without(undo, sparse_gen, "_generate_align_sparsity")
         assert bool(masks()["bias"].all())
     found = masks()
     assert torch.equal(found["bias"], found["weight"])
@@ -152,7 +139,7 @@ def test_biases_of_batch_norms_follow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_norm_pruners_prune_in_a_fusion(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
     def fused() -> Tensor:
         model = network()
-        first = TaylorPruner(model, rules("2"), evaluator_of(model), training_steps=2)
+        first = TaylorPruner(model, rules("2"), trainer_of(model), training_steps=2)
         masks: Tensor = cls.from_compressor(first, rules("0")).compress(2, None)[1]["0"]["weight"]
         return masks.mean()
 
@@ -164,14 +151,14 @@ def test_norm_pruners_prune_in_a_fusion(cls: type, monkeypatch: pytest.MonkeyPat
 
 def test_norm_pruners_do_not_prune_twice_or_beside_a_schedule() -> None:
     model = network()
-    pruner = L1NormPruner(model, rules("0"), evaluator_of(model))
+    pruner = L1NormPruner(model, rules("0"), trainer_of(model))
     pruner.compress()
     before = pruner.get_masks()["0"]["weight"]
     pruner._module_wrappers["0"].weight.data = pruner._module_wrappers["0"].weight.flip(0)
     TaylorPruner.from_compressor(pruner, rules("2"), training_steps=2).compress(2, None)
     assert torch.equal(pruner.get_masks()["0"]["weight"], before)
     model = network()
-    pruner = L1NormPruner(model, rules("0"), evaluator_of(model))
+    pruner = L1NormPruner(model, rules("0"), trainer_of(model))
     pruner.interval_steps = 5
     TaylorPruner.from_compressor(pruner, rules("2"), training_steps=2).compress(2, None)
     assert bool(pruner.get_masks()["0"]["weight"].all()), "step 5 was not reached"
@@ -212,7 +199,7 @@ def test_all_compressors_of_a_fusion_know_the_length(monkeypatch: pytest.MonkeyP
 
     def train() -> None:
         model = network()
-        curious = Curious(model, rules("0"), evaluator_of(model), training_steps=2)
+        curious = Curious(model, rules("0"), trainer_of(model), training_steps=2)
         TaylorPruner.from_compressor(curious, rules("2"), training_steps=2).compress(3, None)
 
     with monkeypatch.context() as undo:
@@ -269,12 +256,10 @@ def test_fused_kernels_do_not_read_past_masks(monkeypatch: pytest.MonkeyPatch) -
             pruner.compress()
             return dense, model(x), model, pruner
 
-    with monkeypatch.context() as patch:
-        for name in ("wrap", "unwrap"):
-            patch.setattr(ModuleWrapper, name, innermost(getattr(ModuleWrapper, name)))
+    with monkeypatch.context() as undo:
+        without(undo, ModuleWrapper, "wrap", "unwrap")
         dense, masked, *_ = outputs()
         torch.testing.assert_close(masked, dense)  # as if nothing was masked
-    assert compressors.wrapped_layers_in_fused_kernels()
     dense, masked, model, pruner = outputs()
     assert float((masked - dense).abs().max()) > 1e-3
     pruner.unwrap_model()

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import nni
 import pytest
 import torch
 from nni.compression import TorchEvaluator
@@ -31,13 +30,13 @@ from torch import Tensor, nn
 
 import gumbel_nni
 from gumbel_nni import GumbelPruner
+from tests.gumbel_nni.helpers import Masks, evaluator_of
 
 STEPS = 8
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(16, 3, 6, 6, generator=GENERATOR)
 LABELS = torch.arange(16) % 4
 HIDDEN = ["conv1", "conv2", "conv3"]
-Masks = dict[str, dict[str, Tensor]]
 
 
 class Net(nn.Module):
@@ -65,20 +64,7 @@ def make_model() -> Net:
 
 
 def make_evaluator(model: nn.Module) -> TorchEvaluator:
-    def train(model: nn.Module, optimizer: Any, step: Any, lr: Any, steps: int, epochs: int | None) -> None:
-        model.train()
-        for _ in range(steps):
-            optimizer.zero_grad()
-            step((INPUTS, LABELS), model).backward()
-            optimizer.step()
-
-    optimizer = nni.trace(torch.optim.Adam)(model.parameters(), lr=1e-2)
-    return TorchEvaluator(
-        train,
-        optimizer,
-        lambda batch, model: nn.functional.cross_entropy(model(batch[0]), batch[1]),
-        dummy_input=INPUTS[:2],
-    )
+    return evaluator_of(model, INPUTS, LABELS, dummy_input=INPUTS[:2])
 
 
 Maker = Callable[[nn.Module, list[dict[str, Any]]], Any]

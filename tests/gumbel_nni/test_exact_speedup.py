@@ -14,41 +14,8 @@ from torch.nn import functional as F
 
 import gumbel_nni
 from gumbel_nni.compat.exact_speedup import remove_channels
-from gumbel_plugin.errors import ConfigError, GraphError, TargetError
-
-Masks = dict[str, dict[str, Tensor]]
-
-
-@torch.no_grad()
-def randomized(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if name == "running_var" or (tensor.dim() == 1 and name == "weight"):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            elif tensor.is_floating_point():
-                fan_in = tensor[0].numel() if tensor.dim() > 1 else 25
-                tensor.normal_(0.0, fan_in**-0.5, generator=generator)
-    return model
-
-
-@torch.no_grad()
-def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
-    masked = copy.deepcopy(model)
-    for name, targets in masks.items():
-        for target, mask in targets.items():
-            masked.get_parameter(f"{name}.{target}").mul_(mask)
-    return masked
-
-
-@torch.no_grad()
-def relative_error(reference: nn.Module, candidate: nn.Module, *inputs: Tensor) -> float:
-    expected, actual = reference(*inputs), candidate(*inputs)
-    return float((expected - actual).abs().max() / expected.abs().max())
-
-
-def size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+from gumbel_plugin.errors import ConfigError, GraphError
+from tests.gumbel_nni.helpers import Masks, masked_copy, randomized, relative_error, size
 
 
 def half_of_columns(model: nn.Module, *names: str) -> Masks:
@@ -339,20 +306,6 @@ def test_masks_that_close_nothing_give_a_copy() -> None:
     assert size(small) == size(model)
     assert small.bn.weight[0] == 0
     assert relative_error(masked_copy(model, masks), small, x) == 0
-
-
-@pytest.mark.parametrize(
-    ("masks", "message"),
-    [
-        ({"conv3": {"weight": torch.ones(1)}}, "'conv3', which the model does not have; did you mean 'conv"),
-        ({"conv2": {"weight": torch.ones(10, 8)}}, r"conv2.weight: mask \(10, 8\), tensor \(10, 8, 3, 3\)"),
-        ({"conv2": {"_input_0": torch.ones(1)}}, "conv2._input_0, which is no tensor of that module"),
-    ],
-)
-def test_masks_that_do_not_fit(masks: Masks, message: str) -> None:
-    model, x, _ = small_network()
-    with pytest.raises(TargetError, match=message):
-        remove_channels(model, masks, x)
 
 
 class Leaving(Small):

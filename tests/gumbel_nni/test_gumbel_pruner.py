@@ -347,13 +347,6 @@ def test_a_model_that_rejects_the_example_inputs():
         GumbelPruner(Mlp(), STRUCTURED["mlp"], example_inputs=torch.randn(1, 7))
 
 
-def test_a_wrapped_model_is_refused_with_the_way_out():
-    model = Mlp()
-    L1NormPruner(model, [{"op_names": ["fc1"], "sparse_ratio": 0.5}])
-    with pytest.raises(LifecycleError, match="unwrap_model"):
-        GumbelPruner(model, STRUCTURED["mlp"], example_inputs=torch.randn(1, 20))
-
-
 def test_masks_are_learned_once():
     pruner, _ = compressed("mlp", steps=4)
     with pytest.raises(LifecycleError, match="decided already"):

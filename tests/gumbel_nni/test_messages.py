@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import nni
@@ -17,11 +18,12 @@ from nni.compression.utils.constructor_helper import LRSchedulerConstructHelper,
 from schema import SchemaError
 from torch import nn
 
+import gumbel_nni
 from gumbel_nni.compat.messages import complaints
-from gumbel_nni.compat.patching import innermost
 from gumbel_plugin import GumbelPruner
 from gumbel_plugin.errors import ConfigError, LifecycleError, TargetError
 from gumbel_plugin.shrinking.shrink import shrink
+from tests.gumbel_nni.helpers import without
 
 X = torch.randn(2, 6)
 GOOD = {"op_names": ["0"], "sparse_ratio": 0.5}
@@ -33,10 +35,6 @@ def network() -> nn.Module:
 
 def evaluator(optimizers: Any, schedulers: Any = None) -> TorchEvaluator:
     return TorchEvaluator(lambda *_: None, optimizers, lambda *_: torch.zeros(()), schedulers)
-
-
-def without(undo: pytest.MonkeyPatch, owner: type, name: str) -> None:
-    undo.setattr(owner, name, innermost(getattr(owner, name)))
 
 
 @pytest.mark.parametrize(
@@ -137,10 +135,17 @@ def test_layer_types_that_a_quantizer_or_a_pruner_does_not_take(monkeypatch: pyt
         GumbelPruner(network(), activation, example_inputs=X)
 
 
-def test_a_wrapped_model_where_a_plain_one_is_needed() -> None:
+PLAIN_ONES: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "GumbelPruner": lambda model, masks: GumbelPruner(model, [GOOD], example_inputs=X),
+    "shrinking": lambda model, masks: shrink(model, masks, X),
+    "speedup": lambda model, masks: gumbel_nni.speedup(model, masks, X),
+}
+
+
+@pytest.mark.parametrize("use", PLAIN_ONES)
+def test_a_wrapped_model_where_a_plain_one_is_needed(use: str) -> None:
     model = network()
-    _, masks = L1NormPruner(model, [GOOD]).compress()
-    with pytest.raises(LifecycleError, match=r"'0' is wrapped by a compressor: .*unwrap_model\(\)"):
-        GumbelPruner(model, [GOOD], example_inputs=X)
-    with pytest.raises(LifecycleError, match=r"unwrap_model\(\)"):
-        shrink(model, masks, X)
+    pruner = L1NormPruner(model, [GOOD])
+    for masks in (pruner.get_masks(), pruner.compress()[1]):
+        with pytest.raises(LifecycleError, match=rf"{use} needs a plain model, but '0' is wrapped .*unwrap_model\(\)"):
+            PLAIN_ONES[use](model, masks)

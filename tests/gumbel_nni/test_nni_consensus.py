@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import nni
 import pytest
 import torch
-from nni.compression.utils.evaluator import TorchEvaluator
-from torch import Tensor, nn
 
 from gumbel_nni import GumbelPruner
 from gumbel_plugin import verify_equivalence
 from gumbel_plugin.graph.record import removed_blocks
 from gumbel_plugin.runs.models import CifarResNet
+from tests.gumbel_nni.helpers import evaluator_of
 
 pytestmark = pytest.mark.slow
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def evaluator(model: nn.Module) -> TorchEvaluator:
-    def train(model: nn.Module, optimizer: Any, step: Any, _: Any, max_steps: int, __: Any) -> None:
-        for _ in range(max_steps):
-            optimizer.zero_grad()
-            loss = step((IMAGES, torch.arange(6)), model)
-            loss.backward()
-            optimizer.step()
-
-    def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.01)
-    return TorchEvaluator(train, optimizer, training_step)
 
 
 @pytest.mark.parametrize("unit", ["block", "channel"])
@@ -48,7 +29,8 @@ def test_gates_learn_inside_the_wrappers_and_what_they_close_leaves(unit: str) -
             "config_list": [{**rule, "sparse_ratio": 0.5}],
         }
     }
-    pruner = GumbelPruner(model, config, evaluator(model), example_inputs=IMAGES)
+    evaluator = evaluator_of(model, IMAGES, torch.arange(6), torch.optim.SGD)
+    pruner = GumbelPruner(model, config, evaluator, example_inputs=IMAGES)
     _, masks = pruner.compress(max_steps=3)
     assert all(int(mask.batches) == 3 for mask in pruner.session.plan.masks.values())
     closed = [name for name, mask in pruner.session.plan.masks.items() if not mask.hard.any()]

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from gumbel_nni.compat.patching import innermost
 from gumbel_plugin import GumbelPruner
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.layers.example_inputs import observing
+from tests.gumbel_nni.helpers import without
 
 STEPS = 60
 GENERATOR = torch.Generator().manual_seed(0)
@@ -214,7 +214,7 @@ def test_lightning_steps_gates_with_their_own_gradients(form: str, monkeypatch: 
         return not all(map(torch.equal, before, [p.detach() for p in pruner.session.gate_parameters()]))
 
     with monkeypatch.context() as undo:
-        undo.setattr(LightningEvaluator, "patch_optimizer_step", innermost(LightningEvaluator.patch_optimizer_step))
+        without(undo, LightningEvaluator, "patch_optimizer_step")
         assert not moved(), "the first step came before the first gradient"
     assert moved()
 
@@ -236,8 +236,7 @@ def test_transformers_run_every_patch_of_the_steps(tmp_path: Path, monkeypatch: 
         return ran
 
     with monkeypatch.context() as undo:
-        cls = TransformersEvaluator
-        undo.setattr(cls, "patch_optimizer_step", innermost(cls.patch_optimizer_step))
+        without(undo, TransformersEvaluator, "patch_optimizer_step")
         with pytest.raises(AssertionError):
             tasks_that_ran()
     expected = ["before second", "before first", "after first", "after second"]

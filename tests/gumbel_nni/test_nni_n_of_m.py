@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from gumbel_plugin import GumbelPruner
-
-import nni  # isort: skip  (importable once gumbel_plugin is)
-from nni.compression import TorchEvaluator  # isort: skip
+from tests.gumbel_nni.helpers import evaluator_of
 
 
 @pytest.mark.parametrize("ratio", [{}, {"sparse_ratio": 0.5}])
@@ -17,14 +15,6 @@ def test_two_of_every_four_weights_stay(ratio: dict[str, float]) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), torch.randn(16, 8)
 
-    def train(model, optimizer, step, lr_scheduler, max_steps, max_epochs):
-        for _ in range(max_steps):
-            optimizer.zero_grad()
-            step(inputs, model).backward()
-            optimizer.step()
-
-    optimizer = nni.trace(torch.optim.Adam)(model.parameters(), lr=1e-2)
-    evaluator = TorchEvaluator(train, optimizer, lambda batch, model: model(batch).square().mean())
-    pruner = GumbelPruner(model, [{"op_names": ["0"], "granularity": "2:4", **ratio}], evaluator)
+    pruner = GumbelPruner(model, [{"op_names": ["0"], "granularity": "2:4", **ratio}], evaluator_of(model, inputs))
     _, masks = pruner.compress(5, None)
     assert bool((masks["0"]["weight"].reshape(6, 2, 4).sum(-1) == 2).all())

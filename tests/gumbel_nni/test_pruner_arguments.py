@@ -11,7 +11,7 @@ from torch import nn
 
 from gumbel_plugin import GumbelPruner
 from gumbel_plugin.errors import ConfigError, GumbelPluginError, LifecycleError
-from tests.gumbel_nni.test_any_masks import evaluator_of
+from tests.gumbel_nni.helpers import evaluator_of
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 RULES = [{"op_names": ["0"], "sparse_ratio": 0.5, "granularity": "element"}]

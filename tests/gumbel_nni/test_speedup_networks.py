@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 import gumbel_nni
 from gumbel_nni.compat.exact_speedup import remove_channels
+from tests.gumbel_nni.helpers import Masks, masked_copy, randomized, relative_error, size
 
 pytestmark = pytest.mark.slow
-
-Masks = dict[str, dict[str, Tensor]]
 
 _IN_PRUNERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 _OUT_PRUNERS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
@@ -48,19 +47,6 @@ def network(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, T
     return model, torch.randn(2, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-@torch.no_grad()
-def randomized(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if name == "running_var" or (tensor.dim() == 1 and name == "weight"):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            elif tensor.is_floating_point():
-                fan_in = tensor[0].numel() if tensor.dim() > 1 else 25
-                tensor.normal_(0.0, fan_in**-0.5, generator=generator)
-    return model
-
-
 def consumer_columns(model: nn.Module, example_input: Tensor, seed: int = 0, with_rows: bool = False) -> Masks:
     """Close about half of the channels of every group that may be gated, at the group's consumers."""
     graph = tp.DependencyGraph().build_dependency(model, example_input)
@@ -89,25 +75,6 @@ def close(masks: Masks, name: str, module: nn.Module, dimension: int, positions:
     mask.movedim(dimension, 0)[positions] *= values.to(mask).view(-1, *[1] * (mask.dim() - 1))
     if dimension == 0 and module.bias is not None:
         masks[name].setdefault("bias", torch.ones_like(module.bias))[positions] *= values.to(module.bias)
-
-
-@torch.no_grad()
-def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
-    masked = copy.deepcopy(model)
-    for name, targets in masks.items():
-        for target, mask in targets.items():
-            masked.get_parameter(f"{name}.{target}").mul_(mask)
-    return masked
-
-
-@torch.no_grad()
-def relative_error(reference: nn.Module, candidate: nn.Module, *inputs: Tensor) -> float:
-    expected, actual = reference(*inputs), candidate(*inputs)
-    return float((expected - actual).abs().max() / expected.abs().max())
-
-
-def size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters")

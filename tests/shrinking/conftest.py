@@ -13,11 +13,9 @@ from gumbel_plugin.shrinking.shrink import Engine
 def by_nni() -> Engine:
     """Return what removes channels by NNI's ModelSpeedup."""
     pytest.importorskip("nni")
-    from gumbel_nni.any_masks import engine_of
+    from gumbel_nni.compat.exact_speedup import remove_by_nni
 
-    engine = engine_of("nni")
-    assert engine is not None
-    return engine
+    return remove_by_nni
 
 
 @pytest.fixture(params=["torch_pruning", "nni"])

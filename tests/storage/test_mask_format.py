@@ -1,7 +1,8 @@
-"""Masks hold 0 and 1 only: anything else is refused wherever masks come in, by its name and value."""
+"""Masks hold 0 and 1 only: anything else is refused wherever masks come in, by its name and value, NNI's ways too."""
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +34,20 @@ def fix_masks(masks: Any) -> None:
     MaskingSession(network(), PruningConfig.load({"pruning": {"config_list": [ENTRY]}}).pruning).fix_masks(masks)
 
 
+def adapter(name: str) -> Any:
+    """Return something of the NNI adapter's."""
+    pytest.importorskip("nni")
+    module, _, attribute = f"gumbel_nni.{name}".rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
 ENTRANCES: dict[str, Callable[[Any], Any]] = {
     "shrink": lambda masks: shrink(network(), masks, INPUTS),
     "masked_copy": lambda masks: masked_copy(network(), masks),
     "fix_masks": fix_masks,
+    "gumbel_nni.speedup": lambda masks: adapter("speedup")(network(), masks, INPUTS),
+    "gumbel_nni.update_masks": lambda masks: adapter("GumbelPruner")(network(), [ENTRY]).update_masks(masks),
+    "remove_channels": lambda masks: adapter("compat.exact_speedup.remove_channels")(network(), masks, INPUTS),
 }
 
 
@@ -71,7 +82,8 @@ MISFITS = pytest.mark.parametrize(
     ("masks", "problem"),
     [
         ({"3": {"weight": torch.ones(2, 8)}}, "module '3'"),
-        ({"2": {"wait": torch.ones(2, 8)}}, r"2\.wait"),
+        ({"22": {"weight": torch.ones(2, 8)}}, "'22', .*did you mean '2'"),
+        ({"2": {"wait": torch.ones(2, 8)}}, r"2\.wait, (which is no tensor of that module|no pruning target)"),
         ({"2": {"weight": torch.ones(8, 2)}}, r"2\.weight: mask \(8, 2\)"),
         ({"2": torch.ones(2, 8)}, "masks of module '2' are Tensor"),
         ({2: {"weight": torch.ones(2, 8)}}, "masks of module 2 are dict"),

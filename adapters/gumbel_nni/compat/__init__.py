@@ -1,9 +1,8 @@
 """NNI 3.0 on today's torch, Python, Lightning and Transformers, repaired from outside.
 
 NNI's last release dates from 2023; on torch 2.13 its QuickStart fails at ``ModelSpeedup`` (microsoft/nni#5768). Each
-function of `gumbel_nni.compat.repairs` repairs one breakage. It looks for the breakage first, does nothing where there
-is none, may be called again, and returns whether its repair is in force. Replaced functions have NNI's own as
-``__wrapped__``.
+repair mends one breakage: a function with cause and remedy, registered in `gumbel_nni.compat.patching` and made by
+`apply` where the breakage is. Replaced functions have NNI's own as ``__wrapped__``.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from importlib.metadata import version
 
 import torch
 
+from gumbel_nni.compat.patching import REPAIRS
 from gumbel_plugin.errors import IncompatibleLibraryError, MissingExtraError
 from gumbel_plugin.torchvision_import import make_torchvision_importable
 
@@ -30,9 +30,17 @@ def apply() -> tuple[str, ...]:
     """
     make_torchvision_importable()  # nni.compression imports it, and catches ImportError only
     _import_nni()
-    from gumbel_nni.compat.repairs import REPAIRS  # imports NNI, too
+    from gumbel_nni.compat import (  # noqa: F401  (each imports NNI, and registers its repairs)
+        compressors,
+        evaluator_repairs,
+        messages,
+        speedup,
+        trace_repairs,
+        training_length,
+        transposed,
+    )
 
-    return tuple(repair.__name__ for repair in REPAIRS if repair())
+    return tuple(name for name, steps in REPAIRS.items() if all(step() for step in steps))
 
 
 def _import_nni() -> None:

@@ -66,19 +66,15 @@ def align_masks(masks: Masks, target_spaces: TargetSpaces) -> None:
         ready: dict[str, dict[str, PruningTargetSpace]] = {}
         for name, spaces in target_spaces.items():
             for target, space in spaces.items():
-                follows = space.align is not None and space.target is not None and own is _follows_own(space, name)
-                if follows and (space.align["module_name"] or name) in known:
-                    ready.setdefault(name, {})[target] = space
+                if space.align is not None and space.target is not None:
+                    source = space.align["module_name"] or name
+                    if own is (source == name) and source in known:
+                        ready.setdefault(name, {})[target] = space
         found = sparse_gen._expand_masks(sparse_gen._generate_align_sparsity(known, ready), ready)
         for name, targets in found.items():
             for target, mask in targets.items():
                 target_spaces[name][target].mask = mask
                 known.setdefault(name, {})[target] = target_spaces[name][target].mask
-
-
-def _follows_own(space: PruningTargetSpace, name: str) -> bool:
-    following: bool = space.align["module_name"] in (None, name)
-    return following
 
 
 def _is_aligned(entry: Any) -> bool:

@@ -2,93 +2,43 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nni
 import torch
 from nni.compression.utils import evaluator
 
-from gumbel_nni.compat.patching import replace_once
+from gumbel_nni.compat.patching import repair, replaces
 
 Tasks = Sequence[Callable[[], Any]]
 _STEP_PATCHES = "_step_patches"
 
 
+@repair
 def settable_max_steps() -> bool:
     """Let LightningEvaluator limit the steps.
 
     Cause: NNI assigns ``trainer.fit_loop.max_steps``, a read-only property (Lightning 2.0 and later).
     """
-    if "pytorch_lightning" not in sys.modules:
+    if not evaluator.LIGHTNING_INSTALLED:
         return False
-    from pytorch_lightning.loops import fit_loop
+    from pytorch_lightning.loops.fit_loop import _FitLoop
 
-    loop = getattr(fit_loop, "_FitLoop", None) or fit_loop.FitLoop
-    steps = inspect.getattr_static(loop, "max_steps", None)
-    if not isinstance(steps, property):
-        return False
-    if steps.fset is None:
-        loop.max_steps = steps.setter(lambda self, value: setattr(self.epoch_loop, "max_steps", value))
+    if _FitLoop.max_steps.fset is None:
+        _FitLoop.max_steps = _FitLoop.max_steps.setter(lambda self, value: setattr(self.epoch_loop, "max_steps", value))
     return True
 
 
-def loss_with_item_count() -> bool:
-    """Let TransformersEvaluator patch the loss.
-
-    Cause: Trainer calls ``compute_loss(..., num_items_in_batch=...)`` (Transformers 4.46 and later), which NNI's
-    replacement does not take.
-    """
-    if not evaluator.TRANSFORMERS_INSTALLED:
-        return False
-    if "num_items_in_batch" not in inspect.signature(evaluator.HFTrainer.compute_loss).parameters:
-        return False
-    return replace_once("patch_loss", _patch_loss, evaluator.TransformersEvaluator)
-
-
-def default_optimizer_of_trainer() -> bool:
-    """Let TransformersEvaluator trace the Trainer's default optimizer.
-
-    Cause: NNI overwrites ``Trainer.get_optimizer_cls_and_kwargs`` with a one-argument function; Trainer calls it on the
-    instance with the model too (Transformers 4.39 and later), and NNI leaves a plain function where the static
-    method was.
-    """
-    if not evaluator.TRANSFORMERS_INSTALLED:
-        return False
-    if "model" not in inspect.signature(evaluator.HFTrainer.get_optimizer_cls_and_kwargs).parameters:
-        return False
-    return replace_once("_init_optimizer_helpers", _init_optimizer_helpers, evaluator.TransformersEvaluator)
-
-
-def steps_after_backward() -> bool:
+@replaces(evaluator.LightningEvaluator, "patch_optimizer_step", where=evaluator.LIGHTNING_INSTALLED)
+def steps_after_backward(original: Any, self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
     """Let what LightningEvaluator runs before the optimizer's step see this step's gradients.
 
     Cause: Lightning computes loss and gradients inside ``optimizer.step(closure)`` (1.5 and later), so that tasks
     "before the step" ran before the backward: a pruner's own optimizer used the gradients of the step before, and never
     the last ones. Remedy: the closure runs first.
     """
-    if not evaluator.LIGHTNING_INSTALLED:
-        return False
-    return replace_once("patch_optimizer_step", _patch_lightning_step, evaluator.LightningEvaluator)
-
-
-def steps_of_trainer() -> bool:
-    """Let TransformersEvaluator patch the optimizer's step, and several compressors patch it.
-
-    Cause: NNI takes ``trainer.deepspeed`` for the optimizer if there is such an attribute, and there is, None
-    (Transformers 4.9 and later); and it keeps one patch in a class attribute, which a second patch replaces, in the
-    whole process.
-    """
-    if not evaluator.TRANSFORMERS_INSTALLED:
-        return False
-    return replace_once("patch_optimizer_step", _patch_trainer_step, evaluator.TransformersEvaluator)
-
-
-def _patch_lightning_step(original: Any, self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
     original(self, [], after_step_tasks)
     if not before_step_tasks:
         return
@@ -125,7 +75,14 @@ def _first_optimizer(configured: Any) -> Any:
     return first[0] if isinstance(first, list | tuple) else first
 
 
-def _patch_trainer_step(original: Any, self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
+@replaces(evaluator.TransformersEvaluator, "patch_optimizer_step", where=evaluator.TRANSFORMERS_INSTALLED)
+def steps_of_trainer(original: Any, self: Any, before_step_tasks: Tasks, after_step_tasks: Tasks) -> None:
+    """Let TransformersEvaluator patch the optimizer's step, and several compressors patch it.
+
+    Cause: NNI takes ``trainer.deepspeed`` for the optimizer if there is such an attribute, and there is, None
+    (Transformers 4.9 and later); and it keeps one patch in a class attribute, which a second patch replaces, in the
+    whole process.
+    """
     patches = getattr(self.trainer, _STEP_PATCHES, None)
     if patches is None:
         patches = []
@@ -148,7 +105,13 @@ def _step_patcher(trainer: Any, patches: Sequence[tuple[Tasks, Tasks]]) -> Any:
     return StepPatcher()
 
 
-def _patch_loss(original: Any, self: Any, patch: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+@replaces(evaluator.TransformersEvaluator, "patch_loss", where=evaluator.TRANSFORMERS_INSTALLED)
+def loss_with_item_count(original: Any, self: Any, patch: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+    """Let TransformersEvaluator patch the loss.
+
+    Cause: Trainer calls ``compute_loss(..., num_items_in_batch=...)`` (Transformers 4.46 and later), which NNI's
+    replacement does not take.
+    """
     compute_loss = self.trainer.compute_loss
 
     def patched(_: Any, model: Any, inputs: Any, return_outputs: bool = False, **extra: Any) -> Any:
@@ -158,23 +121,24 @@ def _patch_loss(original: Any, self: Any, patch: Callable[[torch.Tensor, Any], t
     self.trainer.compute_loss = types.MethodType(patched, self.trainer)
 
 
-def _init_optimizer_helpers(original: Any, self: Any, pure_model: Any) -> None:
-    with _traced_default_optimizer(self.traced_trainer):
-        original(self, pure_model)
+@replaces(evaluator.TransformersEvaluator, "_init_optimizer_helpers", where=evaluator.TRANSFORMERS_INSTALLED)
+def default_optimizer_of_trainer(original: Any, self: Any, pure_model: Any) -> None:
+    """Let TransformersEvaluator trace the Trainer's default optimizer.
 
-
-@contextmanager
-def _traced_default_optimizer(trainer: Any) -> Iterator[None]:
-    """Put the Trainer's default optimizer, traced, where the user gave none that is traced."""
+    Cause: NNI overwrites ``Trainer.get_optimizer_cls_and_kwargs`` with a one-argument function; Trainer calls it on the
+    instance with the model too (Transformers 4.39 and later), and NNI leaves a plain function where the static
+    method was.
+    """
+    trainer = self.traced_trainer
     if trainer.optimizer is not None and nni.common.is_traceable(trainer.optimizer):
-        yield
+        original(self, pure_model)
         return
     cls, arguments = type(trainer).get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     trainer.get_optimizer_cls_and_kwargs = lambda args, model=None: (nni.trace(cls), arguments)
     trainer.optimizer = None
     try:
         trainer.optimizer = trainer.create_optimizer()
-        yield
+        original(self, pure_model)
     finally:
         del trainer.get_optimizer_cls_and_kwargs
         trainer.optimizer = None

@@ -22,7 +22,7 @@ from gumbel_plugin.errors import ConfigError, GraphError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import DependencyGroups
 from gumbel_plugin.layers.example_inputs import ExampleInputs, call_model, observing
-from gumbel_plugin.layers.geometry import columns_view, input_channels
+from gumbel_plugin.layers.geometry import columns_view, input_channels, input_dimension
 from gumbel_plugin.shrinking.shrink import masked_copy
 
 Masks = dict[str, Tensor]
@@ -31,8 +31,8 @@ _logger = logging.getLogger(__name__)
 # NNI takes a tensor for batched if its size is a multiple of the batch size: a prime mistakes fewer than NNI's 8. A few
 # samples are enough where only exact zeros count, and memory grows with them.
 _BATCH_SIZE = 5
-# Dimension of the weight that holds what the module reads, for the modules whose channels NNI can remove.
-_INPUT_DIMENSION = {nn.Linear: 1, nn.Conv1d: 1, nn.Conv2d: 1, nn.ConvTranspose2d: 0}
+# The modules whose input channels NNI can remove.
+_SHRINKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def remove_by_nni(
@@ -122,9 +122,8 @@ def _open_columns(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor | No
     columns: Masks = {}
     for name, targets in masks.items():
         module, mask = model.get_submodule(name), targets.get("weight")
-        dimension = _INPUT_DIMENSION.get(type(module))
-        if mask is not None and dimension is not None:
-            others = [each for each in range(mask.dim()) if each != dimension]
+        if mask is not None and type(module) in _SHRINKABLE:
+            others = [each for each in range(mask.dim()) if each != input_dimension(module)]
             is_open = (mask != 0).any(dim=others, keepdim=True)
             if not is_open.any():
                 is_open.view(-1)[0] = True
@@ -221,7 +220,7 @@ class _ExactSpeedup(ModelSpeedup):  # type: ignore[misc]
         """Replace, unless two calls of one module would take different channels; NNI would go by the first."""
         open_channels: dict[str, list[Tensor]] = {}
         for node, info in self.node_infos.items():
-            if type(info.module) in (*_INPUT_DIMENSION, nn.Embedding):
+            if type(info.module) in (*_SHRINKABLE, nn.Embedding):
                 channel = -1 if isinstance(info.module, (nn.Linear, nn.Embedding)) else 1
                 masks = (self.node_infos[node.args[0]].output_masks, info.output_masks)
                 found = [convert_to_coarse_mask(mask, channel)[1] for mask in masks if isinstance(mask, Tensor)]

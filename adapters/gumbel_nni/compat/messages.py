@@ -16,46 +16,9 @@ from nni.compression.utils.constructor_helper import LRSchedulerConstructHelper,
 from schema import SchemaError
 from torch import Tensor, nn
 
-from gumbel_nni.compat.patching import replace_once
+from gumbel_nni.compat.patching import replaces
 from gumbel_plugin.errors import ConfigError, TargetError, nearest, shown
 from gumbel_plugin.storage.mask_format import check_format
-
-
-def config_errors_with_index() -> bool:
-    """Let the error of a config list name the entry that it is about.
-
-    Cause (whatever the versions): NNI validates entry by entry, and its message names the key only.
-    """
-    return replace_once("_validate_config", _validate_config, Compressor)
-
-
-def untraced_optimizers() -> bool:
-    """Give the line to write where an evaluator's optimizer or scheduler was not made through ``nni.trace``.
-
-    Cause (whatever the versions): TorchEvaluator asserts without a message; TransformersEvaluator takes the default
-    optimizer instead of the given one.
-    """
-    replace_once("__init__", _init_torch_evaluator, evaluator.TorchEvaluator)
-    replace_once("__init__", _init_transformers_evaluator, evaluator.TransformersEvaluator)
-    replace_once("from_trace", _from_trace, OptimizerConstructHelper)
-    return replace_once("from_trace", _from_trace, LRSchedulerConstructHelper)
-
-
-def optimizers_of_another_model() -> bool:
-    """Refuse an optimizer whose parameters are not the model's.
-
-    Cause (a gap, whatever the versions): NNI rebuilds it with the parameters that it recognizes, and trains the others
-    no more, without a word; that is what an optimizer made on a wrapped model comes to.
-    """
-    return replace_once("params2names", _params2names, OptimizerConstructHelper)
-
-
-def layer_types_by_name() -> bool:
-    """Let the error of an unsupported layer type name the layer, and what pruners and quantizers take.
-
-    Cause (whatever the versions): an AssertionError names the type only, and an internal registry.
-    """
-    return replace_once("extend_target_spaces", _extend_known_layers, ModuleWrapper)
 
 
 def complaints(config_list: Sequence[Any], mode: str = "pruning") -> list[str]:
@@ -69,7 +32,12 @@ def complaints(config_list: Sequence[Any], mode: str = "pruning") -> list[str]:
     return found
 
 
-def _validate_config(original: Any, self: Any) -> None:
+@replaces(Compressor, "_validate_config")
+def config_errors_with_index(original: Any, self: Any) -> None:
+    """Let the error of a config list name the entry that it is about.
+
+    Cause (whatever the versions): NNI validates entry by entry, and its message names the key only.
+    """
     found = complaints(self.config_list, self.mode)
     if found:
         raise ConfigError("; ".join(found))
@@ -125,9 +93,15 @@ def _described(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else shown(value)
 
 
-def _init_torch_evaluator(
+@replaces(evaluator.TorchEvaluator, "__init__")
+def untraced_optimizers(
     original: Any, self: Any, training_func: Any, optimizers: Any, *args: Any, **kwargs: Any
 ) -> None:
+    """Give the line to write where an evaluator's optimizer or scheduler was not made through ``nni.trace``.
+
+    Cause (whatever the versions): TorchEvaluator asserts without a message; TransformersEvaluator takes the default
+    optimizer instead of the given one.
+    """
     schedulers = args[1] if len(args) > 1 else kwargs.get("lr_schedulers")
     for made in (optimizers, schedulers or []):
         for each in made if isinstance(made, list | tuple) else [made]:
@@ -135,6 +109,7 @@ def _init_torch_evaluator(
     original(self, training_func, optimizers, *args, **kwargs)
 
 
+@replaces(evaluator.TransformersEvaluator, "__init__", part_of=untraced_optimizers)
 def _init_transformers_evaluator(original: Any, self: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
     for made in (getattr(trainer, "optimizer", None), getattr(trainer, "lr_scheduler", None)):
         if made is not None:
@@ -142,6 +117,8 @@ def _init_transformers_evaluator(original: Any, self: Any, trainer: Any, *args: 
     original(self, trainer, *args, **kwargs)
 
 
+@replaces(OptimizerConstructHelper, "from_trace", part_of=untraced_optimizers)
+@replaces(LRSchedulerConstructHelper, "from_trace", part_of=untraced_optimizers)
 def _from_trace(original: Any, *args: Any) -> Any:
     _check_traced(args[-1])
     return original(*args)
@@ -168,7 +145,15 @@ def _path(cls: type) -> str:
     return f"{module}.{lr}{cls.__name__}"
 
 
-def _params2names(original: Any, self: Any, model: nn.Module, params: Iterable[Any]) -> list[dict[str, Any]]:
+@replaces(OptimizerConstructHelper, "params2names")
+def optimizers_of_another_model(
+    original: Any, self: Any, model: nn.Module, params: Iterable[Any]
+) -> list[dict[str, Any]]:
+    """Refuse an optimizer whose parameters are not the model's.
+
+    Cause (a gap, whatever the versions): NNI rebuilds it with the parameters that it recognizes, and trains the others
+    no more, without a word; that is what an optimizer made on a wrapped model comes to.
+    """
     given = [{**group, "params": _listed(group["params"])} if isinstance(group, dict) else group for group in params]
     tensors = [tensor for group in given for tensor in _tensors(group)]
     own = {id(parameter) for parameter in model.parameters()}
@@ -192,7 +177,12 @@ def _listed(params: Any) -> Any:
     return params if isinstance(params, Tensor | set) else list(params)
 
 
-def _extend_known_layers(original: Any, self: Any, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
+@replaces(ModuleWrapper, "extend_target_spaces")
+def layer_types_by_name(original: Any, self: Any, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
+    """Let the error of an unsupported layer type name the layer, and what pruners and quantizers take.
+
+    Cause (whatever the versions): an AssertionError names the type only, and an internal registry.
+    """
     known = {"pruning": set(PruningSetting.registry), "quantization": set(QuantizationSetting.registry)}
     kind = type(self.module).__name__
     if mode in known and kind not in known[mode]:

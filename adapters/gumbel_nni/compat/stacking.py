@@ -1,7 +1,6 @@
 """Several pruners on one tensor: each has a target space of its own, and the tensor sees the product of their masks.
 
-NNI keeps one pruning target space a tensor; a second pruner's settings are dropped with a warning, and its masks then
-overwrite the first one's.
+A target space may have a function ``before_unwrap``, called whoever unwraps the layer.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper, create_module_wrapper
 from torch import Tensor, nn
 
-from gumbel_nni.compat.patching import replace_once
+from gumbel_nni.compat.patching import replaces
 
 _logger = logging.getLogger(__name__)
 _STACK = "_stacked_target_spaces"
@@ -34,18 +33,6 @@ class StackedTargetSpace(PruningTargetSpace):  # type: ignore[misc]
     @property
     def _mask_name(self) -> str:
         return f"{self._target_name}_mask_{self._number}"
-
-
-def install() -> bool:
-    """Let NNI's wrappers and pruners know stacked target spaces. Idempotent.
-
-    A target space may have a function ``before_unwrap``, called whoever unwraps the layer.
-    """
-    replace_once("extend_target_spaces", _extend_target_spaces, ModuleWrapper)
-    replace_once("_apply_mask_helper", _apply_all_masks, ModuleWrapper)
-    replace_once("unwrap", _unwrap, ModuleWrapper)
-    replace_once("get_masks", _get_masks, Pruner)
-    return replace_once("update_masks", _update_masks, Pruner)
 
 
 def add_space(wrapper: ModuleWrapper, target: str, setting: Mapping[str, Any]) -> StackedTargetSpace:
@@ -100,7 +87,15 @@ def masks_of(wrappers: Mapping[str, ModuleWrapper]) -> dict[str, dict[str, Tenso
     return masks
 
 
-def _extend_target_spaces(original: Any, self: ModuleWrapper, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
+@replaces(ModuleWrapper, "extend_target_spaces")
+def two_pruners_on_one_layer(
+    original: Any, self: ModuleWrapper, sub_config: dict[str, Any], mode: str
+) -> dict[str, Any]:
+    """Let the masks of two pruners on one tensor multiply.
+
+    Cause (a gap, whatever the versions): NNI drops the second pruner's settings, saying "already configured, the new
+    config will be ignored", and its masks then overwrite the first one's.
+    """
     known = set(self.pruning_target_spaces) if mode == "pruning" else set()
     settings = canonicalize_settings(self.module, sub_config, mode) if known else {}
     twice = [name for name in settings if name in known]
@@ -114,6 +109,7 @@ def _extend_target_spaces(original: Any, self: ModuleWrapper, sub_config: dict[s
     return {**spaces, **{name: add_space(self, name, settings[name]) for name in twice}}
 
 
+@replaces(ModuleWrapper, "_apply_mask_helper", part_of=two_pruners_on_one_layer)
 def _apply_all_masks(original: Any, self: ModuleWrapper, target: Tensor, target_space: PruningTargetSpace) -> Tensor:
     result: Tensor = original(self, target, target_space)
     for space in getattr(self, _STACK, {}).get(target_space._target_name, ()):
@@ -121,6 +117,7 @@ def _apply_all_masks(original: Any, self: ModuleWrapper, target: Tensor, target_
     return result
 
 
+@replaces(ModuleWrapper, "unwrap", part_of=two_pruners_on_one_layer)
 def _unwrap(original: Any, self: ModuleWrapper) -> None:
     for target in self.pruning_target_spaces:
         for space in spaces_of(self, target):
@@ -129,10 +126,12 @@ def _unwrap(original: Any, self: ModuleWrapper) -> None:
     original(self)
 
 
+@replaces(Pruner, "get_masks", part_of=two_pruners_on_one_layer)
 def _get_masks(original: Any, self: Pruner) -> dict[str, dict[str, Tensor | None]]:
     return masks_of(self._module_wrappers)
 
 
+@replaces(Pruner, "update_masks", part_of=two_pruners_on_one_layer)
 @torch.no_grad()
 def _update_masks(original: Any, self: Pruner, masks: Mapping[str, Mapping[str, Tensor | None]]) -> None:
     """Write each mask to this pruner's own target space; what it was not configured for goes where NNI puts it."""

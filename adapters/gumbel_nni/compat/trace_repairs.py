@@ -16,9 +16,10 @@ from nni.common.concrete_trace_utils import concrete_proxy, concrete_tracer
 from nni.common.concrete_trace_utils.concrete_tracer import ConcreteTracer
 from torch import nn
 
-from gumbel_nni.compat.patching import replace_once
+from gumbel_nni.compat.patching import repair, replaces
 
 
+@repair
 def tensor_methods_in_tracer() -> bool:
     """Let concrete_trace record tensor methods.
 
@@ -28,8 +29,6 @@ def tensor_methods_in_tracer() -> bool:
     Static constructors (``_make_subclass``) never see a proxy and leave the table; what torch.Tensor overrides in
     Python is filed under the override, which is what the tracer made of it when it recognized the class.
     """
-    if torch._C._TensorBase.__qualname__ == "_TensorBase":
-        return False
     table = ConcreteTracer.default_autowrap_leaf_function
     for method in [key for key in table if getattr(key, "__qualname__", "").startswith("TensorBase.")]:
         _, force, to_function = table.pop(method)
@@ -40,6 +39,7 @@ def tensor_methods_in_tracer() -> bool:
     return True
 
 
+@repair
 def python_functions_in_tracer() -> bool:
     """Let concrete_trace run what torch wraps in Python: norm, einsum, split and others of torch.functional.
 
@@ -56,19 +56,7 @@ def python_functions_in_tracer() -> bool:
     return True
 
 
-def generic_classes_in_tracer() -> bool:
-    """Let traced code write ``list[int]`` and ``int.from_bytes``.
-
-    Cause: the tracer puts callable objects in the place of int, list, tuple, dict and others, which take no subscript
-    and have few attributes; ``F.max_pool2d(x, 2)`` evaluates ``torch.jit.annotate(list[int], [])`` (``List[int]`` until
-    about torch 2.9): TypeError. An import while tracing reads ``int.from_bytes``, as the first ``torch.einsum`` did
-    until about torch 2.8: AttributeError. Remedy: a subscript, or an attribute that the object has not, goes to the
-    class behind it.
-    """
-    replace_once("_create_wrapped_leaf_class", _wrapped_class, concrete_tracer)
-    return replace_once("_create_wrapped_leaf_iterable_class", _wrapped_class, concrete_tracer)
-
-
+@repair
 def type_in_tracer() -> bool:
     """Let concrete_trace wrap ``type``.
 
@@ -84,28 +72,7 @@ def type_in_tracer() -> bool:
     return True
 
 
-def classes_after_tracing() -> bool:
-    """Leave torch's classes as they were when concrete_trace returns.
-
-    Cause: the tracer ends with ``delattr(torch.autograd.Function, "apply")``, meant for a torch whose Function inherits
-    ``apply``. It has its own now (every version this project supports), and without it custom functions lose
-    torch.func and the defaults of their arguments, in the whole process (until about torch 2.13). The fx patcher also
-    leaves copies of inherited methods behind (hundreds on torch.Tensor).
-    """
-    return replace_once("trace", _trace, ConcreteTracer)
-
-
-def impure_with_two_arguments() -> bool:
-    """Let dead-code elimination call the tracer's purity check.
-
-    Cause: torch.fx calls ``node.is_impure(impure_random)`` (from about torch 2.8); NNI puts a one-argument function in
-    its place: TypeError.
-    """
-    if "impure_random" not in inspect.signature(torch.fx.Node.is_impure).parameters:
-        return False
-    return replace_once("node_is_impure_wrapper", _node_is_impure, concrete_tracer)
-
-
+@repair
 def bytecode_caches_in_proxy() -> bool:
     """Let a proxy see which instruction is asking for its truth, its length or its items.
 
@@ -128,8 +95,17 @@ def bytecode_caches_in_proxy() -> bool:
     return True
 
 
-def _wrapped_class(original: Any, tracer: Any, clz: Any) -> Any:
-    """Give the wrapper's class, which is its own, the subscript and the methods of the class that it stands for."""
+@replaces(concrete_tracer, "_create_wrapped_leaf_class")
+@replaces(concrete_tracer, "_create_wrapped_leaf_iterable_class")
+def generic_classes_in_tracer(original: Any, tracer: Any, clz: Any) -> Any:
+    """Let traced code write ``list[int]`` and ``int.from_bytes``.
+
+    Cause: the tracer puts callable objects in the place of int, list, tuple, dict and others, which take no subscript
+    and have few attributes; ``F.max_pool2d(x, 2)`` evaluates ``torch.jit.annotate(list[int], [])`` (``List[int]`` until
+    about torch 2.9): TypeError. An import while tracing reads ``int.from_bytes``, as the first ``torch.einsum`` did
+    until about torch 2.8: AttributeError. Remedy: a subscript, or an attribute that the object has not, goes to the
+    class behind it.
+    """
 
     def public(self: Any, name: str) -> Any:
         if name.startswith("__"):  # functools.wraps copies what it finds of these
@@ -142,11 +118,29 @@ def _wrapped_class(original: Any, tracer: Any, clz: Any) -> Any:
     return wrapper
 
 
-def _node_is_impure(original: Any, node: torch.fx.Node, impure_random: bool = True) -> bool:
+@replaces(
+    concrete_tracer,
+    "node_is_impure_wrapper",
+    where="impure_random" in inspect.signature(torch.fx.Node.is_impure).parameters,
+)
+def impure_with_two_arguments(original: Any, node: torch.fx.Node, impure_random: bool = True) -> bool:
+    """Let dead-code elimination call the tracer's purity check.
+
+    Cause: torch.fx calls ``node.is_impure(impure_random)`` (from about torch 2.8); NNI puts a one-argument function in
+    its place: TypeError.
+    """
     return bool(original(node))
 
 
-def _trace(original: Any, *args: Any, **kwargs: Any) -> torch.fx.Graph:
+@replaces(ConcreteTracer, "trace")
+def classes_after_tracing(original: Any, *args: Any, **kwargs: Any) -> torch.fx.Graph:
+    """Leave torch's classes as they were when concrete_trace returns.
+
+    Cause: the tracer ends with ``delattr(torch.autograd.Function, "apply")``, meant for a torch whose Function inherits
+    ``apply``. It has its own now (every version this project supports), and without it custom functions lose
+    torch.func and the defaults of their arguments, in the whole process (until about torch 2.13). The fx patcher also
+    leaves copies of inherited methods behind (hundreds on torch.Tensor).
+    """
     with _class_attributes_kept(torch.Tensor, nn.Module, torch.autograd.Function):
         graph: torch.fx.Graph = original(*args, **kwargs)
     return graph

@@ -10,20 +10,11 @@ from nni.compression.base.compressor import Compressor
 from nni.compression.utils import Evaluator
 from nni.compression.utils.evaluator import LightningEvaluator, TransformersEvaluator
 
-from gumbel_nni.compat.patching import replace_once
+from gumbel_nni.compat.patching import replaces
 
 _logger = logging.getLogger(__name__)
 _NOT_YET = sys.maxsize
 _PLANNED = "_planned_length"
-
-
-def length_of_a_fused_training() -> bool:
-    """Let every compressor of a fusion know how long the training will be.
-
-    Cause (a gap, whatever the versions): ``compress(max_steps, max_epochs)`` passes it to the evaluator only, and that
-    after all compressors were prepared. Remedy: the evaluator has it before (see `planned_length`).
-    """
-    return replace_once("_fusion_compress", _fusion_compress, Compressor)
 
 
 def planned_length(evaluator: Any) -> tuple[int | None, int | None]:
@@ -32,7 +23,13 @@ def planned_length(evaluator: Any) -> tuple[int | None, int | None]:
     return steps, epochs
 
 
-def _fusion_compress(original: Any, self: Any, max_steps: int | None, max_epochs: int | None) -> None:
+@replaces(Compressor, "_fusion_compress")
+def length_of_a_fused_training(original: Any, self: Any, max_steps: int | None, max_epochs: int | None) -> None:
+    """Let every compressor of a fusion know how long the training will be.
+
+    Cause (a gap, whatever the versions): ``compress(max_steps, max_epochs)`` passes it to the evaluator only, and that
+    after all compressors were prepared. Remedy: the evaluator has it before (see `planned_length`).
+    """
     if self.evaluator is not None:
         setattr(self.evaluator, _PLANNED, (max_steps, max_epochs))
     original(self, max_steps, max_epochs)

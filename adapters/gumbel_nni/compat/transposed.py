@@ -10,23 +10,11 @@ from nni.compression.pruning.tools import sparse_gen
 from nni.compression.utils.scaling import Scaling
 from torch import Tensor, nn
 
-from gumbel_nni.compat.patching import replace_once
+from gumbel_nni.compat.patching import replaces
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SOURCE_GROUPS = "_groups_of_transposed_source"
 """The attribute of an aligned target space that holds the groups of the transposed convolution it follows."""
-
-
-def channels_of_transposed_convolutions() -> bool:
-    """Let ``out_channel`` mean the output channels of transposed convolutions, and ``in_channel`` their inputs.
-
-    Cause (microsoft/nni#5805, whatever the versions): NNI takes dimension 0 of every weight for the outputs. There lie
-    the inputs of a transposed convolution: its bias gets a mask of the inputs' number, which fails, or, with as many
-    outputs, closes the wrong channels without a word; tied layers share the wrong ones. Remedy: such weights are
-    measured, masked and followed in the order of an ordinary convolution, (out, in / groups, ...).
-    """
-    replace_once("register_scalers", _register_scalers, compressor)
-    return replace_once("_generate_align_sparsity", _generate_align_sparsity, sparse_gen)
 
 
 def _ordinary(weight: Tensor, groups: int) -> Tensor:
@@ -54,7 +42,15 @@ class _TransposedScaling(Scaling):  # type: ignore[misc]
         return _ordinary(channels, self._groups)  # its own inverse
 
 
-def _register_scalers(original: Any, target_spaces: Any, set_default_granularity: Any) -> None:
+@replaces(compressor, "register_scalers")
+def channels_of_transposed_convolutions(original: Any, target_spaces: Any, set_default_granularity: Any) -> None:
+    """Let ``out_channel`` mean the output channels of transposed convolutions, and ``in_channel`` their inputs.
+
+    Cause (microsoft/nni#5805, whatever the versions): NNI takes dimension 0 of every weight for the outputs. There lie
+    the inputs of a transposed convolution: its bias gets a mask of the inputs' number, which fails, or, with as many
+    outputs, closes the wrong channels without a word; tied layers share the wrong ones. Remedy: such weights are
+    measured, masked and followed in the order of an ordinary convolution, (out, in / groups, ...).
+    """
     original(target_spaces, set_default_granularity)
     for name, spaces in target_spaces.items():
         for target, space in spaces.items():
@@ -74,6 +70,7 @@ def _register_scalers(original: Any, target_spaces: Any, set_default_granularity
                     setattr(space, _SOURCE_GROUPS, followed.groups)
 
 
+@replaces(sparse_gen, "_generate_align_sparsity", part_of=channels_of_transposed_convolutions)
 def _generate_align_sparsity(original: Any, masks: Any, target_spaces: Any) -> Any:
     """Show NNI the masks of transposed weights in the order of ordinary ones."""
     shown = {name: dict(targets) for name, targets in masks.items()}
