@@ -116,7 +116,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._running: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the step that is being made
         self._dense_cost = 0.0
         self._own_importance = importance is None
-        with restored_on_error(model):
+        with restored_on_error(model, weights_change=self._settings.weight_init != "keep"):
             self._build_graph(model, importance or tp.importance.RandomImportance(), arguments)
             self._original = {group.name: group.size for group in self._groups}
             self._require_gated_groups()
