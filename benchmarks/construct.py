@@ -2,9 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/construct.py --repeats 5
 
-Both prune the same share of every group of channels of the same torchvision network. CPU time is counted, not the clock, and
-repeats take turns, so that a busy
-machine slows both alike; medians are compared.
+Both prune the same share of every group of channels of the same torchvision network. CPU time is counted, and repeats
+take turns, so that a busy machine slows both alike; medians are compared.
 """
 
 from __future__ import annotations
