@@ -116,7 +116,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._found: DependencyGroups | None = None
         self._dtype = dtype_of(model)
         self.example_inputs = example_inputs
-        with restored_on_error(model):
+        with restored_on_error(model, weights_change=self._settings.weight_init != "keep"):
             with (
                 calling(model, self._forward, example_inputs),
                 traceable(model, example_inputs, own_attention=bool(arguments["num_heads"])),

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import GraphError
 from gumbel_plugin.graph.attention_heads import NamedHeads, find_heads, kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
-from gumbel_plugin.graph.exactness import ExactnessAnalysis, Safety, Treatment, check_empirically, double_copy
+from gumbel_plugin.graph.exactness import ExactnessAnalysis, Safety, check_empirically, double_copy
 from gumbel_plugin.graph.prunable_heads import find_named_heads
 from gumbel_plugin.graph.removal import HeadGroup, Item, Remover, UnitGroup, unchanging_graph
-from gumbel_plugin.graph.tracing import reason_of, traceable
-from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, missing_pruners
+from gumbel_plugin.graph.tracing import analysis_of, reason_of, traceable
+from gumbel_plugin.graph.tracing_repairs import missing_pruners
 from gumbel_plugin.layers.example_inputs import call_model, named_tensors
 from gumbel_plugin.layers.geometry import input_channels, output_dimension
 from gumbel_plugin.layers.model_check import refuse_unusable
@@ -69,7 +69,7 @@ class DependencyGroups:
         self._named_heads: dict[str, NamedHeads] = {}
         self._tied = _tied_layers(self._names)
         named = pruner is not None and bool(pruner.num_heads)
-        analysis = ExactnessAnalysis(model, example_inputs, self._parameters(), self._treatments(not named))
+        analysis = analysis_of(self.graph, example_inputs, opaque=not named)
         ignored, roots = ((), _ROOTS) if pruner is None else (pruner.ignored_layers, pruner.root_module_types)
         with unchanging_graph():
             found = self.graph.get_all_groups(list(ignored), tuple(roots))
@@ -187,24 +187,6 @@ class DependencyGroups:
         """Return how many numbers go with all channels of a parameter that belongs to no layer."""
         parameter, dim = item.dep.target.module, item.dep.target.pruning_dim
         return len(item.positions) * int(parameter.numel()) // int(parameter.shape[dim])
-
-    def _parameters(self) -> dict[nn.Parameter, tuple[str, int]]:
-        """Return the parameters that belong to no layer which Torch-Pruning knows, and where it would cut them."""
-        graph = self.graph
-        used = ((each, dim) for each, dim in graph.unwrapped_parameters if each in graph.module2node)
-        return {parameter: (graph._param_to_name[parameter], dim) for parameter, dim in used}
-
-    def _treatments(self, opaque_attention: bool) -> dict[nn.Module, Treatment]:
-        """Return what is known of layers that are none of torch's own."""
-        treatments: dict[nn.Module, Treatment] = {}
-        for module in self._names:
-            if isinstance(self.graph.get_pruner_of_module(module), FrozenNormPruner):
-                treatments[module] = "each"
-            elif module in self.graph.CUSTOMIZED_PRUNERS or type(module) in self.graph.CUSTOMIZED_PRUNERS:
-                treatments[module] = "foreign"
-            elif opaque_attention and kind_of(module) is not None:
-                treatments[module] = "opaque"
-        return treatments
 
     def _reads(self, dep: Any) -> bool:
         """Whether a dependency prunes the input channels of a layer that sums over them."""

@@ -88,7 +88,7 @@ class Remover:
         self.model = model
         self._items = items
         self._heads = heads
-        self._removed: dict[Any, Tensor] = {}  # by place, and by group name: first numbers, ascending
+        self._removed: dict[Any, list[Tensor]] = {}  # by place, and by group name: first numbers
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
         """Remove units of groups, by their present numbers; what several groups cut is cut once."""
@@ -105,19 +105,21 @@ class Remover:
 
     def choose(self, name: str, units: Tensor) -> list[Choice]:
         """Return what leaves with some units of a group, by their present numbers."""
-        items = self._items[name]
-        removed = self._left(name)[units.cpu()]
-        picked = [(item, torch.isin(item.units, removed)) for item in items]
+        left = self._left(name)
+        chosen = torch.zeros_like(left).index_fill(0, torch.nonzero(left).flatten()[units.cpu()], True)
+        picked = [(item, chosen[item.units]) for item in self._items[name]]
         return [Choice(item, which, self.now(item.place, item.positions[which])) for item, which in picked]
 
     def units_at(self, name: str, choice: Choice, positions: Tensor) -> Tensor:
         """Return the present numbers of the units to which some of a choice's present positions belong."""
         first = choice.item.units[choice.which][torch.isin(choice.now, positions)]
-        return torch.searchsorted(self._left(name), torch.unique(first))
+        return torch.searchsorted(torch.nonzero(self._left(name)).flatten(), torch.unique(first))
 
     def now(self, place: Any, first: Tensor) -> Tensor:
         """Return the present numbers of channels in a place."""
-        return first - torch.searchsorted(self._removed[place], first) if place in self._removed else first
+        if place not in self._removed:
+            return first
+        return first - torch.searchsorted(torch.unique(torch.cat(self._removed[place])), first)
 
     @contextmanager
     def noting(self, chosen: Mapping[str, Sequence[Choice]]) -> Iterator[None]:
@@ -128,13 +130,16 @@ class Remover:
             first: list[tuple[Any, Tensor]] = [(name, choices[0].item.units[choices[0].which])]
             first += [(choice.item.place, choice.item.positions[choice.which]) for choice in choices]
             for place, numbers in first:
-                self._removed[place] = torch.unique(torch.cat([self._removed.get(place, numbers[:0]), numbers]))
+                self._removed.setdefault(place, []).append(numbers)
         for name, before in heads.items():
             self._heads[name].sync(self.model, before)
 
     def _left(self, name: str) -> Tensor:
-        numbers = torch.arange(int(self._items[name][0].units.max()) + 1)
-        return numbers[~torch.isin(numbers, self._removed.get(name, numbers[:0]))]
+        """Return which of a group's first units are left, bool."""
+        left = torch.ones(int(self._items[name][0].units.max()) + 1, dtype=torch.bool)
+        for removed in self._removed.get(name, ()):
+            left[removed] = False
+        return left
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
 from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, shorten
-from gumbel_plugin.graph.attention_heads import opaque_attention
-from gumbel_plugin.graph.tracing_repairs import repaired_tracing
+from gumbel_plugin.graph.attention_heads import kind_of, opaque_attention
+from gumbel_plugin.graph.exactness import ExactnessAnalysis, Treatment
+from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, repaired_tracing
 from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, observing
 from gumbel_plugin.layers.weights import is_gate
 
@@ -73,6 +74,8 @@ def calling(model: nn.Module, function: Forward | None, example_inputs: Any) -> 
 def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False) -> Iterator[None]:
     """Let autograd see every parameter, in eval mode; frozen layers would be missing in the graph otherwise.
 
+    The forward that Torch-Pruning traces is also the one in which the exactness analysis follows channels.
+
     Args:
         model: The model.
         example_inputs: What it is traced with.
@@ -86,7 +89,7 @@ def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     inside = nullcontext() if own_attention else opaque_attention(model)
     try:
-        with observing(model), torch.enable_grad(), inside, repaired_tracing():
+        with observing(model), torch.enable_grad(), inside, repaired_tracing(), _analyzed(not own_attention):
             for parameter in flags:
                 parameter.requires_grad_(parameter.is_floating_point())
             yield
@@ -98,6 +101,51 @@ def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _analyzed(opaque: bool) -> Iterator[None]:
+    """Let an `ExactnessAnalysis` follow the forward of every graph that is traced meanwhile; see `analysis_of`."""
+    original = tp.DependencyGraph._trace
+
+    def trace(graph: Any, model: nn.Module, example_inputs: Any, forward: Forward, **keys: Any) -> Any:
+        analysis = graph.analysis = _new_analysis(graph, opaque)
+        return original(graph, model, example_inputs, lambda *args: analysis.follow(lambda: forward(*args)), **keys)
+
+    tp.DependencyGraph._trace = trace
+    try:
+        yield
+    finally:
+        tp.DependencyGraph._trace = original
+
+
+def analysis_of(graph: Any, example_inputs: Any, opaque: bool) -> ExactnessAnalysis:
+    """Return what is known of the channels of a graph's model, from its trace or, if it was cut since, from a forward.
+
+    Args:
+        graph: A `torch_pruning.DependencyGraph`, built in `traceable`.
+        example_inputs: What the model is called with.
+        opaque: Whether known attention layers are not looked into.
+    """
+    analysis: ExactnessAnalysis | None = graph.__dict__.pop("analysis", None)
+    if analysis is None:
+        analysis = _new_analysis(graph, opaque)
+        with observing(graph.model):
+            analysis.follow(lambda: call_model(graph.model, example_inputs))
+    return analysis
+
+
+def _new_analysis(graph: Any, opaque: bool) -> ExactnessAnalysis:
+    parameters = {parameter: (graph._param_to_name[parameter], dim) for parameter, dim in graph.unwrapped_parameters}
+    treatments: dict[nn.Module, Treatment] = {}
+    for module in graph.model.modules():
+        if isinstance(graph.get_pruner_of_module(module), FrozenNormPruner):
+            treatments[module] = "each"
+        elif module in graph.CUSTOMIZED_PRUNERS or type(module) in graph.CUSTOMIZED_PRUNERS:
+            treatments[module] = "foreign"
+        elif opaque and kind_of(module) is not None:
+            treatments[module] = "opaque"
+    return ExactnessAnalysis(graph.model, parameters, treatments)
 
 
 def _require_forward(model: nn.Module, example_inputs: Any) -> None:

@@ -16,7 +16,7 @@ _PACKAGES = ("gumbel_plugin", "gumbel_torch_pruning", "torch_pruning")
 
 
 @contextmanager
-def restored_on_error(*roots: Any) -> Iterator[None]:
+def restored_on_error(*roots: Any, weights_change: bool = True) -> Iterator[None]:
     """Give objects back what they had, where an error comes up meanwhile or the generator around this is closed.
 
     All of it is the same objects as before: parameters (with their numbers, gradients and flags), modules, hooks, the
@@ -24,8 +24,9 @@ def restored_on_error(*roots: Any) -> Iterator[None]:
 
     Args:
         roots: Models, or objects that hold models among other things.
+        weights_change: Whether numbers in parameters may change: a copy of them is kept then, of buffers always.
     """
-    saved = list(_saved(roots))
+    saved = list(_saved(roots, weights_change))
     try:
         yield
     except BaseException:
@@ -35,7 +36,7 @@ def restored_on_error(*roots: Any) -> Iterator[None]:
         raise
 
 
-def _saved(roots: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+def _saved(roots: tuple[Any, ...], weights_change: bool) -> Iterator[tuple[Any, Any]]:
     """Yield everything that can change, reached from these objects, with what it holds now."""
     seen, found = {id(root) for root in roots}, list(roots)
     followed: dict[type, bool] = {}
@@ -46,7 +47,9 @@ def _saved(roots: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     gradient = tensor.grad if tensor.is_leaf else None
-                    yield tensor, (tensor.data, tensor.detach().clone(), gradient, tensor.requires_grad)
+                    keep = weights_change or not isinstance(tensor, nn.Parameter)
+                    numbers = tensor.detach().clone() if keep else None
+                    yield tensor, (tensor.data, numbers, gradient, tensor.requires_grad)
         if isinstance(each, list | set | tuple):
             content: Any = list(each)
             parts = content
@@ -66,7 +69,7 @@ def _saved(roots: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
 
 def _is_followed(kind: type) -> bool:
     if issubclass(kind, dict | list | set | tuple | nn.Module):
-        return True
+        return kind is not torch.Size
     ours = kind.__module__.partition(".")[0] in _PACKAGES and not issubclass(kind, Tensor | Enum | type)
     frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
     return ours and not frozen and kind.__dictoffset__ != 0
@@ -76,7 +79,8 @@ def _is_followed(kind: type) -> bool:
 def _restore(each: Any, content: Any) -> None:
     if isinstance(each, Tensor):
         each.data, numbers, each.grad, flag = content
-        each.copy_(numbers)
+        if numbers is not None:
+            each.copy_(numbers)
         each.requires_grad_(flag)
     elif isinstance(each, list):
         each[:] = content

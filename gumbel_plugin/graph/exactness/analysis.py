@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.graph.exactness.channel_labels import Safety
 from gumbel_plugin.graph.exactness.layer_rules import Layers, Side, Treatment
-from gumbel_plugin.layers.example_inputs import call_model, named_tensors, observing
+from gumbel_plugin.layers.example_inputs import named_tensors
 
 Cut = tuple[Side, Tensor, Tensor]
 """What a group would remove on one side of a layer: channel numbers, and the group's unit that each belongs to."""
@@ -27,31 +27,33 @@ class ExactnessAnalysis:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Any,
         parameters: Mapping[nn.Parameter, tuple[str, int]],
         treatments: Mapping[nn.Module, Treatment],
     ) -> None:
-        """Run the model once in eval mode; it is left as it was.
+        """Start before the forward.
 
         Args:
             model: The plain model.
-            example_inputs: A tensor, a tuple of positional inputs, or a dict of keyword inputs.
             parameters: Parameters that belong to no known layer: their names, and the dimension in which they are cut.
             treatments: What is known of layers that are none of torch's own.
         """
-        layers = Layers(treatments)
+        self._model = model
+        self._layers = Layers(treatments)
         for parameter, (name, dim) in parameters.items():
-            layers.label_parameter(parameter, name, dim)
-        with _plain_attention(), layers.watched(model), observing(model), layers.flow:
-            output = call_model(model, example_inputs)
+            self._layers.label_parameter(parameter, name, dim)
+
+    def follow(self, forward: Callable[[], Any]) -> Any:
+        """Follow the labels through one forward of the model, in eval mode, and return its output."""
+        layers, labels = self._layers, self._layers.flow.labels
+        with _plain_attention(), layers.watched(self._model), layers.flow:
+            output = forward()
         layers.note([tensor for _, tensor in named_tensors(output)], "unsupported", "it reaches the network's output")
-        layers.reject_external_uses(model)
-        self._blocks = layers.blocks
-        labels = layers.flow.labels
+        layers.reject_external_uses(self._model)
         self._sides = {side: labels.roots(channels) for side, channels in layers.sides.items()}
         self._places, self._results = labels.results()
         everything = torch.cat([torch.zeros(0, dtype=torch.int64), *self._sides.values()])
         self._uses = torch.bincount(everything, minlength=len(self._places))
+        return output
 
     def result(self, cuts: Sequence[Cut]) -> tuple[Safety, str]:
         """Analyze a group by all that it would remove.
@@ -83,7 +85,7 @@ class ExactnessAnalysis:
         contradicted = ((known >= 0) & (known != units)) | (unit_of[roots] != units) | (roots == 0)
         if bool(contradicted.any()):
             return False
-        blocks = self._blocks.get(side, 1)
+        blocks = self._layers.blocks.get(side, 1)
         if blocks == 1:
             return True
         terms = torch.full_like(channels, -1)

@@ -17,11 +17,15 @@ class ChannelLabels:
 
     A label is a positive number; 0 means that an element belongs to no channel. Labels that meet in one element (in an
     addition, say) become one root label: a union-find forest, flat at all times.
+
+    Attributes:
+        changes: How often root labels have changed.
     """
 
     def __init__(self) -> None:
         self._roots = torch.zeros(1, dtype=torch.int64)
         self._notes: list[tuple[Tensor, Safety, str]] = []
+        self.changes = 0
 
     def fresh(self, count: int) -> Tensor:
         """Return new labels, shape (count,), int64."""
@@ -39,6 +43,7 @@ class ChannelLabels:
         first, second = self.roots(first).flatten(), self.roots(second).flatten()
         differ = (first != second) & (first > 0) & (second > 0)
         first, second = first[differ], second[differ]
+        self.changes += len(first) > 0
         while len(first):
             self._roots.scatter_reduce_(0, torch.maximum(first, second), torch.minimum(first, second), "amin")
             while not torch.equal(self._roots, higher := self._roots[self._roots]):

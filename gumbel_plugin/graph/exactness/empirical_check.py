@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -63,7 +64,9 @@ def double_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor) and value.is_floating_point() and id(value) not in memo:
+            if type(value) is OrderedDict and not value:
+                memo[id(value)] = OrderedDict()  # the many tables of hooks, which are most of a small model's copy
+            elif isinstance(value, Tensor) and value.is_floating_point() and id(value) not in memo:
                 wide = torch.empty(value.shape, dtype=torch.float64, device=value.device).copy_(value.detach())
                 memo[id(value)] = nn.Parameter(wide, value.requires_grad) if isinstance(value, nn.Parameter) else wide
     return copy.deepcopy(model, memo)
@@ -106,18 +109,22 @@ def _equal_but_for_rounding(before: Tensor, after: Tensor) -> bool:
 
 
 class _DepthwiseByTaps(TorchFunctionMode):
-    """Computes depthwise 2-d convolutions tap by tap: in float64 torch's CPU loops over channels, ten times as slow."""
+    """Computes depthwise 2-d convolutions tap by tap: in float64 torch loops over channels, up to four times as slow.
+
+    On large feature maps it does not matter, and with a stride it is the other way round.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.conv2d and len(args) == 7 and not kwargs and _is_slow(args[0], args[1], args[4], args[6]):
-            return _convolve_by_taps(*args[:6])
+            with torch._C.DisableTorchFunction():  # other modes need not see every tap
+                return _convolve_by_taps(*args[:6])
         return func(*args, **(kwargs or {}))
 
 
 def _is_slow(x: Tensor, weight: Tensor, padding: Any, groups: int) -> bool:
-    depthwise = x.dim() == 4 and groups == x.shape[1] == weight.shape[0] > 1
+    depthwise = x.dim() == 4 and groups == x.shape[1] == weight.shape[0] > 1 and x.shape[2:].numel() < 100**2
     return depthwise and not isinstance(padding, str) and x.dtype == torch.float64 and x.device.type == "cpu"
 
 
@@ -167,9 +174,10 @@ def _perturb(model: nn.Module, generator: torch.Generator) -> None:
 @torch.no_grad()
 def _close(model: nn.Module, group: ChannelGroup, units: Tensor) -> None:
     """Zero what the consumers read of these units, and scale the units up, so that leaks show."""
+    closed = torch.zeros(group.size, dtype=torch.bool).index_fill(0, units, True)
     for part in (*group.producers, *group.consumers):
         module = model.get_submodule(part.module)
-        weight, chosen = module.weight, part.positions[torch.isin(part.units, units)]
+        weight, chosen = module.weight, part.positions[closed[part.units]]
         assert isinstance(weight, Tensor)
         if part in group.consumers:
             factors = torch.ones(input_channels(module)).index_fill(0, chosen, 0.0)

@@ -175,11 +175,14 @@ class Layers:
             labels = torch.zeros((), dtype=torch.int64).expand(tensor.shape)
         rows = core(labels).movedim(dim, 0).flatten(1)
         first = rows.amax(1)
-        self.flow.labels.unite(first[:, None].expand_as(rows), rows)
+        if rows.shape[1] > 1:
+            self.flow.labels.unite(first[:, None].expand_as(rows), rows)
         first = first.expand(tensor.shape[dim])
-        known = self.sides.get(side, first)
-        self.flow.labels.unite(known, first)
-        self.sides[side] = torch.where(known > 0, known, first)
+        if side in self.sides:
+            known = self.sides[side]
+            self.flow.labels.unite(known, first)
+            first = torch.where(known > 0, known, first)
+        self.sides[side] = first
 
     def _pass_on(self, x: Tensor, output: Any) -> None:
         """Let an output carry the input's labels, if it has the same channels."""

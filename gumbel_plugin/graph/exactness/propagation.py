@@ -37,13 +37,19 @@ class Flow(TorchDispatchMode):
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return the root labels that a tensor carries, of its shape and tight, on the CPU; None if it carries none."""
-        labels: Tensor | None = self._carried.get(tensor)  # type: ignore[no-untyped-call]
-        return None if labels is None else tight(self.labels.roots(core(labels)).expand(labels.shape))
+        carried: tuple[Tensor, int] | None = self._carried.get(tensor)  # type: ignore[no-untyped-call]
+        if carried is None:
+            return None
+        if carried[1] != self.labels.changes:  # some of them have met others since
+            self.put(tensor, carried[0])
+            return self.of(tensor)
+        return carried[0]
 
     def put(self, tensor: Tensor, labels: Tensor) -> None:
         """Let a tensor carry labels of its shape."""
         if tensor.numel():
-            self._carried[tensor] = tight(labels)
+            roots = self.labels.roots(core(labels)).expand(labels.shape)
+            self._carried[tensor] = tight(roots), self.labels.changes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
