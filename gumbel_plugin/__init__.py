@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from gumbel_plugin.shrinking.equivalence import EquivalenceReport, verify_equivalence
     from gumbel_plugin.shrinking.pruned_file import load_pruned, save_pruned
     from gumbel_plugin.shrinking.shrink import shrink
+    from gumbel_plugin.training.distillation import Distillation
+    from gumbel_plugin.training.recalibration import recalibrate
     from gumbel_plugin.training.session import MaskingSession
     from gumbel_torch_pruning import GumbelGroupPruner
 
@@ -23,6 +25,7 @@ make_torchvision_importable()
 __version__ = VERSION
 
 __all__ = [
+    "Distillation",
     "EquivalenceReport",
     "GumbelGroupPruner",
     "GumbelPluginError",
@@ -30,6 +33,7 @@ __all__ = [
     "MaskingSession",
     "PruningConfig",
     "load_pruned",
+    "recalibrate",
     "save_pruned",
     "shrink",
     "verify_equivalence",
@@ -38,12 +42,14 @@ __all__ = [
 # Where the other public names live. Each is imported when it is asked for: who loads a small network needs torch and
 # safetensors only, and who has no NNI does without `GumbelPruner`.
 _PLACES = {
+    "Distillation": "gumbel_plugin.training.distillation",
     "EquivalenceReport": "gumbel_plugin.shrinking.equivalence",
     "GumbelGroupPruner": "gumbel_torch_pruning",
     "GumbelPruner": "gumbel_nni",
     "MaskingSession": "gumbel_plugin.training.session",
     "PruningConfig": "gumbel_plugin.config",
     "load_pruned": "gumbel_plugin.shrinking.pruned_file",
+    "recalibrate": "gumbel_plugin.training.recalibration",
     "save_pruned": "gumbel_plugin.shrinking.pruned_file",
     "shrink": "gumbel_plugin.shrinking.shrink",
     "verify_equivalence": "gumbel_plugin.shrinking.equivalence",

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from gumbel_plugin.config_errors import explain
-from gumbel_plugin.config_list import LayerRule
+from gumbel_plugin.config_list import LayerRule, checked_patterns
 from gumbel_plugin.config_values import Section, plain
-from gumbel_plugin.errors import ConfigError
+from gumbel_plugin.errors import ConfigError, shown
 from gumbel_plugin.masks import method_named
 from gumbel_plugin.masks.base import MaskOptions, WeightMode
 from gumbel_plugin.masks.per_sample import PerSample
@@ -49,6 +49,68 @@ class PhaseConfig(Section):
         return self
 
 
+class GatesConfig(Section):
+    """Where the latents of the gates start.
+
+    A latent is ``strength`` times its unit's score, standardized over the units that share a budget. Weights are read
+    when the mask learning begins, that is, after a dense phase.
+
+    Attributes:
+        prior: How the units are scored: ``magnitude``, the root mean square of the weights that compute a unit (|w| of
+            a single weight); ``group_norm``, the norm of all weights that leave with it, compared within its group only
+            (DepGraph's); ``bn_scale``, |γ| of its batch norms; ``taylor``, √Σ(∂L/∂gate)² over `warmup` steps.
+            ``none``: all start alike.
+        strength: The standard deviation of the latents, in units of the noise of their samples.
+        warmup: For how many steps of the training ``taylor`` leaves all gates open and collects their gradients; at
+            most a fifth of the time that there is to learn in. A dense phase of as many steps serves for it.
+    """
+
+    prior: Literal["none", "magnitude", "group_norm", "bn_scale", "taylor"] = "none"
+    strength: float = Field(default=2.0, gt=0)
+    warmup: int = Field(default=10, ge=1)
+
+
+class DistillationConfig(Section):
+    """How much is learned from a teacher, beside the task.
+
+    The loss is (1 - logits)·task + logits·d(outputs) + hidden·Σ mean‖h_S - h_T‖² / mean‖h_T‖², the sum over the layers,
+    where d is T²·KL(p_T‖p_S) at the temperature T (Hinton et al. 2015), or what ``loss`` names.
+
+    Attributes:
+        teacher: ``dense``, the network as it was before its gates; or the path of a file of weights for it: what
+            `save_pruned` wrote, other safetensors, or a state dict that ``torch.save`` wrote.
+        logits: The weight of the outputs, and what the task's loss loses.
+        hidden: The weight of the layers' outputs.
+        temperature: Of the softmax that ``kl`` compares.
+        loss: How outputs are compared: ``kl`` for logits of classes; ``mse`` or ``cosine`` for any others.
+        layers: Which layers' outputs are compared: names, or regular expressions of whole names.
+    """
+
+    teacher: str = "dense"
+    logits: float = Field(default=0.5, ge=0, le=1)
+    hidden: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=2.0, gt=0)
+    loss: Literal["kl", "mse", "cosine"] = "kl"
+    layers: tuple[str, ...] = ()
+
+    @field_validator("layers")
+    @classmethod
+    def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return checked_patterns(patterns)
+
+    @model_validator(mode="after")
+    def _layers_and_weight_go_together(self) -> DistillationConfig:
+        if bool(self.layers) != bool(self.hidden):
+            missing = "names no layers" if self.hidden else "its weight, hidden, is 0"
+            raise ValueError(f"hidden {self.hidden} with layers {shown(list(self.layers))}: {missing}")
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is learned from the teacher."""
+        return self.logits > 0 or self.hidden > 0
+
+
 class PruningSection(Section):
     """What is masked, by which method, and how far.
 
@@ -70,6 +132,7 @@ class PruningSection(Section):
     scale_optimizer: OptimizerConfig = OptimizerConfig(name="sgd", lr=1e-3, momentum=0.9)
     budget: BudgetConfig = BudgetConfig()
     phases: PhaseConfig = PhaseConfig()
+    gates: GatesConfig = GatesConfig()
     per_rank_samples: bool = False
 
     @model_validator(mode="after")
@@ -121,11 +184,13 @@ class PruningConfig(Section):
 
     Attributes:
         example_shape: The shape of inputs to trace the network with.
+        distillation: What is learned from a teacher beside the task; None learns from the task alone.
         seed: Seeds initial weights and the masks' noise.
         model: Of a run, as the next three (`gumbel_plugin.runs.run_config.RunConfig` reads them).
     """
 
     pruning: PruningSection
+    distillation: DistillationConfig | None = None
     example_shape: tuple[int, ...] | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     model: dict[str, Any] | None = None

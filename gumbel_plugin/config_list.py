@@ -29,6 +29,22 @@ _KEYS_OF_NNI_2 = (*_RATIOS_OF_NNI_2, "max_sparsity_per_layer", "op_partial_names
 _KEYS_OF_QUANTIZERS = ("quant_types", "quant_bits", "quant_dtype", "quant_scheme")
 
 
+def checked_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Return patterns as they are.
+
+    Raises:
+        ValueError: If one is no regular expression.
+    """
+    for pattern in patterns:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # "[[a]" will mean something else one day
+                re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, Warning) as error:
+            raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from error
+    return patterns
+
+
 class LayerRule(Section):
     """One entry of an NNI config list: which layers, and how much of them may go.
 
@@ -87,14 +103,7 @@ class LayerRule(Section):
     @field_validator("op_names_re", "exclude_op_names_re")
     @classmethod
     def _are_patterns(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for pattern in patterns or ():
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")  # "[[a]" will mean something else one day
-                    re.compile(pattern)
-            except (re.error, OverflowError, RecursionError, Warning) as error:
-                raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from error
-        return patterns
+        return patterns if patterns is None else checked_patterns(patterns)
 
     @field_validator("granularity")
     @classmethod

@@ -263,3 +263,56 @@ def test_every_door_leads_to_the_same_masks(metric: str | None, granularity: str
         assert torch.equal(ours, theirs)
     for layer in ("first", "second", "head"):
         assert torch.equal(found.model.get_submodule(layer).weight, expected.model.get_submodule(layer).weight), layer
+
+
+DISTILLATIONS = {
+    "kl": {"logits": 0.6, "temperature": 3.0},
+    "hidden": {"logits": 0.3, "loss": "mse", "hidden": 0.2, "layers": ["fir.*", "second"]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind", DISTILLATIONS)
+def test_every_door_distills_alike(kind: str, door: str, tmp_path: Path) -> None:
+    config = configuration(None, granularity="out_channel")
+    alone = by_the_loop(copy.deepcopy(config), tmp_path)
+    config["distillation"] = DISTILLATIONS[kind]
+    expected = by_the_loop(copy.deepcopy(config), tmp_path)
+    assert not any(torch.equal(a, b) for a, b in zip(alone.latents, expected.latents, strict=True))
+    found = DOORS[door](copy.deepcopy(config), tmp_path)
+    for layer, targets in expected.masks.items():
+        assert torch.equal(found.masks[layer]["weight"], targets["weight"]), layer
+    for ours, theirs in zip(found.latents, expected.latents, strict=True):
+        assert torch.equal(ours, theirs)
+    for layer in ("first", "second", "head"):
+        assert torch.equal(found.model.get_submodule(layer).weight, expected.model.get_submodule(layer).weight), layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("prior", ["taylor", "group_norm"])
+def test_every_door_starts_from_the_same_prior(prior: str, door: str, tmp_path: Path) -> None:
+    config = configuration(None, granularity="out_channel")
+    alone = by_the_loop(copy.deepcopy(config), tmp_path)
+    config["pruning"]["gates"] = {"prior": prior, "warmup": 3}
+    config["pruning"]["phases"] = {"dense": 0.05, "fixed": 0.2}  # one step, so that the warm-up has two more
+    expected = by_the_loop(copy.deepcopy(config), tmp_path)
+    assert not any(torch.equal(a, b) for a, b in zip(alone.latents, expected.latents, strict=True))
+    found = DOORS[door](copy.deepcopy(config), tmp_path)
+    for layer, targets in expected.masks.items():
+        assert torch.equal(found.masks[layer]["weight"], targets["weight"]), layer
+    for ours, theirs in zip(found.latents, expected.latents, strict=True):
+        assert torch.equal(ours, theirs)
+    for layer in ("first", "second", "head"):
+        assert torch.equal(found.model.get_submodule(layer).weight, expected.model.get_submodule(layer).weight), layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", DOORS)
+def test_no_door_is_changed_by_a_distillation_of_weight_zero(door: str, tmp_path: Path) -> None:
+    config = configuration(None, granularity="out_channel")
+    expected = by_the_loop(copy.deepcopy(config), tmp_path)
+    found = DOORS[door]({**copy.deepcopy(config), "distillation": {"logits": 0}}, tmp_path)
+    for ours, theirs in zip(found.latents, expected.latents, strict=True):
+        assert torch.equal(ours, theirs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, MissingExtraError
+from gumbel_plugin.training.distillation import DistillationLike
 from gumbel_plugin.training.loop import refuse_scaled_gradients
 from gumbel_plugin.training.pruning_callback import PruningCallback
 
@@ -44,17 +45,25 @@ class GumbelPruning(PruningCallback, *_callback_classes()):  # type: ignore[misc
         masks: NNI's masks format, once the training is over.
     """
 
-    def __init__(self, config: ConfigLike, example_inputs: Any = None, attribute: str | None = None) -> None:
+    def __init__(
+        self,
+        config: ConfigLike,
+        example_inputs: Any = None,
+        attribute: str | None = None,
+        distillation: DistillationLike = None,
+    ) -> None:
         """Note what to do.
 
         Args:
             config: What is pruned: a YAML path, a dict, an NNI config list or a `PruningConfig`; of its sections
-                ``pruning`` and the seed are used.
+                ``pruning``, ``distillation`` and the seed are used.
             example_inputs: What to trace the network with, where whole channels are to go, and to count
                 multiply-accumulates with; by default the module's ``example_input_array``.
             attribute: The attribute of the module that holds the network; by default the module is the network.
+            distillation: What is learned from a teacher: settings, a teacher, or a `Distillation`; by default what the
+                configuration says.
         """
-        super().__init__(config, example_inputs)
+        super().__init__(config, example_inputs, distillation)
         self._attribute = attribute
         self._restored = False
         self._best_steps: dict[str, int] = {}  # by the path of a best checkpoint: how many steps it had seen
@@ -85,7 +94,8 @@ class GumbelPruning(PruningCallback, *_callback_classes()):  # type: ignore[misc
         self._note_best(trainer)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Stop at a loss that is no number."""
+        """Stop at a loss that is no number; it is one of several whose gradients are summed."""
+        self._running.session.distillation.loss_share = 1 / trainer.accumulate_grad_batches
         self._running.guard(loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:

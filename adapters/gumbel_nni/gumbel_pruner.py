@@ -32,6 +32,7 @@ from gumbel_plugin.layers.weights import register_weight_holder
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.shrinking.mask_file import load_masks
 from gumbel_plugin.storage.mask_format import Masks
+from gumbel_plugin.training.distillation import DistillationLike, distillation_of
 from gumbel_plugin.training.gated_layer import GatedLayer
 from gumbel_plugin.training.loop import MaskingLoop, refuse_scaled_gradients
 from gumbel_plugin.training.session import MaskingSession
@@ -85,6 +86,7 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
         example_inputs: Any = None,
+        distillation: DistillationLike = None,
     ) -> None:
         """Wrap the model's layers; nothing is trained yet.
 
@@ -94,6 +96,8 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
             evaluator: An NNI evaluator that trains; without one the config's ``data`` and ``training`` do.
             existed_wrappers: Wrappers to inherit; `from_compressor` passes them.
             example_inputs: What to trace the model with, where whole channels are to go.
+            distillation: What is learned from a teacher: settings, a teacher, or a `Distillation`; by default what the
+                configuration says.
 
         Raises:
             ConfigError: If the configuration breaks a rule, the evaluator is none of NNI's, or channels are to go and
@@ -108,7 +112,13 @@ class GumbelPruner(Pruner):  # type: ignore[misc]
         self.config = load_config(learned)
         self._example_inputs = inputs_to_trace(self.config, evaluator, example_inputs)
         pruning, inputs = self.config.pruning, self._example_inputs
-        self.session = MaskingSession(model, pruning, seed=self.config.seed, example_inputs=inputs)
+        self.session = MaskingSession(
+            model,
+            pruning,
+            seed=self.config.seed,
+            example_inputs=inputs,
+            distillation=distillation_of(distillation, self.config),
+        )
         # What a scheduler of NNI's sets: every so many steps, and how often, it changes the sparse ratios.
         self.interval_steps = -1
         self.total_times = 1

@@ -14,7 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from gumbel_plugin.config import ConfigLike, PruningSection
+from gumbel_plugin.config import ConfigLike, GatesConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError, TargetError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import DependencyGroups, mark_outputs
@@ -27,6 +27,7 @@ from gumbel_plugin.graph.transaction import restored_on_error
 from gumbel_plugin.layers.example_inputs import call_model, dtype_of, inputs_following
 from gumbel_plugin.sparsity.latency import LatencyTable
 from gumbel_plugin.storage.mask_format import Masks
+from gumbel_plugin.training.distillation import DistillationLike, distillation_of
 from gumbel_plugin.training.gate_gradients import GateGradNormalizer
 from gumbel_plugin.training.group_planner import GroupMetric, GroupPlanner, Share
 from gumbel_plugin.training.loop import MaskingLoop
@@ -62,6 +63,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     Attributes:
         session: The masking session; its verbs are called by the methods here.
+        distillation: What is learned from a teacher beside the task.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         inexact: bool = False,
         latency_table: LatencyTable | None = None,
         seed: int | None = None,
+        distillation: DistillationLike = None,
         **arguments: Any,
     ) -> None:
         """Build the graph and attach the gates; the model can be trained at once.
@@ -91,11 +94,11 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 budget's metric, ratio and scope are other words for ``target``, ``pruning_ratio`` and
                 ``global_pruning``. Without a ``gate_optimizer`` in it the gates belong into your optimizer; with one
                 the pruner steps them itself.
-            total_steps: How many optimizer steps will be made before each `step`, so that the budget can tighten
-                gradually; None holds the gates to the final target at once.
+            total_steps: How many optimizer steps will be made before each `step`; by default `USUAL_LENGTH`.
             inexact: Also gate groups whose removal changes what a normalization computes.
             latency_table: A measured table for the target ``latency``; measured here without it.
             seed: Seeds initial weights and the masks' noise; by default that of the configuration, else 0.
+            distillation: What is learned from a teacher, also after `step`, until ``pruner.distillation.detach()``.
             **arguments: All other arguments of `BasePruner`: ``pruning_ratio``, ``ignored_layers``, ...
 
         Raises:
@@ -104,6 +107,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             TargetError: If a layer that an argument names is not in the graph, or nothing can be gated.
             LifecycleError: If the model has gates already.
         """
+        self.distillation = distillation_of(distillation, PruningSection() if pruning is None else pruning)
         self._settings, self._seed, _ = read_config(PruningSection() if pruning is None else pruning, seed)
         metric, arguments = read_arguments(
             model, target, {"importance": importance, **arguments}, self._settings, inexact
@@ -156,9 +160,10 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def regularize(self, model: nn.Module, loss: Tensor | None = None, **_: Any) -> Tensor:
         """Add the gradient of what the gates add to the loss; to be called before every step of the optimizer.
 
-        It comes after ``loss.backward()``, ``unscale_`` and gradient clipping. The gates' gradients are brought to one
-        size, see `GateGradNormalizer`; or, where the configuration has a ``gate_optimizer``, the gates are stepped. The
-        schedules advance with the next training forward. After the last `step` no gates are left: this does nothing.
+        It comes after ``loss.backward()``, ``unscale_`` and gradient clipping. Where the configuration has a
+        ``gate_optimizer``, the gates are stepped here; gates that no budget steers get gradients of one size, see
+        `GateGradNormalizer`. The schedules advance with the next training forward. After the last `step` no gates are
+        left: this does nothing.
 
         Args:
             model: The pruner's model, or what wraps it.
@@ -235,6 +240,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             if self.current_step < self.iterative_steps and self._planner.gated(*self._asked(self.current_step + 1)):
                 self._attach()
             carry_over(plan, self.session.plan if self._attached else None, left, self._changes)
+            self.session.controller.go_on(self.session.progress)
 
     def _removed(self, history: list[Any]) -> None:
         """Note what was removed: in the record, the history, the graph, and where heads are counted."""
@@ -295,6 +301,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             "session": self.session.state_dict() if self._attached else None,
             "gradients": self._gradients.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._loop.optimizers],
+            **self.distillation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -313,6 +320,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if state["history"] or not state["session"]:
             self.load_pruning_history(state["history"])
         self.current_step = state["step"]
+        self.distillation.load_state_dict(state)
         if state["session"]:
             if not self._attached:
                 self._attach()
@@ -374,13 +382,13 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _attach(self) -> None:
         """Attach the gates of the next step."""
         plan, settings = self._plan(self.current_step + 1), self._settings
-        if self.current_step:  # weights that were learned are not initialized again
-            settings = settings.model_copy(update={"weight_init": "keep"})
-        self.session = MaskingSession(self.model, settings, seed=self._seed, plan=plan)
+        if self.current_step:  # what was learned goes on: weights are not initialized again, nor latents
+            settings = settings.model_copy(update={"weight_init": "keep", "gates": GatesConfig()})
+        self.session = MaskingSession(self.model, settings, seed=self._seed, plan=plan, distillation=self.distillation)
         self._loop = MaskingLoop(self.session, steps_gates=settings.gate_optimizer is not None)
         self._loop.start(self._total_steps)
         self._loop.complete_at_forward()
-        self._gradients = GateGradNormalizer(self.session.gate_parameters())
+        self._gradients = GateGradNormalizer(self.session.gate_parameters(), self.session.controller.parameters())
         self._structure = Structure(self.model)
         self._attached = True
         if self._own_importance:
@@ -389,3 +397,4 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _detach(self) -> None:
         self._loop.detach()
         self._attached = False
+        self.distillation.attach(self.model)  # a small model goes on learning from the teacher

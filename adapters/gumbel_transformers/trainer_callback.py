@@ -12,6 +12,7 @@ from gumbel_plugin.config import ConfigLike
 from gumbel_plugin.errors import ConfigError, LifecycleError, MissingExtraError
 from gumbel_plugin.storage.files import write_bytes
 from gumbel_plugin.storage.tensor_file import torch_content
+from gumbel_plugin.training.distillation import DistillationLike
 from gumbel_plugin.training.loop import refuse_scaled_gradients
 from gumbel_plugin.training.pruning_callback import PruningCallback
 
@@ -39,18 +40,26 @@ class GumbelPruningCallback(PruningCallback, TrainerCallback):
         masks: NNI's masks format, once the training is over.
     """
 
-    def __init__(self, config: ConfigLike, example_inputs: Any = None, resume_from: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        config: ConfigLike,
+        example_inputs: Any = None,
+        resume_from: str | Path | None = None,
+        distillation: DistillationLike = None,
+    ) -> None:
         """Note what to do.
 
         Args:
             config: What is pruned: a YAML path, a dict, an NNI config list or a `PruningConfig`; of its sections
-                ``pruning`` and the seed are used.
+                ``pruning``, ``distillation`` and the seed are used.
             example_inputs: What to trace the model with, where channels or heads are to go, and to count
                 multiply-accumulates with; by default the model's ``dummy_inputs``.
             resume_from: The checkpoint that ``train(resume_from_checkpoint=...)`` gets; by default the one in the
                 Trainer's output folder with the step that the Trainer goes on from.
+            distillation: What is learned from a teacher: settings, a teacher, or a `Distillation`; by default what the
+                configuration says.
         """
-        super().__init__(config, example_inputs)
+        super().__init__(config, example_inputs, distillation)
         self._resume_from = resume_from
 
     def detach(self) -> None:
@@ -77,6 +86,7 @@ class GumbelPruningCallback(PruningCallback, TrainerCallback):
             given = args.resume_from_checkpoint
             own = _read(self._resume_from or (given if isinstance(given, str) else _folder(args, state)))
         loop = self._begin(model, state.max_steps)
+        loop.session.distillation.loss_share = 1 / args.gradient_accumulation_steps
         if own is not None:
             model.load_state_dict(restored)  # the checkpoint's; `start` may have drawn new ones
             try:

@@ -13,6 +13,7 @@ from gumbel_plugin.insight.report_data import (
     agreement_rows,
     comparison_rows,
     latency_warnings,
+    recalibration_line,
     result_rows,
 )
 
@@ -43,8 +44,15 @@ def render_report(data: ReportData) -> str:
     agreement = None
     if data.agreement is not None:
         agreement = {"line": agreement_line(data.agreement), "rows": agreement_rows(data.agreement)}
-    warnings = latency_warnings(data)
-    return _page("report.html.j2", data=data, figures=figures, rows=rows, agreement=agreement, warnings=warnings)
+    return _page(
+        "report.html.j2",
+        data=data,
+        figures=figures,
+        rows=rows,
+        agreement=agreement,
+        warnings=latency_warnings(data),
+        recalibration=None if data.recalibration is None else recalibration_line(data.recalibration),
+    )
 
 
 def render_comparison(runs: Sequence[ReportData]) -> str:

@@ -28,6 +28,7 @@ class ReportData:
         versions: Of the libraries.
         config: The resolved configuration, as YAML.
         agreement: Where each sample had gates of its own, `gumbel_plugin.training.agreement.Agreement.as_dict`.
+        recalibration: Where statistics of batch norms were estimated anew: norms, batches, and the score before, after.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ReportData:
     versions: Mapping[str, str] = field(default_factory=dict)
     config: str = ""
     agreement: Mapping[str, Any] | None = None
+    recalibration: Mapping[str, Any] | None = None
 
 
 def latency_warnings(data: ReportData) -> list[str]:
@@ -93,6 +95,15 @@ def result_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, lis
         rows.append((f"latency (batch {batch})", cells))
     scores = ["-" if column["score"] is None else f"{column['score']:.2f}" for column in columns.values()]
     return [*rows, ("test score", scores)]
+
+
+def recalibration_line(recalibration: Mapping[str, Any]) -> str:
+    """Return in a sentence what new statistics of batch norms changed."""
+    before, after = ("-" if (score := recalibration[key]) is None else f"{score:.2f}" for key in ("before", "after"))
+    return (
+        f"Once the masks were decided, the statistics of {recalibration['norms']} batch norms were estimated anew from "
+        f"{recalibration['batches']} training batches: test score {before} before, {after} after"
+    )
 
 
 def agreement_line(agreement: Mapping[str, Any]) -> str:

@@ -111,6 +111,22 @@ def columns_view(layer: nn.Module, columns: Tensor) -> Tensor:
     return columns.reshape(groups, 1, -1).expand(-1, rows, -1).reshape(groups * rows, -1, *tail)
 
 
+def column_sums(layer: nn.Module, values: Tensor) -> Tensor:
+    """Sum values over everything that reads the same input channel.
+
+    Args:
+        layer: A convolution (grouped, transposed) or linear layer.
+        values: Of the weight's shape.
+
+    Returns:
+        Shape (in_channels,).
+    """
+    if is_transposed(layer):
+        return values.flatten(1).sum(1)
+    per_group = values.reshape(groups_of(layer), -1, values.shape[1], values[0, 0].numel())
+    return per_group.sum((1, 3)).flatten()  # from (groups, out / groups, in / groups, kernel)
+
+
 def read_channels(layer: nn.Module) -> Tensor:
     """Return which input channels of a convolution or linear layer have a non-zero weight, bool, (in_channels,)."""
     nonzero = read_weight(layer).detach() != 0

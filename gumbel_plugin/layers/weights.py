@@ -38,7 +38,7 @@ def read_weight(layer: nn.Module) -> Tensor:
 
     It is the layer's own also while the gated weight of a forward hides it, or a wrapper has it.
     """
-    weight = _stored(layer, "weight")
+    weight = read_tensor(layer, "weight")
     weight = layer.weight if weight is None else weight  # type: ignore[assignment]
     assert isinstance(weight, Tensor)
     return weight
@@ -46,20 +46,21 @@ def read_weight(layer: nn.Module) -> Tensor:
 
 def read_bias(layer: nn.Module) -> Tensor | None:
     """Return a layer's bias as `read_weight` does its weight, None if it has none."""
-    return _stored(layer, "bias")
+    return read_tensor(layer, "bias")
 
 
 @torch.no_grad()
 def write_weight(layer: nn.Module, values: Tensor) -> None:
     """Write new values of the same shape into what `read_weight` returns, or through a parametrization."""
-    weight = _stored(layer, "weight")
+    weight = read_tensor(layer, "weight")
     if weight is None:
         layer.weight = values
     else:
         weight.copy_(values)
 
 
-def _stored(layer: nn.Module, name: str) -> Tensor | None:
+def read_tensor(layer: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter or buffer that a layer, or a wrapper for it, stores under a name; None if there is none."""
     holders = [holder for find in _HOLDERS if (holder := find(layer)) is not None]
     owned = (each._parameters.get(name) for each in (*holders, layer))
     return next((parameter for parameter in owned if parameter is not None), layer._buffers.get(name))

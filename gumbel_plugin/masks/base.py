@@ -13,7 +13,7 @@ from typing_extensions import Self, override
 
 from gumbel_plugin.config_values import Section
 from gumbel_plugin.errors import ConfigError, nearest, shown
-from gumbel_plugin.masks.functional import at_least_float32, uniform_noise
+from gumbel_plugin.masks.functional import at_least_float32, straight_through, uniform_noise
 from gumbel_plugin.sparsity.types import CHANNEL, SparsityType
 
 WeightMode = Literal["frozen", "trained"]
@@ -31,6 +31,8 @@ class Phase(Enum):
 
 
 _PHASES = tuple(Phase)
+_LEAST_NOISE = 1e-2
+"""Where there is less noise than this, probabilities are as steep as with this much."""
 
 
 @dataclass
@@ -129,6 +131,8 @@ class LearnedMask(nn.Module):
         phase: Whether the gates are open, learned or fixed.
         hard: The decided gates, bool, used when the phase is `FIXED`.
         sparsity: The fraction of these gates that their budget will close; set by the budget, and kept up to date.
+        noise_scale: What the noise of the samples is multiplied by; a budget lets it fall to 0 while the gates learn.
+        is_probed: Whether open gates have gradients in training: those of the latents are ∂L/∂gate then.
     """
 
     method_name: ClassVar[str]
@@ -164,6 +168,8 @@ class LearnedMask(nn.Module):
         self.stream = stream
         self.sparsity_type = sparsity_type or CHANNEL
         self.sparsity: float | None = None
+        self.noise_scale = 1.0
+        self.is_probed = False
         self.register_buffer("hard", torch.ones(self.shape, dtype=torch.bool))
         self.register_buffer("stage", torch.zeros((), dtype=torch.uint8))
         self._read_stage: tuple[int, int, Phase] | None = None
@@ -184,7 +190,7 @@ class LearnedMask(nn.Module):
 
     def probability(self, weight: Tensor | None) -> Tensor:
         """Return the differentiable expectation of each gate, of `shape`, in [0, 1]."""
-        return torch.sigmoid(at_least_float32(self.scores(weight)))
+        return torch.sigmoid(at_least_float32(self.scores(weight)) / max(self.noise_scale, _LEAST_NOISE))
 
     # What it may say too ------------------------------------------------------------------------------------------
 
@@ -204,6 +210,12 @@ class LearnedMask(nn.Module):
 
     def share(self, first: LearnedMask) -> None:
         """Take over what all masks of one network have in common from the first of them."""
+
+    @property
+    def latents(self) -> Tensor | None:
+        """The parameter that `scores` are, up to a constant; a budget shifts it. None where the scores are others."""
+        latents: Tensor | None = getattr(self, "logit", None)
+        return latents
 
     @property
     def fan_factor(self) -> float:
@@ -235,7 +247,9 @@ class LearnedMask(nn.Module):
     def gates(self, weight: Tensor | None = None) -> Tensor:
         """Return the gates as they act now: ones, a sample (the same throughout one forward), or the hard gates."""
         if self.phase is Phase.OPEN:
-            return torch.ones(self.shape, device=self.hard.device)
+            ones = torch.ones(self.shape, device=self.hard.device)
+            latents = self.latents if self.is_probed and self.training else None
+            return ones if latents is None else straight_through(ones, at_least_float32(latents))
         if self.phase is Phase.FIXED:
             return self.hard.float()
         if not self.training:

@@ -75,7 +75,9 @@ def uniform_noise(
     return torch.empty(shape, dtype=dtype, device=device).uniform_(generator=generator).clamp_(edge, 1 - edge)
 
 
-def straight_through_gumbel(weight: Tensor, logit: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
+def straight_through_gumbel(
+    weight: Tensor, logit: Tensor, uniform: Tensor, temperature: float = 1.0, noise_scale: float = 1.0
+) -> Tensor:
     """Multiply a weight by hard gates sampled from its logits; the gradient goes straight through to the logits.
 
     Between forward and backward at most two tensors of the weight's size are alive beside the inputs: the result and
@@ -87,6 +89,7 @@ def straight_through_gumbel(weight: Tensor, logit: Tensor, uniform: Tensor, temp
         logit: The latent ``m``, same shape; P(keep) = sigmoid(m).
         uniform: Noise from `uniform_noise`, same shape and dtype as ``logit``; consumed.
         temperature: Positive; a lower one makes the gradient steeper near the threshold.
+        noise_scale: What logit(u) is multiplied by: P(keep) = sigmoid(m / noise_scale); with 0, every sample is m > 0.
 
     Returns:
         ``weight * hard`` in the weight's dtype. With an incoming gradient ``g``, ``weight`` receives ``g * hard`` and
@@ -103,7 +106,7 @@ def straight_through_gumbel(weight: Tensor, logit: Tensor, uniform: Tensor, temp
     if uniform.dtype != logit.dtype or uniform.requires_grad:
         wrong = f"dtype {uniform.dtype}, requires_grad={uniform.requires_grad}"
         raise ConfigError(f"uniform has {wrong}: it must have the logit's dtype, {logit.dtype}, and need no gradient")
-    masked: Tensor = _MaskedWeight.apply(weight, logit, uniform, float(temperature))  # type: ignore[no-untyped-call]
+    masked: Tensor = _MaskedWeight.apply(weight, logit, uniform, temperature, noise_scale)  # type: ignore[no-untyped-call]
     return masked
 
 
@@ -125,8 +128,13 @@ class _MaskedWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, logit: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-        soft = _logit_(uniform).add_(logit)
+    def forward(
+        ctx: Any, weight: Tensor, logit: Tensor, uniform: Tensor, temperature: float, noise_scale: float
+    ) -> Tensor:
+        soft = _logit_(uniform)
+        if noise_scale != 1.0:
+            soft.mul_(noise_scale)
+        soft.add_(logit)
         if temperature != 1.0:
             soft.div_(temperature)
         soft.sigmoid_()
@@ -141,17 +149,17 @@ class _MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         needs_weight, needs_logit = ctx.needs_input_grad[:2]
         if not needs_weight:
             (slope,) = ctx.saved_tensors
-            return None, grad * slope, None, None
+            return None, grad * slope, None, None, None
         soft, weight = ctx.saved_tensors
         grad_weight: Tensor = _aten.threshold_backward(grad, soft, 0.5)
         if not needs_logit:
-            return grad_weight, None, None, None
+            return grad_weight, None, None, None, None
         product = grad.to(soft.dtype) * weight
-        return grad_weight, _slope_(product, product, soft, ctx.temperature), None, None
+        return grad_weight, _slope_(product, product, soft, ctx.temperature), None, None, None
 
 
 def _logit_(uniform: Tensor) -> Tensor:

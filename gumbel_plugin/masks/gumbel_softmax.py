@@ -61,15 +61,7 @@ class GumbelSoftmaxMask(LearnedMask, name="gumbel_softmax"):
 
     def _gated(self, tensor: Tensor) -> Tensor:
         logit = at_least_float32(self.logit)
-        return straight_through_gumbel(tensor, logit, self.uniform_like(logit), self.temperature)
-
-    @override
-    def scores(self, weight: Tensor | None) -> Tensor:
-        return self.logit
-
-    @override
-    def probability(self, weight: Tensor | None) -> Tensor:
-        return torch.sigmoid(at_least_float32(self.logit))
+        return straight_through_gumbel(tensor, logit, self.uniform_like(logit), self.temperature, self.noise_scale)
 
     @override
     def advance(self, progress: float) -> None:

@@ -53,8 +53,14 @@ class HardConcreteMask(LearnedMask, name="hard_concrete"):
     def sample(self, weight: Tensor | None) -> Tensor:
         options = self.options
         log_alpha = at_least_float32(self.log_alpha)
-        concrete = torch.sigmoid((log_alpha + self.uniform_like(log_alpha.detach()).logit()) / options.beta)
+        noise = self.uniform_like(log_alpha.detach()).logit() * self.noise_scale
+        concrete = torch.sigmoid((log_alpha + noise) / options.beta)
         return (concrete * (options.zeta - options.gamma) + options.gamma).clamp(0.0, 1.0)
+
+    @property
+    @override
+    def latents(self) -> Tensor:
+        return self.log_alpha
 
     @override
     def scores(self, weight: Tensor | None) -> Tensor:

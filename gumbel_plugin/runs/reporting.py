@@ -87,6 +87,7 @@ def read_result(path: Path) -> ReportData:
         versions=summary["versions"],
         config=config.to_yaml(),
         agreement=summary.get("agreement"),
+        recalibration=summary.get("recalibration"),
     )
 
 

@@ -62,6 +62,13 @@ class _Agreement(Record):
     gates: dict[str, Annotated[list[_Fraction], Field(min_length=1)]]
 
 
+class _Recalibration(Record):
+    norms: _Count
+    batches: _Count
+    before: _Score | None
+    after: _Score | None
+
+
 class _Summary(Record):
     columns: dict[str, _Column]
     equivalence: _Equivalence
@@ -73,6 +80,7 @@ class _Summary(Record):
     machine: str
     finished: str
     agreement: _Agreement | None = None
+    recalibration: _Recalibration | None = None
 
 
 class _Gates(Record):

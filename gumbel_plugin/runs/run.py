@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from gumbel_plugin.runs.gate_log import GateLog
 from gumbel_plugin.runs.lock import locked
 from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.runs.provenance import provenance
+from gumbel_plugin.runs.recalibrated import Recalibration, recalibrate_and_compare
 from gumbel_plugin.runs.reporting import write_report
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.runs.train import check_training, evaluate, fit, load_config_data, loaders
@@ -41,6 +42,7 @@ from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
 from gumbel_plugin.sparsity.cost_model import count_cost
 from gumbel_plugin.storage.mask_format import Masks
 from gumbel_plugin.training.agreement import Agreement, has_sample_gates, measure_agreement, set_consensus_from
+from gumbel_plugin.training.distillation import DistillationLike, distillation_of
 from gumbel_plugin.training.session import MaskingSession
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class RunResult:
         output: Where everything was written, if anywhere.
         report: The report's page, if one was written.
         agreement: How far held-out samples agreed with the decided gates, where each had gates of its own.
+        recalibration: What new statistics of the batch norms changed, where there are such.
     """
 
     columns: dict[str, NetworkMetrics]
@@ -89,6 +92,7 @@ class RunResult:
     output: Path | None
     report: Path | None = None
     agreement: Agreement | None = None
+    recalibration: Recalibration | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -99,6 +103,7 @@ class RunResult:
             "sparsity": self.sparsity,
             "training_seconds": self.training_seconds,
             "agreement": None if self.agreement is None else self.agreement.as_dict(),
+            "recalibration": None if self.recalibration is None else asdict(self.recalibration),
             "layers": [layer.as_dict() for layer in self.layers],
             **provenance(),
         }
@@ -124,8 +129,12 @@ class Prepared:
     example: Tensor
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, distillation: DistillationLike = None) -> Prepared:
     """Build and check everything that a run needs.
+
+    Args:
+        config: The whole run.
+        distillation: See `run`.
 
     Raises:
         GumbelPluginError: Whatever is wrong with the configuration, the data or the network.
@@ -140,7 +149,8 @@ def prepare(config: RunConfig) -> Prepared:
     example = torch.stack([data.test[index][0] for index in range(2)])
     groups = find_groups(model, example)  # even where no channel goes: what cannot be traced could not be shrunk later
     _check_outputs(config, data, model, example)
-    session = MaskingSession(model, config.pruning, groups, config.seed, example_inputs=example)
+    learned = distillation_of(distillation, config)
+    session = MaskingSession(model, config.pruning, groups, config.seed, example_inputs=example, distillation=learned)
     return Prepared(config, data, model, groups, session, example)
 
 
@@ -152,6 +162,7 @@ def run(
     resume: bool = False,
     log: Callable[[str], None] = _logger.info,
     followers: Sequence[Any] = (),
+    distillation: DistillationLike = None,
 ) -> RunResult:
     """Train with learned masks, shrink, prove and measure.
 
@@ -166,6 +177,8 @@ def run(
         resume: Whether to go on with the run in that folder that was interrupted.
         log: Called with what the run does, a line at a time.
         followers: Lightning callbacks and loggers that follow the trainings, for instance a progress bar.
+        distillation: What is learned from a teacher, instead of what the configuration says; a resumed run must get the
+            same. A ``dense`` teacher is the dense network that was trained, with ``training.dense_baseline``.
 
     Raises:
         ConfigError: If the configuration is wrong, or the folder holds a finished run, cannot be written, is in use by
@@ -179,7 +192,7 @@ def run(
         output, log = None, _logger.debug
     if output is not None:
         files.check_state(output, config, force=force, resume=resume)
-    prepared = prepare(config)
+    prepared = prepare(config, distillation)
     trackers.check_mlflow(config.report.mlflow)
     if output is None:
         return _run(prepared, None, log, followers)
@@ -210,19 +223,34 @@ def _run(prepared: Prepared, output: Path | None, log: Callable[[str], None], fo
     if config.training.dense_baseline:
         log("training the dense network")
         trainer.train(dense, None)
+        prepared.session.distillation.replace_dense(dense)
+    elif prepared.session.distillation.learns_from_dense and not config.pruning.phases.dense:
+        log(
+            "the teacher is the network as it was built: if its weights are fresh it has nothing to teach; set "
+            "training.dense_baseline, pruning.phases.dense or distillation.teacher"
+        )
     log("training with gates")
     seconds = trainer.train(prepared.model, prepared.session)
     agreement = _agreement(prepared)
     masks = prepared.session.extract()
     sparsity = prepared.session.status().sparsity
     prepared.session.detach()
+    recalibration = recalibrate_and_compare(prepared.model, config, prepared.data, log)
     log("shrinking and measuring")
     masked = masked_copy(prepared.model, masks)
     small = remove_dead_units(masked, prepared.example)
     report = verify_equivalence(masked, small, prepared.example)
     columns = _measure(prepared, {"dense": dense, "masked": masked, "small": small})
     result = RunResult(
-        columns, report, sparsity, seconds, layer_widths(dense, small), small, output, agreement=agreement
+        columns,
+        report,
+        sparsity,
+        seconds,
+        layer_widths(dense, small),
+        small,
+        output,
+        agreement=agreement,
+        recalibration=recalibration,
     )
     if output is not None:
         result = _write(output, masks, result, prepared, log)

@@ -52,6 +52,8 @@ class TrainingConfig(Section):
         lr_decay: What the learning rate of the weights is multiplied by each epoch once the masks are fixed.
         dense_baseline: Also train the same network without gates for as many epochs, to compare with.
         patience: Stop after this many epochs without a better validation accuracy (needs validation data).
+        recalibrate: From how many training batches the statistics of batch norms are estimated anew once the masks are
+            decided; 0 leaves them.
     """
 
     max_epochs: int = Field(default=10, ge=1)
@@ -67,6 +69,7 @@ class TrainingConfig(Section):
     precision: str = "32-true"
     dense_baseline: bool = False
     patience: int | None = Field(default=None, ge=1)
+    recalibrate: int = Field(default=200, ge=0)
 
     @model_validator(mode="after")
     def _smooths_classes_only(self) -> TrainingConfig:

@@ -1,4 +1,4 @@
-"""Budgets: how many units may stay, the loss that steers the gates there, and the cut that meets it exactly."""
+"""Budgets: how many units may stay, and the cut that meets them exactly."""
 
 from __future__ import annotations
 
@@ -175,17 +175,6 @@ class Budget:
     def total(self) -> float:
         """The cost of all units, and the constant."""
         return self.constant + sum(term.units * term.cost for term in self.terms)
-
-    def density(self) -> Tensor:
-        """Return the kept fraction: its value counts open gates, its gradient is that of the mean probability.
-
-        The value is what the final cut will see, so that a met budget leaves the cut nothing to do. The mean
-        probability would not do: at 0.5 % density the tails of thousands of closed gates use up the budget.
-        """
-        soft = self.usage([m.mask.probability(m.weight) for m in self.terms])
-        with torch.no_grad():
-            hard = self.usage([m.mask.decide(m.weight).float() for m in self.terms])
-        return hard + (soft - soft.detach())
 
     def usage(self, gates: Sequence[Tensor]) -> Tensor:
         """Return the fraction of the dense cost that stays under gates (soft or hard), one tensor a term."""

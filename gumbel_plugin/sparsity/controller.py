@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from gumbel_plugin.config_values import Section
 from gumbel_plugin.sparsity.budget import Budget
 from gumbel_plugin.sparsity.budgeted import HasBudgetLoss
-from gumbel_plugin.sparsity.cost_budget import CostBudget
 from gumbel_plugin.sparsity.schedules import Schedule
+from gumbel_plugin.sparsity.steered_gates import SteeredGates, root_mean_square, steered_gates
+
+_logger = logging.getLogger(__name__)
+_RETIRED = ("strength", "multiplier_rate")
 
 Metric = Literal["weights", "channels", "macs", "parameters", "latency"]
 """What a budget counts."""
@@ -29,17 +33,21 @@ class BudgetConfig(Section):
         scope: ``network``: all that is selected shares the ratio (the default where metric or ratio is given);
             ``layer``: each layer or channel group has it by itself (weights and channels only).
         ramp: The part of the mask learning over which the target falls from whole to its final value.
-        strength: Weight of the quadratic term of the budget loss.
-        multiplier_rate: How fast the Lagrange multiplier follows the violation, per step; None (the default) lets it
-            come equally far however many steps the mask learning has.
     """
 
     metric: Metric | None = None
     ratio: float | None = Field(default=None, ge=0, lt=1)
     scope: Literal["network", "layer"] | None = None
     ramp: float = Field(default=0.8, ge=0, le=1)
-    strength: float = Field(default=1.0, gt=0)
-    multiplier_rate: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forget_the_multiplier(cls, values: Any) -> Any:
+        """Accept what configurations of 0.1.0 say of a Lagrange multiplier, which nothing needs any more."""
+        retired = [key for key in _RETIRED if isinstance(values, dict) and key in values]
+        if retired:
+            _logger.warning("pruning.budget.%s has no effect: gates are on budget after every step", retired[0])
+        return {key: value for key, value in values.items() if key not in retired} if retired else values
 
     @model_validator(mode="after")
     def _is_of_the_network_where_only_that_can_be(self) -> BudgetConfig:
@@ -53,32 +61,47 @@ class BudgetConfig(Section):
         return self.metric is not None or self.ratio is not None or self.scope is not None
 
 
-_FAR = 0.5
-"""The distance of log densities (density at 1.65 times the target) from which on the budget's pull is constant."""
-_REACH = 16.0
-"""How far a violation of 1 throughout the mask learning takes a multiplier: 0.01 a step over 1600 of them."""
-_RATE = 0.01  # where nobody knows how many there will be
-_FASTEST = 0.05  # beyond it the gates of small groups overshoot
+USUAL_LENGTH = 300
+"""How many steps the mask learning has where nobody says how long the training will be."""
+_PATH = 50.0
+"""How far a gate moves in all, in root mean square, in units of the noise's scale at the beginning."""
+_SETTLING = 0.7
+"""From this progress on the gates slow down, to stand still at `_SETTLED`: the weights get used to what will stay."""
+_SETTLED = 0.97
+_QUIET = 0.9
+"""From this progress on the gates are sampled without noise: what is trained is what will be cut."""
 
 
 class BudgetController:
-    """Steers every budget to its ratio with a Lagrange multiplier, along a falling target.
+    """Keeps every budget at its target of the moment, by construction, while its gates are learned.
 
-    loss = Σ μ·v + ρ·v², v = log density − log target; μ ← μ + η·v after every step; beyond |v| = ½ the square goes on
-    as a straight line, and μ follows v no faster. Both signs of v count, so gates that were closed too far open again.
+    Before the gates' optimizer steps, `before_step` turns their gradients into benefit per cost less the budget's
+    price (`SteeredGates.priced`). After it, `step` keeps the direction in which they moved, gives the movement its
+    length, and shifts all latents of a budget by the one number at which its open gates cost what they may. So neither
+    the size of the task's loss, nor the optimizer, its learning rate or the number of steps decide how far gates come.
+
+    The noise of the samples falls to 0 before the end, and so do the movements: samples, probabilities and hard gates
+    are one before the cut.
+
+    Attributes:
+        budgets: The budgets that are steered.
+        has_moved: Whether an optimizer has moved the gates.
     """
 
     def __init__(self, budgets: Sequence[Budget], config: BudgetConfig) -> None:
         for budget in budgets:
             budget.check()
-        self.budgets = [
-            budget for budget in budgets if budget.ratio is not None and not budget.method.manages_own_sparsity
-        ]
+        self.budgets = [budget for budget in budgets if _is_steered(budget)]
         self._others = [budget for budget in budgets if budget.method.manages_own_sparsity]
         self.config = config
-        self.multipliers = torch.zeros(len(self.budgets))
-        self._flat = FlatDensities.of(self.budgets)
-        self._violations: Tensor | None = None
+        self._gates = steered_gates(self.budgets)
+        self._before: list[Tensor] = []
+        self._is_priced = self.has_moved = False
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether some method drives its gates to the budget by a loss of its own."""
+        return any(isinstance(budget.terms[0].mask, HasBudgetLoss) for budget in self._others)
 
     def targets(self, progress: float) -> list[float]:
         """Return each budget's target density at this progress of the mask learning.
@@ -86,90 +109,94 @@ class BudgetController:
         It falls by constant factors rather than by constant amounts, faster at first (Zhu and Gupta's cubic, in log
         density): from 2 % to 0.2 % is as far as from 20 % to 2 %, and must not happen within a few steps at the end.
         """
-        ramp = self.config.ramp
-        position = 1.0 if ramp == 0 else Schedule(0.0, 1.0, "cubic")(progress / ramp)
-        return [Schedule(1.0, 1.0 - budget.achievable, "exponential")(position) for budget in self.budgets]
+        return self._targets(self.budgets, progress)
 
-    def loss(self, progress: float) -> Tensor | None:
-        """Return the budget loss (the methods' own, where they steer themselves), or None where there is none."""
+    def loss(self) -> Tensor | None:
+        """Return the losses of methods that drive their gates to a budget by one; None where there is none."""
         losses = [loss for budget in self._others if (loss := _own_loss(budget)) is not None]
-        if self.budgets:
-            losses.append(self._steering_loss(progress))
         return torch.stack(losses).sum() if losses else None
 
-    def _steering_loss(self, progress: float) -> Tensor:
-        flat = self._flat
-        densities = flat() if flat else torch.stack([budget.density() for budget in self.budgets])
-        densities = _at_least(densities, densities.new_tensor([0.5 / budget.total for budget in self.budgets]))
-        targets = densities.new_tensor(self.targets(progress))
-        violations = torch.log(densities) - torch.log(targets)
-        self._violations = violations.detach().clamp(-_FAR, _FAR)
-        multipliers = self.multipliers.to(densities.device)
-        # Huber's loss: v² near the target, straight beyond. Far from it the gates would else follow nothing but the
-        # budget, cross 0 together and leave what the network needs to chance.
-        squares = 2 * nn.functional.huber_loss(violations, torch.zeros_like(violations), reduction="none", delta=_FAR)
-        return (multipliers * violations + self.config.strength * squares).sum()
+    def begin(self, progress: float) -> None:
+        """Bring the gates to their targets before the first step of the mask learning."""
+        noise = _noise(progress)
+        for gates in self._gates:
+            latents = gates.latents() if self._before else gates.without_ties()
+            gates.write(gates.on_budget(latents, self._targets_of(gates, progress), noise))
+        self.go_on(progress)
 
-    def step(self, length: int | None = None) -> None:
-        """Move the multipliers along the violations that the last loss saw.
+    def go_on(self, progress: float) -> None:
+        """Start from the gates as they are now, as after a state was loaded."""
+        self._before = [gates.latents() for gates in self._gates]
+        self._is_priced = False
+        self._set_noise(_noise(progress))
 
-        Args:
-            length: How many steps the mask learning has, if that is known.
-        """
-        if self._violations is None:
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Price the gates' gradients in place, once a step, when they are complete."""
+        if self._is_priced or not self._before:
             return
-        rate = self.config.multiplier_rate
-        if rate is None:
-            rate = _RATE if length is None else min(_FASTEST, _REACH / max(1, length))
-        self.multipliers = self.multipliers + rate * self._violations.cpu()
-        self._violations = None
+        for gates in self._gates:
+            gradients = gates.gradients()
+            if gradients is not None:
+                self._is_priced = True
+                gates.write_gradients(gates.priced(gradients, gates.latents()))
 
-
-class FlatDensities:
-    """The densities of budgets all of whose gates lie in one bank: a few operations, however many groups there are."""
-
-    def __init__(self, gates: Any, budgets: Sequence[Budget]) -> None:
-        """Note where each budget's gates are.
+    @torch.no_grad()
+    def step(self, progress: float, length: int) -> None:
+        """Scale the movement that an optimizer made, and bring the gates to their targets.
 
         Args:
-            gates: The mask that holds all of them.
-            budgets: Budgets whose terms are slices of it.
+            progress: Of the mask learning, after this step.
+            length: How many steps the mask learning has.
         """
-        self._gates = gates
-        self._cost = budgets[0] if isinstance(budgets[0], CostBudget) else None
-        owners, shares = [], []
-        spans: list[Any] = [term.mask for budget in budgets for term in budget.terms]
-        self._places = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-        for number, budget in enumerate(budgets):
+        if not self._before:
+            return
+        self.has_moved = self.has_moved or self._is_priced
+        self._is_priced = False
+        noise = _noise(progress)
+        pace = _PATH / max(1, length) * _slowing(progress)
+        for number, gates in enumerate(self._gates):
+            latents = gates.latents()
+            before = self._before[number].to(latents.device)
+            moved = latents - before
+            latents = before + moved / root_mean_square(moved) * pace
+            latents = gates.on_budget(latents, self._targets_of(gates, progress), noise)
+            gates.write(latents)
+            self._before[number] = gates.latents()
+        self._set_noise(noise)
+
+    def parameters(self) -> list[Any]:
+        """Return the parameters that hold steered gates."""
+        return [parameter for gates in self._gates for parameter in gates.parameters()]
+
+    def _targets(self, budgets: Sequence[Budget], progress: float) -> list[float]:
+        ramp = self.config.ramp
+        position = 1.0 if ramp == 0 else Schedule(0.0, 1.0, "cubic")(progress / ramp)
+        return [Schedule(1.0, 1.0 - budget.achievable, "exponential")(position) for budget in budgets]
+
+    def _targets_of(self, gates: SteeredGates, progress: float) -> Tensor:
+        latents = gates.parameters()[0]
+        return torch.tensor(self._targets(gates.budgets, progress), device=latents.device)
+
+    def _set_noise(self, scale: float) -> None:
+        for budget in self.budgets:
             for term in budget.terms:
-                owners.append(torch.full((term.units,), number))
-                shares.append(torch.full((term.units,), term.cost / budget.total))
-        self._owners, self._shares = torch.cat(owners), torch.cat(shares)
-        self._constants = torch.tensor([budget.constant / budget.total for budget in budgets])
+                mask: Any = term.mask
+                getattr(mask, "bank", mask).noise_scale = scale
 
-    @classmethod
-    def of(cls, budgets: Sequence[Budget]) -> FlatDensities | None:
-        """Return what computes the densities of these budgets at once; None if that cannot be done."""
-        banks = {id(bank): bank for b in budgets for t in b.terms for bank in [getattr(t.mask, "bank", None)]}
-        alone = len(budgets) == 1 or not any(isinstance(budget, CostBudget) for budget in budgets)
-        (bank, *others) = banks.values() if banks else (None,)
-        return cls(bank, budgets) if bank is not None and not others and alone else None
 
-    def __call__(self) -> Tensor:
-        """Return the densities as `Budget.density` does, shape (budgets,)."""
-        soft = self._usage(self._gates.probability(None))
-        with torch.no_grad():
-            hard = self._usage(self._gates.decide(None).to(soft.dtype))
-        return hard + (soft - soft.detach())
+def _noise(progress: float) -> float:
+    """Return what the noise of the samples is multiplied by."""
+    return max(0.0, 1 - progress / _QUIET)
 
-    def _usage(self, gates: Tensor) -> Tensor:
-        if gates.device != self._shares.device:
-            parts = (self._places, self._owners, self._shares, self._constants)
-            self._places, self._owners, self._shares, self._constants = (part.to(gates.device) for part in parts)
-        gates = gates[self._places]
-        if self._cost is not None:
-            return (self._cost.model(gates) / self._cost.total).reshape(1)
-        return self._constants.to(gates.dtype).index_add(0, self._owners, gates * self._shares.to(gates.dtype))
+
+def _slowing(progress: float) -> float:
+    return min(1.0, max(0.0, (_SETTLED - progress) / (_SETTLED - _SETTLING)))
+
+
+def _is_steered(budget: Budget) -> bool:
+    method: Any = budget.method
+    return budget.ratio is not None and not method.manages_own_sparsity and method.latents is not None
 
 
 def _own_loss(budget: Budget) -> Tensor | None:
@@ -178,8 +205,3 @@ def _own_loss(budget: Budget) -> Tensor | None:
     if budget.ratio is None or not isinstance(first, HasBudgetLoss):
         return None
     return first.budget_loss(masks, weights, budget.of_gated(budget.achievable) or 0.0, budget.usage)
-
-
-def _at_least(values: Tensor, lowest: Tensor) -> Tensor:
-    """Raise values to the lowest ones allowed, with their gradients: a mask that closed everything can open again."""
-    return values + (lowest - values.detach()).clamp_min(0.0)

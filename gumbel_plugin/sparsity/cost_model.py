@@ -60,6 +60,14 @@ class Widths:
         sizes = [group.size for group in groups.values()]
         return cls(list(groups), sizes, layers, full, torch.cat([empty, *rows]), torch.cat([empty, *units]))
 
+    def per_unit(self, names: Sequence[str]) -> Tensor:
+        """Return how many channels of each layer a unit of each group is on average, shape (groups, 2 · layers)."""
+        sizes = torch.tensor(self.sizes)
+        owner = torch.arange(len(sizes)).repeat_interleave(sizes)[self.units]
+        channels = torch.bincount(owner * len(self.full) + self.rows, minlength=len(sizes) * len(self.full))
+        order = [list(self.names).index(name) for name in names]
+        return (channels.view(len(sizes), -1) / sizes[:, None])[order]
+
     def kept(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many input and output channels of each layer stay (in expectation, under probabilities)."""
         full, rows, units = (part.to(gates.device) for part in (self.full.to(gates.dtype), self.rows, self.units))
@@ -96,6 +104,30 @@ class CostModel:
             gates = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
         cost = self.constant + self.costs(*self.widths.kept(gates)).sum()
         return cost + gates @ self.unit_costs.to(gates) if len(self.unit_costs) else cost
+
+    def of_counts(self, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """Return the cost as a function of how many units of each group stay, as if units of one group were alike.
+
+        Args:
+            names: The groups, in the order of the counts.
+        """
+        sizes = dict(zip(self.widths.names, self.widths.sizes, strict=True))
+        units = self.unit_costs if len(self.unit_costs) else torch.zeros(sum(self.widths.sizes))
+        each = dict(zip(self.widths.names, torch.split(units, list(self.widths.sizes)), strict=True))
+        parts = [
+            self.widths.full.float(),
+            torch.tensor([float(sizes[name]) for name in names]),
+            self.widths.per_unit(names).float(),
+            torch.stack([each[name].mean() for name in names]).float(),
+        ]
+
+        def cost(counts: Tensor) -> Tensor:
+            parts[:] = [part.to(counts.device) for part in parts]
+            full, whole, channels, unit_costs = parts
+            widths = full - (whole - counts) @ channels
+            return self.constant + self.costs(*widths.chunk(2)).sum() + counts @ unit_costs
+
+        return cost
 
     def by_layer(self, gates: Gates) -> dict[str, float]:
         """Return the cost of every layer that depends on gates."""

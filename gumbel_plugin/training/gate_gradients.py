@@ -23,8 +23,15 @@ class GateGradNormalizer:
     nothing.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
+    def __init__(self, parameters: Sequence[nn.Parameter], steered: Sequence[nn.Parameter] = ()) -> None:
+        """Start with no memory.
+
+        Args:
+            parameters: Those of all gates.
+            steered: Those of them that a budget steers, whose gradients it prices (`SteeredGates.priced`).
+        """
+        others = {id(parameter) for parameter in steered}
+        self._parameters = [parameter for parameter in parameters if id(parameter) not in others]
         # All gates in one vector: a few operations a step, not ten for each of the groups.
         self._squares = torch.zeros(sum(parameter.numel() for parameter in self._parameters))
         self._shares = torch.zeros_like(self._squares)

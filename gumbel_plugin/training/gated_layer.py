@@ -133,6 +133,11 @@ class GatedLayer:
         return {mask.phase for mask in self.masks}
 
     @property
+    def acts(self) -> bool:
+        """Whether there is anything to do to the weight now, or open gates to watch."""
+        return self.phases != {Phase.OPEN} or any(mask.is_probed for mask in self.masks)
+
+    @property
     def follows_samples(self) -> bool:
         """Whether each sample has gates of its own now, which act on activations (see `SampleHooks`)."""
         return any(isinstance(mask, PerSample) and mask.follows_samples for mask in self.masks)
@@ -156,8 +161,10 @@ class GatedLayer:
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the weight as the layer sees it now: gated, and rescaled."""
-        if self.phases == {Phase.OPEN} or self.follows_samples:
+        if not self.acts or self.follows_samples:
             return weight
+        if self.phases == {Phase.OPEN}:
+            return weight * self.multiplier(weight)
         if self.rescale == "dynamic" and not self.folded:
             gates = self.multiplier(weight)
             return weight * gates * dynamic_scale(gates, weight)
@@ -221,7 +228,7 @@ class GatedLayerHooks(Attached):
         only_columns = gated.mask is None and gated.rescale == "none" and gated.columns is not None
         # Masking the input is the same function; it is cheaper where the input is the smaller tensor of the two.
         if only_columns and module is gated.module and args and _smaller(args[0], weight):
-            return None if gated.phases == {Phase.OPEN} else (gated.apply_to_input(args[0]), *args[1:])
+            return (gated.apply_to_input(args[0]), *args[1:]) if gated.acts else None
         # An instance attribute hides the parameter of the same name for the length of this forward.
         gated.module.__dict__["weight"] = gated.apply(weight)
         return None

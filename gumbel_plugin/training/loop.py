@@ -86,7 +86,7 @@ class MaskingLoop(Attached):
         penalty = self.session.loss()
         if penalty.requires_grad:
             self._add_gradients(penalty if scale is None else scale(penalty))
-        if self.session.phase is Phase.LEARNING:
+        if self.session.phase is Phase.LEARNING or self.session.plan.learned()[0].is_probed:
             _average_gradients([*self.session.gate_parameters(), *self.session.scale_parameters()])
         for optimizer in self.optimizers if optimizers is None else optimizers:
             optimizer.step()
@@ -134,7 +134,7 @@ class MaskingLoop(Attached):
         if phases.fixed > 0:
             return session.total_steps is not None and at >= end
         ramp = session.config.budget.ramp if session.controller.budgets else 0.0
-        return session.total_steps is None or (at >= begin and (at - begin) / max(1, end - begin) >= ramp)
+        return at >= begin and (at - begin) / max(1, end - begin) >= ramp
 
     def remove_from(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the gates out of a trainer's optimizer that was built from all parameters of the model."""

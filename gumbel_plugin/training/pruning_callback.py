@@ -13,6 +13,7 @@ from gumbel_plugin.errors import ConfigError, LifecycleError
 from gumbel_plugin.layers.example_inputs import checked_inputs, inputs_following
 from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.storage.mask_format import Masks
+from gumbel_plugin.training.distillation import DistillationLike
 from gumbel_plugin.training.loop import MaskingLoop
 from gumbel_plugin.training.session import MaskingSession
 
@@ -24,8 +25,9 @@ class PruningCallback:
         masks: NNI's masks format, once the training is over.
     """
 
-    def __init__(self, config: ConfigLike, example_inputs: Any = None) -> None:
+    def __init__(self, config: ConfigLike, example_inputs: Any = None, distillation: DistillationLike = None) -> None:
         super().__init__()
+        self._distillation = distillation
         self._config = config
         self._example_inputs = example_inputs
         self._loop: MaskingLoop | None = None
@@ -64,7 +66,8 @@ class PruningCallback:
             raise LifecycleError("this callback has trained once; a new one learns new masks")
         self._network = network
         inputs = None if self._example_inputs is None else self._fitting(checked_inputs(self._example_inputs))
-        loop = MaskingLoop(MaskingSession(network, self._config, example_inputs=inputs))
+        session = MaskingSession(network, self._config, example_inputs=inputs, distillation=self._distillation)
+        loop = MaskingLoop(session)
         loop.start(total_steps)
         loop.keep_checkpoints_plain()
         self._loop = loop

@@ -12,17 +12,18 @@ from gumbel_plugin.config import ConfigLike, OptimizerConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.model_check import refuse_unusable
-from gumbel_plugin.layers.weights import GATES, modules_with_gates, own_parameters, remove_gates
+from gumbel_plugin.layers.weights import modules_with_gates, own_parameters, remove_gates
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.controller import BudgetController
 from gumbel_plugin.storage.mask_format import Masks
-from gumbel_plugin.training.bank import BANK, GateSlice
-from gumbel_plugin.training.forward_hooks import SessionHooks
-from gumbel_plugin.training.gate_modules import Gates
+from gumbel_plugin.training.distillation import DistillationLike, distillation_of
+from gumbel_plugin.training.forward_hooks import SessionHooks, act_before_steps
+from gumbel_plugin.training.gate_modules import register_gates
 from gumbel_plugin.training.hard_masks import decisions_of, masks_of
 from gumbel_plugin.training.optimizers import make_optimizer, settings_for
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.planner import build_plan
+from gumbel_plugin.training.prior import Prior, mask_learning_span
 from gumbel_plugin.training.rescale import initialize_weight
 from gumbel_plugin.training.session_config import groups_for, read_config
 from gumbel_plugin.training.snapshot import Snapshot, load_state, save_state
@@ -51,6 +52,7 @@ class MaskingSession:
         model: The model.
         config: What is pruned.
         plan: The masks, gated layers and budgets.
+        distillation: What is learned from a teacher beside the task.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class MaskingSession:
         plan: Plan | None = None,
         example_inputs: Any = None,
         snapshot_every: int | None = 50,
+        distillation: DistillationLike = None,
     ) -> None:
         """Plan the session; the model is not touched before `start`.
 
@@ -75,9 +78,12 @@ class MaskingSession:
             example_inputs: One batch: to find the channel groups with, for budgets of MACs or latency, and for methods
                 whose units cost multiply-accumulates where they are known, and else weights (`PerSample`).
             snapshot_every: After how many steps `guard` copies the model's state, to fall back to; None copies nothing.
+            distillation: What is learned from a teacher beside the task: settings, a teacher, or a `Distillation`; by
+                default what a whole configuration says.
 
         Raises:
             TargetError: If a rule matches nothing or nothing would be gated.
+            DataError: If a teacher's file cannot be used.
             LifecycleError: If the model has a session already, or inference mode is on.
             ConfigError: If the model cannot be gated as it is (see `refuse_unusable`), the configuration breaks a rule,
                 or channels are to go and there is nothing to trace with.
@@ -95,14 +101,17 @@ class MaskingSession:
             found = groups_for(model, self.config, inputs) if groups is None else groups
             plan = build_plan(model, self.config, found, self.seed, inputs)
         self.plan = plan
+        self.distillation = distillation_of(distillation, config)
+        self.distillation.prepare(model)
         self.controller = BudgetController(self.plan.budgets, self.config.budget)
+        self._prior = Prior(model, self.plan, self.config, self.controller.budgets)
         self.total_steps: int | None = None
         self.steps = 0
         self._started = False
         self._frozen: list[nn.Parameter] = []
         self._hooks: SessionHooks | None = None
         self._snapshot = Snapshot(model, checked_length("snapshot_every", snapshot_every))
-        self._check = TrainingCheck(self.gate_parameters(), bool(self.controller.budgets))
+        self._check = TrainingCheck(self.gate_parameters(), self.controller)
 
     # Attaching ----------------------------------------------------------------------------------------------------
 
@@ -110,8 +119,8 @@ class MaskingSession:
         """Attach to the model and say how long the training will be.
 
         Args:
-            total_steps: Optimizer steps of the whole training, all phases together; None if it is not known, which
-                starts mask learning at once, at the final target.
+            total_steps: Optimizer steps of the whole training, all phases together; None if it is not known: the masks
+                are then learned at once, in `USUAL_LENGTH` steps, and stay as they are if the training goes on.
             hooks: Whether the session acts by forward hooks; an adapter that wraps the layers itself passes False and
                 calls each gated layer's `apply`.
 
@@ -124,6 +133,7 @@ class MaskingSession:
             raise LifecycleError("the session was started before; a new MaskingSession learns new masks")
         self._require_free_model()
         self._started = True
+        self.distillation.take(self.model, final=not self.config.phases.dense)  # before weights are drawn
         generator = torch.Generator().manual_seed(self.seed)
         for gated in self.plan.gated_layers.values():
             factor = 1.0 if gated.mask is None else gated.mask.fan_factor
@@ -170,14 +180,16 @@ class MaskingSession:
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
-        self._register_gates()
-        self._hooks = SessionHooks(self.model, self.plan, self._check, on_layers=hooks)
+        register_gates(self.plan, self.model.training)
+        self._hooks = SessionHooks(self.model, self.plan, self._check, self.distillation, on_layers=hooks)
+        self._pricing = act_before_steps(self.controller, self._prior)
 
     def detach(self) -> None:
         """Remove hooks and gates from the model, if they are there; what `extract` wrote into the weights stays."""
         if self._hooks is None:
             return  # the gates on the model, if any, are another session's
         self._hooks.remove()
+        self._pricing.remove()
         self._hooks = None
         remove_gates(self.model)
         for parameter in self._frozen:
@@ -216,17 +228,17 @@ class MaskingSession:
         return [make_optimizer(parameters, settings) for parameters, settings in self._learned_parameters()]
 
     def guard(self, loss: Tensor) -> Tensor:
-        """Return the loss as it is; remember the model's state now and then (see ``snapshot_every``).
+        """Return the loss, with distillation's part if there is any; remember the model's state (``snapshot_every``).
 
         On a CPU it is looked at now, elsewhere some steps later, but before a state is remembered, saved or decided.
 
         Raises:
             NonFiniteLossError: If the loss is NaN or infinite. The model gets its last remembered state back.
         """
-        return self._snapshot.guard(loss, self.steps)
+        return self._snapshot.guard(self.distillation.loss(loss), self.steps)
 
     def loss(self) -> Tensor:
-        """Return what the masks add to the training loss: budget and the method's own penalties; 0 outside learning.
+        """Return what the method adds to the training loss, its penalties; 0 where it has none, and outside learning.
 
         Raises:
             LifecycleError: If the session was not started.
@@ -236,28 +248,22 @@ class MaskingSession:
         total = torch.zeros((), device=next(self.model.parameters()).device)
         if self.phase is not Phase.LEARNING:
             return total
-        budget = self.controller.loss(self.progress)
-        if budget is not None:
-            total = total + budget
-        for mask in self.plan.learned():
-            penalty = mask.penalty(self.plan.weight_of(mask))
-            if penalty is not None:
-                total = total + penalty
-        return total
+        penalties = [mask.penalty(self.plan.weight_of(mask)) for mask in self.plan.learned()]
+        return sum([each for each in (self.controller.loss(), *penalties) if each is not None], start=total)
 
     def step(self) -> None:
-        """Advance schedules, multipliers and phases; to be called after every optimizer step.
+        """Bring the gates to their budgets, advance schedules and phases; to be called after every optimizer step.
 
         Raises:
             LifecycleError: If the session was not started.
         """
         self._require_start("step")
-        if self.phase is Phase.LEARNING:
-            self._check.step()
         self.steps += 1
         self.plan.noise.forward += 1  # a new sample, also where the loop calls parts of the model instead of the model
         begin, end = self.mask_learning_span()
-        self.controller.step(None if self.total_steps is None else end - begin)
+        if self.phase is Phase.LEARNING:
+            self._check.step()
+            self.controller.step(self.progress, end - begin)
         for mask in self.plan.learned():
             mask.advance(self.progress)
         self._enter_phase()
@@ -323,9 +329,10 @@ class MaskingSession:
                 mask.fix(torch.ones(mask.shape), self.plan.weight_of(mask))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
+        """Return what is needed to go on later on the same model: masks, scales, steps, noise."""
         self._snapshot.check()
-        return save_state(self.plan, self.controller, self.steps, self.total_steps)
+        state = save_state(self.plan, self.steps, self.total_steps)
+        return {**state, **self.distillation.state_dict(), **self._prior.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; the session must be planned alike, on a model of the same shape.
@@ -333,8 +340,14 @@ class MaskingSession:
         Raises:
             TargetError: If the state is of another plan or damaged; the session is as it was.
         """
-        load_state(self.plan, self.controller, state)
+        self.distillation.check_state(state)
+        self._prior.check_state(state)
+        load_state(self.plan, state)
+        self.distillation.load_state_dict(state)
         self.steps, self.total_steps = state["steps"], state["total_steps"]
+        self._prior.load_state_dict(state, self.mask_learning_span()[0] - self.steps)
+        if self.phase is Phase.LEARNING:
+            self.controller.go_on(self.progress)
         self._snapshot.forget()  # it is of another moment
         for mask in self.plan.learned():
             mask.advance(self.progress)
@@ -348,9 +361,7 @@ class MaskingSession:
 
     @property
     def progress(self) -> float:
-        """How far the mask learning is, in [0, 1]; 1 if the length of the training is not known."""
-        if self.total_steps is None:
-            return 1.0
+        """How far the mask learning is, in [0, 1]."""
         begin, end = self.mask_learning_span()
         return min(1.0, max(0.0, (self.steps - begin) / max(1, end - begin)))
 
@@ -372,29 +383,18 @@ class MaskingSession:
             raise LifecycleError(f"{verb}() of a session that was not started; start(total_steps) comes first")
 
     def mask_learning_span(self) -> tuple[int, int]:
-        """Return the steps at which the mask learning begins and ends; (0, 0) where the length is not known."""
-        total = self.total_steps or 0
-        phases = self.config.phases
-        return int(total * phases.dense), total - int(total * phases.fixed)
+        """Return the steps at which the mask learning begins and ends (see `prior.mask_learning_span`)."""
+        return mask_learning_span(self.config, self.total_steps)
 
     def _enter_phase(self) -> None:
         begin, end = self.mask_learning_span()
         if self.phase is Phase.FIXED:
             return
+        self._prior.follow(begin - self.steps)
         if self.total_steps is not None and self.config.phases.fixed > 0 and self.steps >= end:
             self.decide()
-        elif self.phase is Phase.OPEN and (self.total_steps is None or self.steps >= begin):
+        elif self.phase is Phase.OPEN and self.steps >= begin:
             for mask in self.plan.learned():
                 mask.phase = Phase.LEARNING
                 mask.advance(self.progress)
-
-    def _register_gates(self) -> None:
-        """Register every mask with the first layer that it acts on."""
-        names = {id(mask): name for name, mask in self.plan.masks.items()}
-        registered: set[int] = set()
-        for gated in self.plan.gated_layers.values():
-            masks = [mask.bank if isinstance(mask, GateSlice) else mask for mask in gated.masks]
-            new = {names.get(id(mask), BANK): mask for mask in masks if id(mask) not in registered}
-            registered.update(id(mask) for mask in masks)
-            gates = Gates(new, gated.scale).to(gated.weight.device).train(self.model.training)
-            gated.module.add_module(GATES, gates)
+            self.controller.begin(self.progress)

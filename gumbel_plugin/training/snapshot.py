@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import NonFiniteLossError
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.sparsity.controller import BudgetController
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.state_check import check_session_state
 
@@ -84,27 +83,26 @@ class Snapshot:
         return {name: tensor for name, tensor in tensors.items() if tensor.is_leaf}
 
 
-def save_state(plan: Plan, controller: BudgetController, steps: int, total_steps: int | None) -> dict[str, Any]:
-    """Return what is needed to go on later on the same model: masks, scales, multipliers, steps, noise."""
+def save_state(plan: Plan, steps: int, total_steps: int | None) -> dict[str, Any]:
+    """Return what is needed to go on later on the same model: masks, scales, steps, noise."""
     return {
         "masks": {name: mask.state_dict() for name, mask in plan.masks.items()},
         "phases": {name: mask.phase.value for name, mask in plan.masks.items()},
         "folded": [name for name, gated in plan.gated_layers.items() if gated.folded],
         "scales": [scale.detach().clone() for scale in plan.scales()],
-        "multipliers": controller.multipliers.clone(),
         "steps": steps,
         "total_steps": total_steps,
         "forward": plan.noise.forward,
     }
 
 
-def load_state(plan: Plan, controller: BudgetController, state: Mapping[str, Any]) -> None:
-    """Take over masks, scales, multipliers and noise that `save_state` returned, for a plan made alike.
+def load_state(plan: Plan, state: Mapping[str, Any]) -> None:
+    """Take over masks, scales and noise that `save_state` returned, for a plan made alike.
 
     Raises:
         TargetError: If the state is of another plan or damaged; nothing was taken over.
     """
-    check_session_state(plan, controller, state)
+    check_session_state(plan, state)
     for name, mask in plan.masks.items():
         mask.load_state_dict(state["masks"][name])
         mask.phase = Phase(state["phases"][name])
@@ -113,5 +111,4 @@ def load_state(plan: Plan, controller: BudgetController, state: Mapping[str, Any
     with torch.no_grad():
         for scale, value in zip(plan.scales(), state["scales"], strict=True):
             scale.copy_(value)
-    controller.multipliers = state["multipliers"].clone()
     plan.noise.forward = state["forward"]

@@ -10,24 +10,22 @@ from torch import Tensor
 
 from gumbel_plugin.errors import TargetError, shown
 from gumbel_plugin.masks.base import Phase
-from gumbel_plugin.sparsity.controller import BudgetController
 from gumbel_plugin.training.plan import Plan
 
 _PHASES = [phase.value for phase in Phase]
 
 
-def check_session_state(plan: Plan, controller: BudgetController, state: object) -> None:
+def check_session_state(plan: Plan, state: object) -> None:
     """Refuse what is no state of a session with these masks.
 
     Args:
         plan: The session's plan.
-        controller: Its budgets.
         state: What should be put into it.
 
     Raises:
         TargetError: With the first key that is missing or does not fit.
     """
-    keys = ("masks", "phases", "folded", "scales", "multipliers", "steps", "total_steps", "forward")
+    keys = ("masks", "phases", "folded", "scales", "steps", "total_steps", "forward")
     found = require_keys(state, keys, "a session's state")
     masks, phases = require_keys(found["masks"], (), "masks"), require_keys(found["phases"], (), "phases")
     for mapping in (masks, phases):
@@ -50,7 +48,6 @@ def check_session_state(plan: Plan, controller: BudgetController, state: object)
         raise TargetError(f"scales is {shown(scales)}; it must list the scales of {len(plan.scales())} layers")
     for number, (scale, given) in enumerate(zip(plan.scales(), scales, strict=True)):
         _check_tensor(scale, given, f"scales[{number}]")
-    _check_tensor(controller.multipliers, found["multipliers"], "multipliers")
     for key, least in (("steps", 0), ("total_steps", 1), ("forward", 0)):
         value = found[key]
         unknown = key == "total_steps" and value is None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.errors import ConfigError, shown
 from gumbel_plugin.sparsity.budget import Budget
+from gumbel_plugin.sparsity.controller import BudgetController
 
 _logger = logging.getLogger(__name__)
 
@@ -58,16 +59,16 @@ class _Cut:
 class TrainingCheck:
     """Watches one session's training, from the first step of its mask learning to the decision."""
 
-    def __init__(self, gates: Iterable[nn.Parameter], has_budget: bool) -> None:
+    def __init__(self, gates: Iterable[nn.Parameter], controller: BudgetController) -> None:
         """Start watching.
 
         Args:
             gates: The learned parameters of all masks.
-            has_budget: Whether the session's loss steers the gates to a budget.
+            controller: What keeps the gates on their budgets.
         """
         self._gates = list(gates)
         self._before: list[float] = []
-        self._has_budget = has_budget
+        self._controller = controller
         self._forwards = self._without_gradients = self._losses = 0
         self._warned = False
         self._cuts: list[_Cut] = []
@@ -86,11 +87,11 @@ class TrainingCheck:
 
     def step(self) -> None:
         """Warn where a step was made whose loss left the budget out."""
-        if self._has_budget and not self._losses and not self._warned:
+        if self._controller.has_loss and not self._losses and not self._warned:
             self._warned = True
             _logger.warning(
-                "a training step was made without session.loss(): nothing steers the gates to their sparse_ratio; add "
-                "it to the loss of every step while the masks are learned"
+                "a training step was made without session.loss(): nothing drives the gates of this method to their "
+                "sparse_ratio; add it to the loss of every step while the masks are learned"
             )
 
     def cut(self, budget: Budget, own: Mapping[str, Tensor], cut: Mapping[str, Tensor]) -> None:
@@ -132,7 +133,7 @@ class TrainingCheck:
                 "all training forwards ran without gradients (torch.no_grad or inference_mode): the gates learned "
                 "nothing; train them with gradients enabled"
             )
-        elif self._gates and self._sums() == self._before:
+        elif self._gates and not self._have_moved():
             _logger.warning(
                 "the gates did not move since the training began: no optimizer holds them; give "
                 "session.parameter_groups() to yours, or step those of session.optimizers()"
@@ -150,13 +151,24 @@ class TrainingCheck:
         of = "" if total_steps is None else f" of {total_steps}"
         _logger.warning(
             "masks decided at step %d%s far from the budget: the gates of %s had kept %.3g %% of the dense cost, the "
-            "budget is %.3g %%, and the cut did the rest, for which the network was not trained%s. What usually helps: "
-            "more steps of mask learning, a higher learning rate of the gates (pruning.gate_optimizer.lr), a smaller "
-            "pruning.budget.ramp",
+            "budget is %.3g %%, and the cut did the rest, for which the network was not trained%s. %s",
             steps, of, shown(worst.budget.name), 100 * worst.kept, 100 * worst.allowed,
             f" ({len(far)} of {len(steered)} budgets are far)" if len(steered) > 1 else "",
+            _remedy(steps, total_steps),
         )  # fmt: skip
+
+    def _have_moved(self) -> bool:
+        """Return whether an optimizer moved the gates; what is on budget moves without one, too."""
+        return self._controller.has_moved if self._controller.budgets else self._sums() != self._before
 
     def _sums(self) -> list[float]:
         """Return what shows without a copy whether the gates moved; torch counts no changes by fused optimizers."""
         return [float(parameter.detach().sum(dtype=torch.float64)) for parameter in self._gates]
+
+
+def _remedy(steps: int, total_steps: int | None) -> str:
+    if not steps:
+        return "Call session.step() after every optimizer step: it brings the gates to their budget"
+    if total_steps is not None and steps < total_steps:
+        return "The budget was still falling: train to the end, say the real total_steps, or lower pruning.budget.ramp"
+    return "Units of a very different cost, or limits that leave no choice, are the usual cause"

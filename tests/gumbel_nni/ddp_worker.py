@@ -122,6 +122,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     results = {
         "same": train_by_hand(rank),
         "own": train_by_hand(rank, per_rank_samples=True),
+        "prior": train_by_hand(rank, gates={"prior": "taylor", "warmup": 2}),
         "nni": train_with_nni(rank),
         "groups": train_with_torch_pruning(rank),
     }

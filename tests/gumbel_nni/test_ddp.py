@@ -46,7 +46,7 @@ def flat(result: Result, *keys: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("case", ["same", "own", "nni", "groups"])
+@pytest.mark.parametrize("case", ["same", "own", "prior", "nni", "groups"])
 def test_masks_weights_and_gates_are_the_same_on_both_ranks(case: str, ranks: list[Result]) -> None:
     first, second = (flat(rank[case], "masks", "weights", "learned") for rank in ranks)
     assert first.keys() == second.keys()

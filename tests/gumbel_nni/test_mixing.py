@@ -261,6 +261,33 @@ def test_quantizers_and_distillers(name: str, gumbel_first: bool) -> None:
 
 
 @pytest.mark.slow
+def test_a_distiller_beside_a_distillation() -> None:
+    """Both are learned from; our teacher is the plain network before it was wrapped."""
+
+    def trained(distillation: Any, distiller: bool) -> Tensor:
+        torch.manual_seed(0)
+        model, partner = Net(), OTHERS["dynamic"]
+        dense, inputs = copy.deepcopy(model), INPUTS[:2]
+        last = gumbel = GumbelPruner(
+            model, GUMBEL, make_evaluator(model), example_inputs=inputs, distillation=distillation
+        )
+        if distiller:
+            last = partner.cls.from_compressor(gumbel, partner.rules("conv1", "fc1"), **partner.arguments())
+        last.compress(STEPS, None)
+        last.unwrap_model()
+        teacher = gumbel.session.distillation.teacher
+        if teacher is not None:
+            assert all(torch.equal(teacher.state_dict()[name], tensor) for name, tensor in dense.state_dict().items())
+        assert not model._forward_hooks
+        return model.fc2.weight.detach()
+
+    found = [trained(ours, theirs) for ours in (None, {"logits": 0.5}) for theirs in (False, True)]
+    for first in range(4):
+        for second in range(first):
+            assert not torch.allclose(found[first], found[second])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [LinearPruner, AGPPruner])
 def test_schedulers_lead_from_nothing_to_the_target(scheduler: type) -> None:
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.layers.geometry import (
     channel_dimension,
+    column_sums,
     columns_view,
     input_channels,
     is_depthwise,
@@ -70,6 +71,8 @@ def test_agrees_with_what_the_layer_computes(name: str) -> None:
     gated = layer(x * factors.reshape(-1, *(1,) * (-1 - channel_dimension(layer))))
     layer.weight.mul_(columns_view(layer, factors))
     assert torch.allclose(layer(x), gated, atol=1e-5)
+    alone = [columns_view(layer, one) * weight for one in torch.eye(inputs)]
+    assert torch.allclose(column_sums(layer, weight), torch.stack([each.sum() for each in alone]), atol=1e-5)
 
     layer.weight.copy_(weight * columns_view(layer, (torch.arange(inputs) % 2).float()))
     assert read_channels(layer).tolist() == [bool(channel % 2) for channel in range(inputs)]

@@ -96,8 +96,8 @@ def test_a_run_that_ends_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: 
 
     config, folder, prepare = RunConfig.load(RUN), tmp_path / "out", module.prepare
 
-    def slowly(config: RunConfig) -> module.Prepared:
-        prepared = prepare(config)
+    def slowly(config: RunConfig, distillation: Any) -> module.Prepared:
+        prepared = prepare(config, distillation)
         folder.mkdir()
         (folder / "summary.json").write_text("{}")
         return prepared

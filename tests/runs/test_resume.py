@@ -44,6 +44,7 @@ RUN: dict[str, Any] = {
         "config_list": [{"op_names": ["1"], "sparse_ratio": 0.5}],
         "phases": {"dense": 0.2, "fixed": 0.3},
     },
+    "distillation": {"logits": 0.3, "hidden": 0.1, "layers": ["1"]},
     "report": {"latency_batches": [], "html": False, "tensorboard": False},
 }
 NETWORK = """
@@ -105,6 +106,7 @@ def results(folder: Path) -> dict[str, Any]:
         "masks": {name: tensor.tolist() for name, tensor in load_file(folder / "masks.safetensors").items()},
         "scores": {name: column["score"] for name, column in summary["columns"].items()},
         "log": log,
+        "recalibration": summary["recalibration"],
         "gates": (folder / "gates.jsonl").read_text(),
         "files": {path.name for path in folder.iterdir()},
     }

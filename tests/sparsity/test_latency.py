@@ -250,7 +250,7 @@ def test_the_table_is_measured_where_none_is_given():
     budget = pruner.session.plan.budgets[0]
     assert budget.total > 0
     assert sorted(budget.model.widths.layers) == ["0", "2", "4", "6"]
-    assert float(budget.density().detach()) == pytest.approx(1.0)
+    assert float(budget.usage([torch.ones(term.units) for term in budget.terms])) == pytest.approx(1.0)
 
 
 def test_a_latency_below_what_stays_is_refused():

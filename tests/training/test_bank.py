@@ -53,16 +53,6 @@ def test_the_state_of_a_slice_is_that_of_a_mask_of_its_own(make_network: Any, gr
         assert torch.equal(alone.logit, mask.logit)
 
 
-def test_the_densities_of_all_groups_at_once_are_those_of_each(network: Any, group_session: Any) -> None:
-    session = group_session(network, sparse_ratio=0.5)
-    at_once = session.controller._flat()
-    each = torch.stack([budget.density() for budget in session.controller.budgets])
-    torch.testing.assert_close(at_once, each)
-    (parameter,) = session.gate_parameters()
-    gradients = [torch.autograd.grad(densities.square().sum(), parameter)[0] for densities in (at_once, each)]
-    torch.testing.assert_close(*gradients)
-
-
 def test_a_copy_of_a_gated_model_in_training_can_be_made(make_network: Any, group_session: Any) -> None:
     network = make_network("residual")
     session = group_session(network)

@@ -245,14 +245,13 @@ def test_limits_of_a_layer_bound_what_its_gates_close() -> None:
     assert session.status().sparsity == 0.25
 
 
-def test_a_method_with_a_way_of_its_own_gets_no_budget_loss() -> None:
+def test_a_method_with_a_way_of_its_own_is_not_steered() -> None:
     for case in CASES.values():
         session = case.session(build(case))
         manages_own_sparsity = METHODS[case.method].manages_own_sparsity
         assert (session.controller.budgets == []) == manages_own_sparsity
         session.start()
-        expected = not manages_own_sparsity or case.method == "reparametrization"
-        assert (session.controller.loss(1.0) is not None) == expected
+        assert (session.controller.loss() is not None) == (case.method == "reparametrization")
 
 
 def test_the_networks_one_t_is_its_only_parameter() -> None:

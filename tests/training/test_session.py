@@ -15,6 +15,7 @@ from gumbel_plugin.config import OptimizerConfig, PruningConfig
 from gumbel_plugin.errors import ConfigError, LifecycleError, NonFiniteLossError, TargetError
 from gumbel_plugin.layers.weights import GATES
 from gumbel_plugin.masks.base import Phase
+from gumbel_plugin.sparsity.controller import USUAL_LENGTH
 from gumbel_plugin.training.optimizers import make_optimizer
 from gumbel_plugin.training.session import MaskingSession
 from gumbel_plugin.training.snapshot import Snapshot
@@ -46,7 +47,7 @@ def test_the_steps_lead_through_dense_learning_and_fixed(mlp: Any, element_sessi
     for _ in range(10):
         mask = session.plan.masks["0"]
         seen.append((session.phase.value, round(session.progress, 3), round(mask.temperature, 3)))
-        assert (float(session.loss().detach()) != 0) == (session.phase is Phase.LEARNING and session.progress > 0)
+        assert float(session.loss().detach()) == 0  # no loss drives gates that are kept on budget
         session.step()
     assert [phase for phase, _, _ in seen] == ["open"] * 2 + ["learning"] * 5 + ["fixed"] * 3
     assert [progress for _, progress, _ in seen] == [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1]
@@ -79,11 +80,16 @@ def test_once_decided_the_gates_stay_and_the_weights_go_on(mlp: Any, element_ses
     assert torch.equal(session.plan.masks["0"].hard, hard)
 
 
-def test_without_a_length_the_gates_learn_at_once_at_the_final_target(mlp: Any, element_session: Any) -> None:
+def test_without_a_length_the_gates_learn_at_once_in_the_usual_number_of_steps(mlp: Any, element_session: Any) -> None:
     session = element_session(mlp(4, 8, 3), sparse_ratio=0.75)
     assert session.phase is Phase.LEARNING
-    assert session.progress == 1.0
-    assert session.controller.targets(session.progress) == [0.25, 0.25]
+    for progress, target in ((0.0, 1.0), (1.0, 0.25), (1.0, 0.25)):
+        assert session.progress == progress
+        assert session.controller.targets(session.progress) == [target, target]
+        for _ in range(USUAL_LENGTH):
+            session.step()
+    assert session.phase is Phase.LEARNING
+    assert session.status().sparsity == 0.75
 
 
 def test_the_status_counts_weights(caplog: pytest.LogCaptureFixture, mlp: Any, element_session: Any) -> None:

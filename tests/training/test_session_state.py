@@ -56,11 +56,11 @@ class TestStates:
 
     def test_schedules_begin_where_the_learning_does(self) -> None:
         session = session_on(layer(), method="gibbs")
-        session.start(None)  # at the final target at once
+        session.start(None)  # in as many steps as usual
         (mask,) = session.plan.masks.values()
         beta = mask.beta
         session.step()
-        assert mask.beta == beta > 1
+        assert mask.beta > beta
 
     @pytest.mark.parametrize("method", ["gibbs", "gumbel_softmax", "reparametrization"])
     def test_nothing_is_closed_before_the_learning(self, method: str) -> None:

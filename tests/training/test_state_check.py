@@ -59,7 +59,7 @@ def put(*path: Any) -> Callable[[dict[str, Any]], Any]:
 SESSION_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     **{
         f"no {key}": (drop(key), f"a session's state lacks '{key}'")
-        for key in ("masks", "phases", "folded", "scales", "multipliers", "steps", "total_steps", "forward")
+        for key in ("masks", "phases", "folded", "scales", "steps", "total_steps", "forward")
     },
     "masks are no mapping": (put("masks", [1, 2]), r"^masks is \[1, 2\]; it must be a mapping"),
     "another layer's mask": (put("masks", "7", {}), "of another plan: mask '7' is in only one of them"),
@@ -80,7 +80,6 @@ SESSION_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "folded of another layer": (put("folded", ["7"]), r"folded is \['7'\]"),
     "a scale too few": (lambda state: state["scales"].pop(), "the scales of 2 layers"),
     "a scale that is a number": (put("scales", 1, 1.0), r"scales\[1\] is 1.0; it must be a tensor"),
-    "multipliers of other budgets": (put("multipliers", torch.zeros(5)), r"multipliers has shape \(5,\); here"),
     "steps below 0": (put("steps", -1), "steps is -1; it must be a whole number of at least 0"),
     "steps that are a word": (put("steps", "3"), "steps is '3'"),
     "a total of 0": (put("total_steps", 0), "total_steps is 0; it must be a whole number of at least 1"),

@@ -1,0 +1,276 @@
+"""The gates that budgets steer: which of them a threshold leaves open, and what each is worth at its price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
+from gumbel_plugin.sparsity.cost_budget import CostBudget
+
+_BISECTIONS = 24
+"""Halvings of the range of the latents: what is left of it is 1e-7 of what it was."""
+_CHEAPEST = 1e-3
+"""No unit counts as cheaper than this fraction of the mean one: what costs nothing has no price."""
+_APART = 1e-2
+_CLEAR = 3.0  # σ(3) is 0.95
+_EDGE = 1e-5  # far enough from 0 for a sigmoid in float32
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class SteeredGates:
+    """The latents of budgets that are steered, in one vector.
+
+    A gate is open where its latent is at least its budget's threshold; then the limits and multiples of its term hold:
+    the highest of a term stay, the lowest go. All of it is tensor arithmetic without a look at a value, so that a GPU
+    does not wait.
+
+    Attributes:
+        budgets: The budgets.
+    """
+
+    def __init__(self, budgets: Sequence[Budget]) -> None:
+        """Note what the gates cost and what limits them; their latents are read anew in every step.
+
+        Args:
+            budgets: Budgets with a ratio, all of whose masks have latents.
+        """
+        self.budgets = list(budgets)
+        self._terms = [term for budget in budgets for term in budget.terms]
+        self._sizes = [term.units for term in self._terms]
+        owners = [number for number, budget in enumerate(budgets) for _ in budget.terms]
+        self._budget_of = torch.tensor(owners)
+        ranges = [term.prunable_range() for term in self._terms]
+        self._most = torch.tensor([size - least for size, (least, _) in zip(self._sizes, ranges, strict=True)])
+        self._fewest = torch.tensor([size - most for size, (_, most) in zip(self._sizes, ranges, strict=True)])
+        shares = [term.cost / budget.total for budget in budgets for term in budget.terms]
+        self._shares = torch.tensor(shares, dtype=torch.float32)
+        constants = [budget.constant / budget.total for budget in budgets]
+        self._constants = torch.tensor(constants, dtype=torch.float32)
+
+    # The masks' tensors -------------------------------------------------------------------------------------------
+
+    def parameters(self) -> list[Any]:
+        """Return the parameters that hold the latents, each once."""
+        return list({id(own): own for term in self._terms for own in [_parameter(term)]}.values())
+
+    def latents(self) -> Tensor:
+        """Return all latents, shape (gates,): a gate is open by itself from 0 on."""
+        return torch.cat([_scores(term) for term in self._terms])
+
+    def without_ties(self) -> Tensor:
+        """Return the latents, equal ones moved apart by next to nothing: no threshold parts them. The order stays."""
+        latents = self.latents()
+        mask: Any = self._terms[0].mask
+        random = torch.rand(latents.shape, generator=torch.Generator().manual_seed(mask.noise.seed))
+        values, places, counts = torch.unique(latents, return_inverse=True, return_counts=True)
+        gaps = torch.diff(values, append=values.new_full((1,), float("inf"))).clamp_max(_APART)
+        moved: Tensor = latents + (gaps * (counts > 1))[places] * random.to(latents.device)
+        return moved
+
+    @torch.no_grad()
+    def write(self, latents: Tensor) -> None:
+        """Put latents, as `latents` returns them, into their parameters."""
+        self._to(latents.device)
+        for term, values in zip(self._terms, torch.split(latents, self._sizes), strict=True):
+            own = _slice(term, _parameter(term))
+            own += (values - _scores(term)).view_as(own).to(own.dtype)
+
+    def gradients(self) -> Tensor | None:
+        """Return the gradients of all latents, shape (gates,); None where there are none."""
+        if any(parameter.grad is None for parameter in self.parameters()):
+            return None
+        return torch.cat([_slice(term, _parameter(term).grad).float().flatten() for term in self._terms])
+
+    def write_gradients(self, gradients: Tensor) -> None:
+        """Put gradients, as `gradients` returns them, in the place of those of the latents."""
+        for term, values in zip(self._terms, torch.split(gradients, self._sizes), strict=True):
+            own = _slice(term, _parameter(term).grad)
+            own.copy_(values.view_as(own))
+
+    # Steering -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def on_budget(self, latents: Tensor, targets: Tensor, noise: float = 0.0) -> Tensor:
+        """Return the latents, shifted by one number a budget, so that what is open costs what it may.
+
+        Among the thresholds whose open gates cost at most the target, each budget gets the lowest one. Gates that a
+        limit keeps open, or closed, end up at their side of 0, well clear of the noise.
+
+        Args:
+            latents: Shape (gates,).
+            targets: The fraction of the dense cost that may stay, shape (budgets,).
+            noise: The scale of the noise that the gates are sampled with.
+        """
+        self._to(latents.device)
+        threshold, kept = self._threshold(latents, targets * (1 + 1e-6))
+        threshold = torch.where(targets >= 1, latents.min() - _CLEAR, threshold)  # nothing has to go yet
+        clear = max(_EDGE, _CLEAR * noise)
+        shifted = latents - self._spread(threshold[self._budget_of])
+        forced = kept & (shifted < -_EDGE) | ~kept & (shifted > _EDGE)
+        apart = torch.where(forced, clear, _EDGE)  # rounding must not carry what stays across 0
+        return torch.where(kept, shifted.maximum(apart), shifted.minimum(-apart))
+
+    @torch.no_grad()
+    def priced(self, gradients: Tensor, latents: Tensor) -> Tensor:
+        """Return gradients of the latents in benefit per cost, less each budget's price, on one common scale.
+
+        The gradient of the task's loss is projected onto the latents' surface of equal cost: with g the gradient, c
+        what a unit costs as the network is now and s = σ'(latent), a gate moves along g/c − λ·s, λ = Σ s·g / Σ s²·c.
+        What a budget keeps is decided by benefit per cost, whatever the units are. The root mean square of the result
+        is 1: the size of the task's loss cancels out.
+
+        Args:
+            gradients: Of the task's loss, shape (gates,).
+            latents: Shape (gates,).
+        """
+        self._to(latents.device)
+        costs = self._unit_costs(latents)
+        slopes = torch.sigmoid(latents) * torch.sigmoid(-latents)
+        benefits, prices = self._sums(slopes * gradients), self._sums(slopes * slopes * costs)
+        price = (benefits / prices.clamp_min(_TINY))[self._budget_of]
+        priced = gradients / costs - slopes * self._spread(price)
+        return priced / root_mean_square(priced)
+
+    def _unit_costs(self, latents: Tensor) -> Tensor:
+        """Return what one more unit costs as the network is now, in means of all units."""
+        costs = self._spread(self._shares)
+        return (costs / costs.mean()).clamp_min(_CHEAPEST)
+
+    # Elements: terms are few and long, each by itself -------------------------------------------------------------
+
+    def _threshold(self, latents: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each budget's lowest threshold whose open gates cost at most its target, and what it keeps open."""
+        bounds = self._bounds(latents)
+        low, high = latents.min().expand(len(targets)) - 1, latents.max().expand(len(targets)) + 1
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            counts = torch.stack([part.sum() for part in self._kept(latents, bounds, middle)])
+            fits = self._usage(counts) <= targets
+            low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+        return high, torch.cat(self._kept(latents, bounds, high))
+
+    def _bounds(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the thresholds between which each term is within its limits, two of shape (terms,)."""
+        low, high = [], []
+        parts = torch.split(latents, self._sizes)
+        for values, size, fewest, most in zip(
+            parts, self._sizes, self._fewest.tolist(), self._most.tolist(), strict=True
+        ):
+            low.append(values.min() - 1 if most == size else values.kthvalue(size - most + 1).values)
+            highest = values.max() if fewest <= 1 else values.kthvalue(size - fewest + 1).values
+            high.append(highest if fewest else highest + 1)
+        return torch.stack(low), torch.stack(high)
+
+    def _kept(self, latents: Tensor, bounds: tuple[Tensor, Tensor], thresholds: Tensor) -> list[Tensor]:
+        """Return which gates of each term are open, bool, within its limits."""
+        own = thresholds[self._budget_of].maximum(bounds[0]).minimum(bounds[1])
+        return [part >= edge for part, edge in zip(torch.split(latents, self._sizes), own, strict=True)]
+
+    def _usage(self, counts: Tensor) -> Tensor:
+        """Return the fraction of each budget's dense cost that is open, shape (budgets,), from open gates by term."""
+        return self._constants.index_add(0, self._budget_of, counts * self._shares)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Return one value a gate from one a term."""
+        return torch.cat([value.expand(size) for value, size in zip(values, self._sizes, strict=True)])
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """Return the sum over each budget's gates, shape (budgets,)."""
+        parts = torch.stack([part.sum() for part in torch.split(values, self._sizes)])
+        return torch.zeros_like(self._constants).index_add(0, self._budget_of, parts)
+
+    def _to(self, device: torch.device) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.device != device:
+                setattr(self, name, value.to(device))
+
+
+class SteeredChannels(SteeredGates):
+    """The same for gates of channel groups, whose terms are many and short: a few operations for all of them."""
+
+    def __init__(self, budgets: Sequence[Budget]) -> None:
+        """Note the groups' gates too (see `SteeredGates`)."""
+        super().__init__(budgets)
+        self._costs = budgets[0] if len(budgets) == 1 and isinstance(budgets[0], CostBudget) else None
+        if self._costs is not None:
+            self._of_counts = self._costs.model.of_counts([term.name for term in self._terms])
+        sizes = torch.tensor(self._sizes)
+        self._terms_at = torch.arange(len(sizes))
+        self._term_of = self._terms_at.repeat_interleave(sizes)
+        self._last = sizes.cumsum(0)
+        self._multiple = torch.tensor([term.multiple for term in self._terms])
+
+    def _unit_costs(self, latents: Tensor) -> Tensor:
+        if self._costs is None:
+            return super()._unit_costs(latents)
+        with torch.enable_grad():
+            gates = (latents >= 0).to(latents.dtype).requires_grad_()
+            (costs,) = torch.autograd.grad(self._costs.usage(torch.split(gates, self._sizes)), gates)
+        relative: Tensor = costs / costs.mean()
+        return relative.clamp_min(_CHEAPEST)
+
+    def _threshold(self, latents: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the threshold as a rank among all gates: how many of a term are above it is one search a term."""
+        count = len(latents)
+        order = torch.argsort(latents, stable=True)
+        ranks = torch.empty_like(order)
+        ranks[order] = torch.arange(count, device=order.device)
+        keys = torch.sort(self._term_of * (count + 1) + ranks).values  # ascending ranks, term by term
+        low, high = torch.zeros_like(targets, dtype=torch.int64), torch.full_like(targets, count, dtype=torch.int64)
+        for _ in range(count.bit_length()):
+            middle = (low + high) // 2
+            fits = self._usage(self._counts(keys, middle, count)) <= targets
+            low, high = torch.where(fits, low, middle + 1).minimum(high), torch.where(fits, middle, high)
+        places = torch.searchsorted(keys, self._term_of * (count + 1) + ranks)
+        kept = self._last[self._term_of] - places <= self._counts(keys, high, count)[self._term_of]
+        ends = torch.cat([latents[order[:1]] - 2, latents[order], latents[order[-1:]] + 2])
+        return (ends[high] + ends[high + 1]) / 2, kept
+
+    def _counts(self, keys: Tensor, ranks: Tensor, count: int) -> Tensor:
+        """Return how many gates of each term stay, within its limits, if those of at least a budget's rank do."""
+        first = torch.searchsorted(keys, self._terms_at * (count + 1) + ranks[self._budget_of])
+        counts = self._last - first
+        return (counts - counts % self._multiple).maximum(self._fewest).minimum(self._most)
+
+    def _usage(self, counts: Tensor) -> Tensor:
+        if self._costs is None:
+            return super()._usage(counts)
+        return (self._of_counts(counts.float()) / self._costs.total).reshape(1)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return values[self._term_of]
+
+    def _sums(self, values: Tensor) -> Tensor:
+        return torch.zeros_like(self._constants).index_add(0, self._budget_of[self._term_of], values)
+
+
+def steered_gates(budgets: Sequence[Budget]) -> list[SteeredGates]:
+    """Return the gates of budgets: those of channels at once, and those of single weights and blocks at once."""
+    channels = [b for b in budgets if any(hasattr(term.mask, "bank") for term in b.terms)]
+    others = [budget for budget in budgets if budget not in channels]
+    kinds = ((SteeredChannels, channels), (SteeredGates, others))
+    return [kind(own) for kind, own in kinds if own]
+
+
+def root_mean_square(values: Tensor) -> Tensor:
+    """Return √(mean of squares), at least the smallest number that one can divide by."""
+    return values.square().mean().sqrt().clamp_min(_TINY)
+
+
+def _scores(term: BudgetTerm) -> Tensor:
+    return term.mask.scores(term.weight).detach().float().flatten()
+
+
+def _parameter(term: BudgetTerm) -> Any:
+    mask: Any = term.mask
+    return getattr(mask, "bank", mask).latents
+
+
+def _slice(term: BudgetTerm, values: Tensor) -> Tensor:
+    mask: Any = term.mask
+    part: Tensor = values[mask.start : mask.stop] if hasattr(mask, "bank") else values
+    return part
