@@ -14,7 +14,7 @@ import copy
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from gumbel_plugin.training.loop import MaskingLoop
 
 import torchvision  # isort: skip  (after gumbel_plugin, which makes it importable)
 
-SCALES = (2.0**-10, 1.0, 2.0**10)  # powers of two, so that rounding is the same and what differs is the steering
+SCALES = (1.0, 2.0**-10, 2.0**10)  # powers of two, so that rounding is the same and what differs is the steering
 STEPS = (50, 200, 1000)
 OPTIMIZERS = {
     "SGD 0.05": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
@@ -127,12 +127,11 @@ def learn(network: str, scale: float, steps: int, optimizer: str) -> tuple[dict[
     return {"before_cut": off, "worst_step": worst, "cut_changes": float((kept != own).float().mean())}, kept
 
 
-def cell(network: str, steps: int, optimizer: str) -> dict[str, Any]:
-    """Return the worst of the three sizes of the loss, and how many gates agree among them."""
-    found = [learn(network, scale, steps, optimizer) for scale in SCALES]
+def cell(network: str, steps: int, optimizer: str, scales: Sequence[float]) -> dict[str, Any]:
+    """Return the worst of all sizes of the loss, and how many gates agree with those of the first."""
+    found = [learn(network, scale, steps, optimizer) for scale in scales]
     worst = {key: max(numbers[key] for numbers, _ in found) for key in found[0][0]}
-    masks = [kept for _, kept in found]
-    agree = min(float((mask == masks[1]).float().mean()) for mask in masks)
+    agree = min(float((kept == found[0][1]).float().mean()) for _, kept in found)
     return {"network": network, "steps": steps, "optimizer": optimizer, **worst, "agree": agree}
 
 
@@ -154,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="what the loss is multiplied by")
     parser.add_argument("--output", type=Path, default=Path("docs/data/budgets.json"))
     options = parser.parse_args()
     rows = json.loads(options.output.read_text()) if options.output.exists() else []
@@ -161,7 +161,7 @@ def main() -> None:
     for network, steps, optimizer in itertools.product(options.networks, options.steps, OPTIMIZERS):
         if (network, steps, optimizer) in done:
             continue
-        rows.append(cell(network, steps, optimizer))
+        rows.append(cell(network, steps, optimizer, options.scales))
         print(rows[-1], flush=True)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(rows, indent=1))
