@@ -38,6 +38,9 @@ OPTIMIZERS = {
 BATCH = 16
 DENSE_STEPS = 500
 
+Masking = tuple[MaskingSession, Callable[[], object], Callable[[], object]]
+"""A session, what steps its gates before the weights' step, and what comes after that."""
+
 
 def transformer() -> nn.Module:
     """Return a vision transformer of two blocks with four heads each."""
@@ -53,7 +56,7 @@ def images(steps: int, channels: int, seed: int = 0) -> Iterator[tuple[Tensor, T
         yield inputs[chosen].expand(-1, channels, -1, -1), targets[chosen]
 
 
-def of_groups(model: nn.Module, example: Tensor, steps: int, optimizer: Mapping[str, Any]) -> MaskingLoop:
+def of_groups(model: nn.Module, example: Tensor, steps: int, optimizer: Mapping[str, Any]) -> Masking:
     """Gate channels and heads under half of the MACs."""
     attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     pruner = GumbelGroupPruner(
@@ -69,15 +72,15 @@ def of_groups(model: nn.Module, example: Tensor, steps: int, optimizer: Mapping[
         pruning={"pruning": {"gate_optimizer": dict(optimizer)}},
         total_steps=steps,
     )
-    return pruner._loop
+    return pruner.session, lambda: pruner.regularize(model), pruner.update_regularizer
 
 
-def of_weights(model: nn.Module, example: Tensor, steps: int, optimizer: Mapping[str, Any]) -> MaskingLoop:
+def of_weights(model: nn.Module, example: Tensor, steps: int, optimizer: Mapping[str, Any]) -> Masking:
     """Gate single weights, of which one in twenty stays."""
     rule = {"op_types": ["Linear"], "granularity": "element", "sparse_ratio": 0.95, "global_group_id": "all"}
     loop = MaskingLoop(MaskingSession(model, {"pruning": {"config_list": [rule], "gate_optimizer": dict(optimizer)}}))
     loop.start(steps)
-    return loop
+    return loop.session, loop.before_step, loop.after_step
 
 
 @functools.cache
@@ -94,7 +97,7 @@ def trained(network: str) -> nn.Module:
     return model
 
 
-Start = Callable[[nn.Module, Tensor, int, Mapping[str, Any]], MaskingLoop]
+Start = Callable[[nn.Module, Tensor, int, Mapping[str, Any]], Masking]
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, Start]] = {
     "ResNet-20": (lambda: build_model("resnet20", 10, 1), 1, of_groups),
     "LeNet-300-100": (lambda: build_model("lenet300", 10), 1, of_weights),
@@ -106,8 +109,7 @@ def learn(network: str, scale: float, steps: int, optimizer: str) -> tuple[dict[
     """Learn masks; return how far they were from their budget, and what they keep, bool, shape (gates,)."""
     _, channels, start = NETWORKS[network]
     model = copy.deepcopy(trained(network))
-    loop = start(model, torch.zeros(2, channels, 28, 28), steps, OPTIMIZERS[optimizer])
-    session = loop.session
+    session, before_step, after_step = start(model, torch.zeros(2, channels, 28, 28), steps, OPTIMIZERS[optimizer])
     (budget,) = session.plan.budgets
     weights = torch.optim.SGD(session.weight_parameters(), 0.01 / scale, momentum=0.9)
     worst = off = 0.0
@@ -115,9 +117,9 @@ def learn(network: str, scale: float, steps: int, optimizer: str) -> tuple[dict[
         loss = scale * nn.functional.cross_entropy(model(inputs), targets)
         weights.zero_grad()
         loss.backward()
-        loop.before_step()
+        before_step()
         weights.step()
-        loop.after_step()
+        after_step()
         hard = {term.name: term.mask.decide(term.weight) for term in budget.terms}
         usage = float(budget.usage([gates.float() for gates in hard.values()]))
         off = abs(usage - session.controller.targets(session.progress)[0])

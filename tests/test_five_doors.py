@@ -72,6 +72,16 @@ def result(masks: Masks, session: MaskingSession, model: nn.Module) -> Result:
     return Result(masks, [parameter.detach().clone() for parameter in session.gate_parameters()], model)
 
 
+def assert_same(found: Result, expected: Result) -> None:
+    """Assert that two doors gave the same, bit for bit."""
+    for layer, targets in expected.masks.items():
+        assert torch.equal(found.masks[layer]["weight"], targets["weight"]), layer
+    for ours, theirs in zip(found.latents, expected.latents, strict=True):
+        assert torch.equal(ours, theirs)
+    for layer in ("first", "second", "head"):
+        assert torch.equal(found.model.get_submodule(layer).weight, expected.model.get_submodule(layer).weight), layer
+
+
 def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(X, Y), batch_size=BATCH)
 
@@ -256,13 +266,7 @@ def test_every_door_leads_to_the_same_masks(metric: str | None, granularity: str
     kept = torch.cat([mask["weight"].flatten() for mask in expected.masks.values()])
     assert 0.2 < float(kept.mean()) < 0.8
     assert all(float(latent.std()) > 0.1 for latent in expected.latents)  # something was learned
-    found = DOORS[door](copy.deepcopy(config), tmp_path)
-    for layer, targets in expected.masks.items():
-        assert torch.equal(found.masks[layer]["weight"], targets["weight"]), layer
-    for ours, theirs in zip(found.latents, expected.latents, strict=True):
-        assert torch.equal(ours, theirs)
-    for layer in ("first", "second", "head"):
-        assert torch.equal(found.model.get_submodule(layer).weight, expected.model.get_submodule(layer).weight), layer
+    assert_same(DOORS[door](copy.deepcopy(config), tmp_path), expected)
 
 
 DISTILLATIONS = {
@@ -280,13 +284,7 @@ def test_every_door_distills_alike(kind: str, door: str, tmp_path: Path) -> None
     config["distillation"] = DISTILLATIONS[kind]
     expected = by_the_loop(copy.deepcopy(config), tmp_path)
     assert not any(torch.equal(a, b) for a, b in zip(alone.latents, expected.latents, strict=True))
-    found = DOORS[door](copy.deepcopy(config), tmp_path)
-    for layer, targets in expected.masks.items():
-        assert torch.equal(found.masks[layer]["weight"], targets["weight"]), layer
-    for ours, theirs in zip(found.latents, expected.latents, strict=True):
-        assert torch.equal(ours, theirs)
-    for layer in ("first", "second", "head"):
-        assert torch.equal(found.model.get_submodule(layer).weight, expected.model.get_submodule(layer).weight), layer
+    assert_same(DOORS[door](copy.deepcopy(config), tmp_path), expected)
 
 
 @pytest.mark.slow
@@ -299,13 +297,7 @@ def test_every_door_starts_from_the_same_prior(prior: str, door: str, tmp_path: 
     config["pruning"]["phases"] = {"dense": 0.05, "fixed": 0.2}  # one step, so that the warm-up has two more
     expected = by_the_loop(copy.deepcopy(config), tmp_path)
     assert not any(torch.equal(a, b) for a, b in zip(alone.latents, expected.latents, strict=True))
-    found = DOORS[door](copy.deepcopy(config), tmp_path)
-    for layer, targets in expected.masks.items():
-        assert torch.equal(found.masks[layer]["weight"], targets["weight"]), layer
-    for ours, theirs in zip(found.latents, expected.latents, strict=True):
-        assert torch.equal(ours, theirs)
-    for layer in ("first", "second", "head"):
-        assert torch.equal(found.model.get_submodule(layer).weight, expected.model.get_submodule(layer).weight), layer
+    assert_same(DOORS[door](copy.deepcopy(config), tmp_path), expected)
 
 
 @pytest.mark.slow

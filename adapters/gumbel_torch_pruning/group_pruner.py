@@ -107,29 +107,22 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             TargetError: If a layer that an argument names is not in the graph, or nothing can be gated.
             LifecycleError: If the model has gates already.
         """
-        self.distillation = distillation_of(distillation, PruningSection() if pruning is None else pruning)
-        self._settings, self._seed, _ = read_config(PruningSection() if pruning is None else pruning, seed)
-        metric, arguments = read_arguments(
-            model, target, {"importance": importance, **arguments}, self._settings, inexact
-        )
+        pruning = PruningSection() if pruning is None else pruning
+        self.distillation = distillation_of(distillation, pruning)
+        self._settings, self._seed, _ = read_config(pruning, seed)
+        given = {"importance": importance, **arguments}
+        metric, arguments = read_arguments(model, target, given, self._settings, inexact)
         self._forward = forward_of(arguments.pop("forward_fn", None), arguments.pop("output_transform", None))
         self._own_importance = importance is None
+        arguments.setdefault("importance", tp.importance.RandomImportance())
         self._total_steps = total_steps
         self._changes = ParameterChanges()
         self._running: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the step that is being made
         self._found: DependencyGroups | None = None
         self._dtype = dtype_of(model)
-        self.example_inputs = example_inputs
+        self.model, self.example_inputs = model, example_inputs
         with restored_on_error(model, weights_change=self._settings.weight_init != "keep"):
-            with (
-                calling(model, self._forward, example_inputs),
-                traceable(model, example_inputs, own_attention=bool(arguments["num_heads"])),
-            ):
-                arguments.setdefault("importance", tp.importance.RandomImportance())
-                super().__init__(
-                    model, example_inputs, forward_fn=call_model, output_transform=mark_outputs, **arguments
-                )
-            check_graph(self, arguments)
+            self._trace(arguments)
             self._planner = GroupPlanner(
                 self._settings,
                 self._seed,
@@ -144,6 +137,13 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 self._plan(-1)
             self._attach()
             self._record = Record(model, list(self.session.plan.groups.values()))
+
+    def _trace(self, arguments: Mapping[str, Any]) -> None:
+        """Let Torch-Pruning read its arguments and trace the model."""
+        inputs, own_heads = self.example_inputs, bool(arguments["num_heads"])
+        with calling(self.model, self._forward, inputs), traceable(self.model, inputs, own_attention=own_heads):
+            super().__init__(self.model, inputs, forward_fn=call_model, output_transform=mark_outputs, **arguments)
+        check_graph(self, arguments)
 
     # Training -----------------------------------------------------------------------------------------------------
 

@@ -85,6 +85,7 @@ class BudgetController:
 
     Attributes:
         budgets: The budgets that are steered.
+        gates: Their gates.
         has_moved: Whether an optimizer has moved the gates.
     """
 
@@ -94,7 +95,7 @@ class BudgetController:
         self.budgets = [budget for budget in budgets if _is_steered(budget)]
         self._others = [budget for budget in budgets if budget.method.manages_own_sparsity]
         self.config = config
-        self._gates = steered_gates(self.budgets)
+        self.gates = steered_gates(self.budgets)
         self._before: list[Tensor] = []
         self._is_priced = self.has_moved = False
 
@@ -119,14 +120,13 @@ class BudgetController:
     def begin(self, progress: float) -> None:
         """Bring the gates to their targets before the first step of the mask learning."""
         noise = _noise(progress)
-        for gates in self._gates:
-            latents = gates.latents() if self._before else gates.without_ties()
-            gates.write(gates.on_budget(latents, self._targets_of(gates, progress), noise))
+        for gates in self.gates:
+            gates.write(gates.on_budget(gates.without_ties(), self._targets_of(gates, progress), noise))
         self.go_on(progress)
 
     def go_on(self, progress: float) -> None:
         """Start from the gates as they are now, as after a state was loaded."""
-        self._before = [gates.latents() for gates in self._gates]
+        self._before = [gates.latents() for gates in self.gates]
         self._is_priced = False
         self._set_noise(_noise(progress))
 
@@ -135,7 +135,7 @@ class BudgetController:
         """Price the gates' gradients in place, once a step, when they are complete."""
         if self._is_priced or not self._before:
             return
-        for gates in self._gates:
+        for gates in self.gates:
             gradients = gates.gradients()
             if gradients is not None:
                 self._is_priced = True
@@ -155,7 +155,7 @@ class BudgetController:
         self._is_priced = False
         noise = _noise(progress)
         pace = _PATH / max(1, length) * _slowing(progress)
-        for number, gates in enumerate(self._gates):
+        for number, gates in enumerate(self.gates):
             latents = gates.latents()
             before = self._before[number].to(latents.device)
             moved = latents - before
@@ -167,7 +167,7 @@ class BudgetController:
 
     def parameters(self) -> list[Any]:
         """Return the parameters that hold steered gates."""
-        return [parameter for gates in self._gates for parameter in gates.parameters()]
+        return [parameter for gates in self.gates for parameter in gates.parameters()]
 
     def _targets(self, budgets: Sequence[Budget], progress: float) -> list[float]:
         ramp = self.config.ramp

@@ -30,6 +30,8 @@ class SteeredGates:
 
     Attributes:
         budgets: The budgets.
+        terms: Their masks, in the order of the vector.
+        sizes: How many gates each of them has.
     """
 
     def __init__(self, budgets: Sequence[Budget]) -> None:
@@ -39,13 +41,13 @@ class SteeredGates:
             budgets: Budgets with a ratio, all of whose masks have latents.
         """
         self.budgets = list(budgets)
-        self._terms = [term for budget in budgets for term in budget.terms]
-        self._sizes = [term.units for term in self._terms]
+        self.terms = [term for budget in budgets for term in budget.terms]
+        self.sizes = [term.units for term in self.terms]
         owners = [number for number, budget in enumerate(budgets) for _ in budget.terms]
         self._budget_of = torch.tensor(owners)
-        ranges = [term.prunable_range() for term in self._terms]
-        self._most = torch.tensor([size - least for size, (least, _) in zip(self._sizes, ranges, strict=True)])
-        self._fewest = torch.tensor([size - most for size, (_, most) in zip(self._sizes, ranges, strict=True)])
+        ranges = [term.prunable_range() for term in self.terms]
+        self._most = torch.tensor([size - least for size, (least, _) in zip(self.sizes, ranges, strict=True)])
+        self._fewest = torch.tensor([size - most for size, (_, most) in zip(self.sizes, ranges, strict=True)])
         shares = [term.cost / budget.total for budget in budgets for term in budget.terms]
         self._shares = torch.tensor(shares, dtype=torch.float32)
         constants = [budget.constant / budget.total for budget in budgets]
@@ -55,16 +57,16 @@ class SteeredGates:
 
     def parameters(self) -> list[Any]:
         """Return the parameters that hold the latents, each once."""
-        return list({id(own): own for term in self._terms for own in [_parameter(term)]}.values())
+        return list({id(own): own for term in self.terms for own in [_parameter(term)]}.values())
 
     def latents(self) -> Tensor:
         """Return all latents, shape (gates,): a gate is open by itself from 0 on."""
-        return torch.cat([_scores(term) for term in self._terms])
+        return torch.cat([_scores(term) for term in self.terms])
 
     def without_ties(self) -> Tensor:
         """Return the latents, equal ones moved apart by next to nothing: no threshold parts them. The order stays."""
         latents = self.latents()
-        mask: Any = self._terms[0].mask
+        mask: Any = self.terms[0].mask
         random = torch.rand(latents.shape, generator=torch.Generator().manual_seed(mask.noise.seed))
         values, places, counts = torch.unique(latents, return_inverse=True, return_counts=True)
         gaps = torch.diff(values, append=values.new_full((1,), float("inf"))).clamp_max(_APART)
@@ -74,22 +76,30 @@ class SteeredGates:
     @torch.no_grad()
     def write(self, latents: Tensor) -> None:
         """Put latents, as `latents` returns them, into their parameters."""
-        self._to(latents.device)
-        for term, values in zip(self._terms, torch.split(latents, self._sizes), strict=True):
+        for term, values in zip(self.terms, torch.split(latents, self.sizes), strict=True):
             own = _slice(term, _parameter(term))
-            own += (values - _scores(term)).view_as(own).to(own.dtype)
+            constant = own - term.mask.scores(term.weight)  # exactly 0 where the scores are the latents themselves
+            own.copy_(values.view_as(own) + constant)
 
     def gradients(self) -> Tensor | None:
-        """Return the gradients of all latents, shape (gates,); None where there are none."""
-        if any(parameter.grad is None for parameter in self.parameters()):
+        """Return the gradients of all latents, shape (gates,), 0 where a layer has none; None if no layer has any."""
+        gradients = [(term, _parameter(term).grad, term.units) for term in self.terms]
+        if all(gradient is None for _, gradient, _ in gradients):
             return None
-        return torch.cat([_slice(term, _parameter(term).grad).float().flatten() for term in self._terms])
+        device = self.parameters()[0].device
+        parts = [
+            torch.zeros(units, device=device) if gradient is None else _slice(term, gradient).float().flatten()
+            for term, gradient, units in gradients
+        ]
+        return torch.cat(parts)
 
     def write_gradients(self, gradients: Tensor) -> None:
-        """Put gradients, as `gradients` returns them, in the place of those of the latents."""
-        for term, values in zip(self._terms, torch.split(gradients, self._sizes), strict=True):
-            own = _slice(term, _parameter(term).grad)
-            own.copy_(values.view_as(own))
+        """Put gradients, as `gradients` returns them, in the place of those of the latents; who has none gets none."""
+        for term, values in zip(self.terms, torch.split(gradients, self.sizes), strict=True):
+            gradient = _parameter(term).grad
+            if gradient is not None:
+                own = _slice(term, gradient)
+                own.copy_(values.view_as(own))
 
     # Steering -----------------------------------------------------------------------------------------------------
 
@@ -156,9 +166,9 @@ class SteeredGates:
     def _bounds(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return the thresholds between which each term is within its limits, two of shape (terms,)."""
         low, high = [], []
-        parts = torch.split(latents, self._sizes)
+        parts = torch.split(latents, self.sizes)
         for values, size, fewest, most in zip(
-            parts, self._sizes, self._fewest.tolist(), self._most.tolist(), strict=True
+            parts, self.sizes, self._fewest.tolist(), self._most.tolist(), strict=True
         ):
             low.append(values.min() - 1 if most == size else values.kthvalue(size - most + 1).values)
             highest = values.max() if fewest <= 1 else values.kthvalue(size - fewest + 1).values
@@ -168,7 +178,7 @@ class SteeredGates:
     def _kept(self, latents: Tensor, bounds: tuple[Tensor, Tensor], thresholds: Tensor) -> list[Tensor]:
         """Return which gates of each term are open, bool, within its limits."""
         own = thresholds[self._budget_of].maximum(bounds[0]).minimum(bounds[1])
-        return [part >= edge for part, edge in zip(torch.split(latents, self._sizes), own, strict=True)]
+        return [part >= edge for part, edge in zip(torch.split(latents, self.sizes), own, strict=True)]
 
     def _usage(self, counts: Tensor) -> Tensor:
         """Return the fraction of each budget's dense cost that is open, shape (budgets,), from open gates by term."""
@@ -176,11 +186,11 @@ class SteeredGates:
 
     def _spread(self, values: Tensor) -> Tensor:
         """Return one value a gate from one a term."""
-        return torch.cat([value.expand(size) for value, size in zip(values, self._sizes, strict=True)])
+        return torch.cat([value.expand(size) for value, size in zip(values, self.sizes, strict=True)])
 
     def _sums(self, values: Tensor) -> Tensor:
         """Return the sum over each budget's gates, shape (budgets,)."""
-        parts = torch.stack([part.sum() for part in torch.split(values, self._sizes)])
+        parts = torch.stack([part.sum() for part in torch.split(values, self.sizes)])
         return torch.zeros_like(self._constants).index_add(0, self._budget_of, parts)
 
     def _to(self, device: torch.device) -> None:
@@ -197,19 +207,19 @@ class SteeredChannels(SteeredGates):
         super().__init__(budgets)
         self._costs = budgets[0] if len(budgets) == 1 and isinstance(budgets[0], CostBudget) else None
         if self._costs is not None:
-            self._of_counts = self._costs.model.of_counts([term.name for term in self._terms])
-        sizes = torch.tensor(self._sizes)
-        self._terms_at = torch.arange(len(sizes))
-        self._term_of = self._terms_at.repeat_interleave(sizes)
+            self._of_counts = self._costs.model.of_counts([term.name for term in self.terms])
+        sizes = torch.tensor(self.sizes)
+        self._numbers = torch.arange(len(sizes))
+        self._term_of = self._numbers.repeat_interleave(sizes)
         self._last = sizes.cumsum(0)
-        self._multiple = torch.tensor([term.multiple for term in self._terms])
+        self._multiple = torch.tensor([term.multiple for term in self.terms])
 
     def _unit_costs(self, latents: Tensor) -> Tensor:
         if self._costs is None:
             return super()._unit_costs(latents)
         with torch.enable_grad():
             gates = (latents >= 0).to(latents.dtype).requires_grad_()
-            (costs,) = torch.autograd.grad(self._costs.usage(torch.split(gates, self._sizes)), gates)
+            (costs,) = torch.autograd.grad(self._costs.usage(torch.split(gates, self.sizes)), gates)
         relative: Tensor = costs / costs.mean()
         return relative.clamp_min(_CHEAPEST)
 
@@ -232,7 +242,7 @@ class SteeredChannels(SteeredGates):
 
     def _counts(self, keys: Tensor, ranks: Tensor, count: int) -> Tensor:
         """Return how many gates of each term stay, within its limits, if those of at least a budget's rank do."""
-        first = torch.searchsorted(keys, self._terms_at * (count + 1) + ranks[self._budget_of])
+        first = torch.searchsorted(keys, self._numbers * (count + 1) + ranks[self._budget_of])
         counts = self._last - first
         return (counts - counts % self._multiple).maximum(self._fewest).minimum(self._most)
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin.config import PruningSection
+from gumbel_plugin.config import GatesConfig
 from gumbel_plugin.errors import ConfigError, TargetError, shown
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.layers.geometry import column_sums, output_dimension
 from gumbel_plugin.layers.weights import read_tensor
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
-from gumbel_plugin.sparsity.controller import USUAL_LENGTH
-from gumbel_plugin.sparsity.steered_gates import root_mean_square, steered_gates
+from gumbel_plugin.sparsity.controller import BudgetController
+from gumbel_plugin.sparsity.steered_gates import root_mean_square
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.state_check import check_tensors, require_keys
 
@@ -32,24 +32,6 @@ _EQUAL = 1e-5
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def mask_learning_span(config: PruningSection, total_steps: int | None) -> tuple[int, int]:
-    """Return the steps at which the mask learning begins and ends.
-
-    The gates stay open for the first steps where a prior needs their gradients; a dense phase that is long enough
-    serves for it. That is at most a fifth of the time that there is to learn in.
-
-    Args:
-        config: What is pruned.
-        total_steps: Optimizer steps of the whole training; `USUAL_LENGTH` of mask learning where nobody knows.
-    """
-    begin, end = 0, USUAL_LENGTH
-    if total_steps is not None:
-        begin, end = int(total_steps * config.phases.dense), total_steps - int(total_steps * config.phases.fixed)
-    if config.gates.prior == "taylor":
-        begin = max(begin, min(config.gates.warmup, max(1, (end - begin) // 5)))
-    return begin, end
-
-
 class Prior:
     """Sets the latents of all gates, when the mask learning begins, to ``strength`` times a standardized score.
 
@@ -57,25 +39,25 @@ class Prior:
     decades. Then each budget's have mean 0 and standard deviation 1; norms of groups have them within each group.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, config: PruningSection, steered: Sequence[Budget]) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, settings: GatesConfig, controller: BudgetController) -> None:
         """Take note of what is ranked; nothing is changed.
 
         Args:
             model: The plain model.
             plan: Its gates.
-            config: Says which prior, and how strong.
-            steered: The budgets that shift their latents.
+            settings: Which prior, and how strong.
+            controller: What shifts the latents.
 
         Raises:
             ConfigError: If these gates cannot start from that prior.
         """
-        self._settings, self._plan = config.gates, plan
+        self._settings, self._plan = settings, plan
         self._modules = dict(model.named_modules())
-        self._gates = [] if self._settings.prior == "none" else steered_gates(steered)
-        self._squares = {term.name: torch.zeros(term.units) for gates in self._gates for term in _terms(gates.budgets)}
+        self._gates = [] if settings.prior == "none" else controller.gates
+        self._squares = {term.name: torch.zeros(term.units) for gates in self._gates for term in gates.terms}
         self._batches = 0
-        if self._settings.prior != "none":
-            self._check(steered)
+        if settings.prior != "none":
+            self._check(controller.budgets)
 
     def _check(self, steered: Sequence[Budget]) -> None:
         prior = f"pruning.gates.prior {self._settings.prior!r}"
@@ -88,7 +70,7 @@ class Prior:
                 )
                 raise ConfigError(f"{prior}: {why}")
         if self._settings.prior == "bn_scale":
-            without = [term.name for term in _terms(steered) if not self._batch_norms(term)]
+            without = [term.name for gates in self._gates for term in gates.terms if not self._batch_norms(term)]
             if without:
                 raise ConfigError(
                     f"{prior}: no batch norm scales the channels of {shown(without[0])}; use 'group_norm', 'magnitude' "
@@ -117,21 +99,18 @@ class Prior:
     def before_step(self) -> None:
         """Add the squares of the gates' gradients to those of former steps, and drop the gradients: nothing moves."""
         first = self._plan.learned()[0]
-        parameters = [parameter for gates in self._gates for parameter in gates.parameters()]
-        if not (first.is_probed and first.phase is Phase.OPEN) or all(each.grad is None for each in parameters):
+        if not (first.is_probed and first.phase is Phase.OPEN):
             return
-        for parameter in parameters:
-            if parameter.grad is None:  # its layer had no part in this forward
-                parameter.grad = torch.zeros_like(parameter)
-        for gates in self._gates:
-            gradients, terms = gates.gradients(), _terms(gates.budgets)
-            assert gradients is not None
+        found = [(gates, gates.gradients()) for gates in self._gates]
+        for gates, gradients in found:
+            if gradients is None:  # the forward had no part of them
+                continue
             squares = gradients.nan_to_num(0.0, 0.0, 0.0).square()
-            for term, own in zip(terms, torch.split(squares, [term.units for term in terms]), strict=True):
+            for term, own in zip(gates.terms, torch.split(squares, gates.sizes), strict=True):
                 self._squares[term.name] = self._squares[term.name].to(own.device) + own
-        self._batches += 1
-        for parameter in parameters:
-            parameter.grad = None
+            for parameter in gates.parameters():
+                parameter.grad = None
+        self._batches += any(gradients is not None for _, gradients in found)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a warm-up has found so far; nothing where there was none."""
@@ -178,9 +157,7 @@ class Prior:
             device = gates.parameters()[0].device
             scores = [[kind.score(self, term).to(device) for term in budget.terms] for budget in gates.budgets]
             latents = self._settings.strength * torch.cat([kind.standardized(of_budget) for of_budget in scores])
-            for _ in range(2):  # a write adds a difference; what that rounded off depends on where the latents were
-                gates.write(latents)
-            gates.write(gates.without_ties())
+            gates.write(latents)
         if self._settings.prior == "taylor" and not self._batches:
             _logger.warning("gates.prior 'taylor' got no gradients: no optimizer that holds the gates made a step")
         else:
@@ -292,10 +269,6 @@ _KINDS = {
 def _standardized(values: Tensor) -> Tensor:
     spread = values.std(correction=0).maximum(_EQUAL * values.abs().max()).clamp_min(_TINY)
     return (values - values.mean()) / spread
-
-
-def _terms(budgets: Sequence[Budget]) -> list[BudgetTerm]:
-    return [term for budget in budgets for term in budget.terms]
 
 
 def _empty(units: int) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ from gumbel_plugin.training.hard_masks import decisions_of, masks_of
 from gumbel_plugin.training.optimizers import make_optimizer, settings_for
 from gumbel_plugin.training.plan import Plan
 from gumbel_plugin.training.planner import build_plan
-from gumbel_plugin.training.prior import Prior, mask_learning_span
+from gumbel_plugin.training.prior import Prior
 from gumbel_plugin.training.rescale import initialize_weight
-from gumbel_plugin.training.session_config import groups_for, read_config
+from gumbel_plugin.training.session_config import groups_for, mask_learning_span, read_config
 from gumbel_plugin.training.snapshot import Snapshot, load_state, save_state
 from gumbel_plugin.training.status import Status, status_of
 from gumbel_plugin.training.training_check import TrainingCheck, checked_length
@@ -104,7 +104,7 @@ class MaskingSession:
         self.distillation = distillation_of(distillation, config)
         self.distillation.prepare(model)
         self.controller = BudgetController(self.plan.budgets, self.config.budget)
-        self._prior = Prior(model, self.plan, self.config, self.controller.budgets)
+        self._prior = Prior(model, self.plan, self.config.gates, self.controller)
         self.total_steps: int | None = None
         self.steps = 0
         self._started = False
@@ -383,7 +383,7 @@ class MaskingSession:
             raise LifecycleError(f"{verb}() of a session that was not started; start(total_steps) comes first")
 
     def mask_learning_span(self) -> tuple[int, int]:
-        """Return the steps at which the mask learning begins and ends (see `prior.mask_learning_span`)."""
+        """Return the steps at which the mask learning begins and ends (see `session_config.mask_learning_span`)."""
         return mask_learning_span(self.config, self.total_steps)
 
     def _enter_phase(self) -> None:

@@ -1,4 +1,4 @@
-"""What a session is given, in all forms that it may have."""
+"""What a session is given, in all forms that it may have, and when its masks are learned by that."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gumbel_plugin.errors import ConfigError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.layers.example_inputs import checked_inputs, inputs_on_device_of
+from gumbel_plugin.sparsity.controller import USUAL_LENGTH
 from gumbel_plugin.training.planner import needs_groups
 
 
@@ -47,3 +48,21 @@ def groups_for(model: nn.Module, config: PruningSection, example_inputs: Any) ->
             "in the configuration"
         )
     return find_groups(model, inputs_on_device_of(model, checked_inputs(example_inputs)))
+
+
+def mask_learning_span(config: PruningSection, total_steps: int | None) -> tuple[int, int]:
+    """Return the steps at which the mask learning begins and ends.
+
+    The gates stay open for the first steps where a prior needs their gradients; a dense phase that is long enough
+    serves for it. That is at most a fifth of the time that there is to learn in.
+
+    Args:
+        config: What is pruned.
+        total_steps: Optimizer steps of the whole training; `USUAL_LENGTH` of mask learning where nobody knows.
+    """
+    begin, end = 0, USUAL_LENGTH
+    if total_steps is not None:
+        begin, end = int(total_steps * config.phases.dense), total_steps - int(total_steps * config.phases.fixed)
+    if config.gates.prior == "taylor":
+        begin = max(begin, min(config.gates.warmup, max(1, (end - begin) // 5)))
+    return begin, end

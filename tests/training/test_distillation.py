@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,20 +175,19 @@ def session_of(model: nn.Module, pruning: dict[str, Any] | None = None, **more: 
     return MaskingSession(model, config, example_inputs=X, **more)
 
 
-def train(session: MaskingSession, steps: int) -> None:
-    torch.manual_seed(7)
-    optimizers = [torch.optim.SGD(session.weight_parameters(), 0.1), *session.optimizers()]
-    for _ in range(steps):
-        loss = session.guard(F.cross_entropy(session.model(X), Y)) + session.loss()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        session.step()
+@pytest.fixture
+def train(train_gates: Callable[..., list[float]]) -> Callable[[MaskingSession, int], None]:
+    """Return the function that trains a session for so many steps, with dropout as it was the last time."""
+
+    def train(session: MaskingSession, steps: int) -> None:
+        torch.manual_seed(7)
+        weights = torch.optim.SGD(session.weight_parameters(), 0.1)
+        train_gates(session, lambda: F.cross_entropy(session.model(X), Y), steps, weights)
+
+    return train
 
 
-def test_the_dense_teacher_is_the_network_before_its_gates() -> None:
+def test_the_dense_teacher_is_the_network_before_its_gates(train: Callable[..., None]) -> None:
     model = Net()
     session = session_of(model, {"weight_init": "kaiming_normal"}, distillation={"logits": 0.5})
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_the_dense_teacher_is_the_network_before_its_gates() -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_after_dense_training_the_teacher_is_what_that_left() -> None:
+def test_after_dense_training_the_teacher_is_what_that_left(train: Callable[..., None]) -> None:
     model, alone = Net(), Net()
     session = session_of(model, {"phases": {"dense": 0.5}}, distillation={"logits": 0.5})
     plain = session_of(alone, {"phases": {"dense": 0.5}})
@@ -269,7 +269,7 @@ def test_states_of_other_teachers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("form", ["state_dict", "safetensors", "pruned"])
-def test_teachers_from_files(form: str, tmp_path: Path) -> None:
+def test_teachers_from_files(form: str, tmp_path: Path, train: Callable[..., None]) -> None:
     from safetensors.torch import save_file
 
     path, other = tmp_path / form, Net(4).eval()
@@ -305,7 +305,7 @@ def test_teachers_from_files(form: str, tmp_path: Path) -> None:
         assert name in str(error.value)
 
 
-def test_a_module_teaches_in_every_form_of_the_argument() -> None:
+def test_a_module_teaches_in_every_form_of_the_argument(train: Callable[..., None]) -> None:
     teacher, found = Net(2), []
     for given in (teacher, {"teacher": teacher, "logits": 0.5}, Distillation(teacher)):
         model = Net()
@@ -319,7 +319,7 @@ def test_a_module_teaches_in_every_form_of_the_argument() -> None:
     assert torch.equal(found[0], found[2])
 
 
-def test_a_session_leaves_nothing_behind() -> None:
+def test_a_session_leaves_nothing_behind(train: Callable[..., None]) -> None:
     model = Net()
     session = session_of(model, distillation={"logits": 0.5, "hidden": 0.5, "layers": ["first"]})
     session.start(3)

@@ -14,7 +14,7 @@ from gumbel_plugin import GumbelGroupPruner, MaskingSession
 from gumbel_plugin.errors import ConfigError, TargetError
 from gumbel_plugin.masks.base import Phase
 from gumbel_plugin.sparsity.budget import BudgetTerm
-from gumbel_plugin.training.prior import mask_learning_span
+from gumbel_plugin.training.session_config import mask_learning_span
 
 X = torch.randn(48, 6, generator=torch.Generator().manual_seed(1))
 Y = X[:, :3].argmax(1)
