@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
+from gumbel_nni import evaluator_from_config
 from gumbel_plugin import GumbelPruner
 from gumbel_plugin.errors import LifecycleError
 from gumbel_plugin.layers.example_inputs import observing
@@ -268,3 +269,23 @@ def test_training_in_eval_mode_is_refused() -> None:
     pruner.bound_model.eval()
     with pytest.raises(LifecycleError, match=r"eval mode.*call its train\(\)"):
         pruner.compress(max_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [({"max_steps": 3}, 3), ({"max_epochs": 1}, 6), ({}, 12), ({"max_steps": 8, "max_epochs": 1}, 8)],
+)
+def test_an_evaluator_from_a_configuration_trains_as_long_as_asked(length: dict[str, int], steps: int) -> None:
+    config = {
+        "data": {"name": "digits", "batch_size": 64, "samples": 360},
+        "training": {"max_epochs": 2, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}},
+        "pruning": {"config_list": [{"op_types": ["Linear"], "granularity": "element", "sparse_ratio": 0.5}]},
+    }
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    evaluator = evaluator_from_config(model, config)
+    evaluator._init_optimizer_helpers(model)
+    evaluator.bind_model(model)
+    seen: list[int] = []
+    model.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    evaluator.train(**length)
+    assert len(seen) == steps

@@ -165,6 +165,29 @@ def test_of_two_kinds_of_units_the_better_bargain_rises() -> None:
     assert bool((movement[4:] > 0).all())
 
 
+def test_a_layer_without_a_gradient_leaves_those_of_the_others_priced() -> None:
+    torch.manual_seed(0)
+    used, unused = term("used", torch.randn(20)), term("unused", torch.randn(10))
+    controller = BudgetController([Budget("all", [used, unused], 0.5)], BudgetConfig())
+    controller.begin(0.5)
+    gradient = torch.randn(20)
+    used.mask.logit.grad = gradient.clone()
+    (gates,) = controller.gates
+    expected = gates.priced(torch.cat([gradient, torch.zeros(10)]), gates.latents())
+    controller.before_step()
+    torch.testing.assert_close(used.mask.logit.grad, expected[:20])
+    assert unused.mask.logit.grad is None  # its optimizer lets it be
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_are_written_to_the_bit(kind: type[SteeredGates]) -> None:
+    torch.manual_seed(0)
+    gates = kind([Budget("all", [term("a", 1e3 * torch.randn(50)), term("b", torch.randn(20))], 0.5)])
+    latents = torch.randn(70)
+    gates.write(latents)
+    assert torch.equal(gates.latents(), latents)
+
+
 # Learning ---------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
