@@ -97,6 +97,7 @@ class BudgetController:
         self.config = config
         self.gates = steered_gates(self.budgets)
         self._before: list[Tensor] = []
+        self._initial: list[Tensor] = []
         self._is_priced = self.has_moved = False
 
     @property
@@ -120,9 +121,16 @@ class BudgetController:
     def begin(self, progress: float) -> None:
         """Bring the gates to their targets before the first step of the mask learning."""
         noise = _noise(progress)
+        self._initial = [gates.latents() for gates in self.gates]
         for gates in self.gates:
             gates.write(gates.on_budget(gates.without_ties(), self._targets_of(gates, progress), noise))
         self.go_on(progress)
+
+    def take_back(self) -> None:
+        """Undo `begin`, exactly: the training turned out to be of another length before its first step."""
+        for gates, latents in zip(self.gates, self._initial, strict=False):
+            gates.write(latents)
+        self._before, self._initial = [], []
 
     def go_on(self, progress: float) -> None:
         """Start from the gates as they are now, as after a state was loaded."""

@@ -152,13 +152,12 @@ class MaskingSession:
         """
         self._require_start("expect")
         if self.steps or self.phase is Phase.FIXED:
-            raise LifecycleError(
-                f"expect() comes before the first step; the session is at step {self.steps}, its masks are "
-                f"{self.phase.value}"
-            )
+            at = f"the session is at step {self.steps}, its masks are {self.phase.value}"
+            raise LifecycleError(f"expect() comes before the first step; {at}")
         self.total_steps = checked_length("total_steps", total_steps)
         for mask in self.plan.learned():
             mask.phase = Phase.OPEN
+        self.controller.take_back()
         self._enter_phase()
 
     def attach(self, *, hooks: bool = True) -> None:

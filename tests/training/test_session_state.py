@@ -79,6 +79,21 @@ class TestStates:
             session.step()
         assert session.status().phase == "learning"
 
+    @pytest.mark.parametrize("prior", ["none", "magnitude"])
+    @pytest.mark.parametrize("dense", [0.0, 0.1, 0.5])
+    def test_gates_start_alike_whether_the_length_is_told_at_once_or_later(self, prior: str, dense: float) -> None:
+        def started(told: int | None) -> MaskingSession:
+            rules = [{"op_types": ["Linear"], "granularity": "element", "sparse_ratio": 0.7}]
+            pruning = {"config_list": rules, "phases": {"dense": dense}, "gates": {"prior": prior}}
+            session = MaskingSession(layer(), {"pruning": pruning, "seed": 3})
+            session.start(told)
+            return session
+
+        at_once, later = started(9), started(None)
+        later.expect(9)
+        for ours, theirs in zip(later.gate_parameters(), at_once.gate_parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
 
 class TestLimits:
     @pytest.mark.parametrize(
