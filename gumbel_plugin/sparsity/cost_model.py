@@ -19,7 +19,7 @@ Gates = Mapping[str, Tensor]
 """Gates or their probabilities, by mask name."""
 
 WidthCosts = Callable[[Tensor, Tensor], Tensor]
-"""The cost of each layer, shape (layers,), from the numbers of its input and of its output channels that stay."""
+"""The cost of each layer, shape (..., layers), from the numbers of its input and output channels that stay."""
 
 
 @dataclass(eq=False)
@@ -108,6 +108,8 @@ class CostModel:
     def of_counts(self, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
         """Return the cost as a function of how many units of each group stay, as if units of one group were alike.
 
+        It takes counts of shape (..., groups) and returns costs of shape (...).
+
         Args:
             names: The groups, in the order of the counts.
         """
@@ -125,7 +127,7 @@ class CostModel:
             parts[:] = [part.to(counts.device) for part in parts]
             full, whole, channels, unit_costs = parts
             widths = full - (whole - counts) @ channels
-            return self.constant + self.costs(*widths.chunk(2)).sum() + counts @ unit_costs
+            return self.constant + self.costs(*widths.chunk(2, -1)).sum(-1) + counts @ unit_costs
 
         return cost
 

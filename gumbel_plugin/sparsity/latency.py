@@ -172,9 +172,9 @@ def latency_cost(model: nn.Module, groups: Mapping[str, ChannelGroup], table: La
     times = [_interpolate(table.layers[name]) if name in gated else None for name in widths.layers]
 
     def of_widths(inputs: Tensor, outputs: Tensor) -> Tensor:
-        pairs = zip(times, inputs, outputs, strict=True)
-        costs = [inputs.new_zeros(()) if time is None else time(before, after) for time, before, after in pairs]
-        return torch.stack(costs) if costs else inputs.new_zeros(0)
+        pairs = zip(times, inputs.unbind(-1), outputs.unbind(-1), strict=True)
+        costs = [torch.zeros_like(before) if time is None else time(before, after) for time, before, after in pairs]
+        return torch.stack(costs, -1) if costs else inputs
 
     return CostModel("latency", widths, of_widths, fixed)
 
@@ -307,21 +307,20 @@ def _interpolate(grid: LayerGrid) -> WidthCosts:
 
     def cost(inputs: Tensor, outputs: Tensor) -> Tensor:
         along_inputs = _hats(inputs, grid.inputs)
-        return along_inputs @ values.to(along_inputs) @ _hats(outputs, grid.outputs).to(along_inputs)
+        return (along_inputs @ values.to(along_inputs) * _hats(outputs, grid.outputs).to(along_inputs)).sum(-1)
 
     return cost
 
 
 def _hats(width: Tensor, points: tuple[int, ...]) -> Tensor:
-    """Return each point's weight in the linear interpolation at a width (constant outside the points)."""
+    """Return each point's weight in the linear interpolation at widths (constant outside), shape (..., points)."""
     knots = width.new_tensor(points)
     if len(points) == 1:
-        return width.new_ones(1)
+        return torch.ones_like(width)[..., None]
     inside = (width >= points[0]) & (width <= points[-1])
     # Not clamp alone: from torch 2.14 on it has no gradient at its bounds, and the full width is one of them.
     clamped = torch.where(inside, width, width.detach().clamp(points[0], points[-1]))
-    upper = int(torch.searchsorted(knots, clamped.detach()).clamp(1, len(points) - 1))
-    share = (clamped - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
-    weights = [width.new_zeros(()) for _ in points]
-    weights[upper - 1], weights[upper] = 1 - share, share
-    return torch.stack(weights)
+    upper = torch.searchsorted(knots, clamped.detach().contiguous()).clamp(1, len(points) - 1)
+    share = ((clamped - knots[upper - 1]) / (knots[upper] - knots[upper - 1]))[..., None]
+    weights = width.new_zeros(*width.shape, len(points)).scatter(-1, upper[..., None] - 1, 1 - share)
+    return weights.scatter(-1, upper[..., None], share)

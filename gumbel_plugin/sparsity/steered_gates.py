@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from gumbel_plugin.sparsity.cost_budget import CostBudget
 
 _BISECTIONS = 24
 """Halvings of the range of the latents: what is left of it is 1e-7 of what it was."""
+_TRIED = 31
+"""Thresholds of channels that are tried at once: three rounds find one among 32,000."""
 _CHEAPEST = 1e-3
 """No unit counts as cheaper than this fraction of the mean one: what costs nothing has no price."""
 _APART = 1e-2
@@ -200,67 +203,118 @@ class SteeredGates:
 
 
 class SteeredChannels(SteeredGates):
-    """The same for gates of channel groups, whose terms are many and short: a few operations for all of them."""
+    """The same for gates of channel groups, which are many and short, and lie in one bank: a few operations for all."""
 
     def __init__(self, budgets: Sequence[Budget]) -> None:
         """Note the groups' gates too (see `SteeredGates`)."""
         super().__init__(budgets)
-        self._costs = budgets[0] if len(budgets) == 1 and isinstance(budgets[0], CostBudget) else None
-        if self._costs is not None:
-            self._of_counts = self._costs.model.of_counts([term.name for term in self.terms])
+        self._costs = None
+        if isinstance(budgets[0], CostBudget):  # it is over the whole network, and there is no other beside it
+            self._costs = budgets[0].model.of_counts([term.name for term in self.terms])
         sizes = torch.tensor(self.sizes)
-        self._numbers = torch.arange(len(sizes))
-        self._term_of = self._numbers.repeat_interleave(sizes)
+        self._starts = torch.arange(len(sizes)) * (
+            int(sizes.sum()) + 1
+        )  # parts the ranks of terms in one sorted vector
+        self._term_of = torch.arange(len(sizes)).repeat_interleave(sizes)
+        self._owner = self._budget_of[self._term_of]
         self._last = sizes.cumsum(0)
         self._multiple = torch.tensor([term.multiple for term in self.terms])
+        self._total = budgets[0].total
+        spans: list[Any] = [term.mask for term in self.terms]
+        self._places = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+
+    @property
+    def _bank(self) -> Any:
+        mask: Any = self.terms[0].mask
+        return mask.bank
+
+    def latents(self) -> Tensor:
+        """Return all latents (see `SteeredGates`)."""
+        scores: Tensor = self._bank.scores(None).detach().float()
+        self._to(scores.device)
+        return scores[self._places]
+
+    @torch.no_grad()
+    def write(self, latents: Tensor) -> None:
+        """Put latents into the bank."""
+        own = self._bank.latents
+        constant = (own - self._bank.scores(None))[self._places]
+        own[self._places] = (latents + constant).to(own.dtype)
+
+    def gradients(self) -> Tensor | None:
+        """Return the gradients of all latents, or None."""
+        gradient = self._bank.latents.grad
+        return None if gradient is None else gradient.float()[self._places]
+
+    def write_gradients(self, gradients: Tensor) -> None:
+        """Put gradients in the place of those of the latents."""
+        own = self._bank.latents.grad
+        own[self._places] = gradients.to(own.dtype)
 
     def _unit_costs(self, latents: Tensor) -> Tensor:
         if self._costs is None:
             return super()._unit_costs(latents)
+        counts = torch.zeros(len(self.terms), device=latents.device).index_add(0, self._term_of, (latents >= 0).float())
         with torch.enable_grad():
-            gates = (latents >= 0).to(latents.dtype).requires_grad_()
-            (costs,) = torch.autograd.grad(self._costs.usage(torch.split(gates, self.sizes)), gates)
-        relative: Tensor = costs / costs.mean()
-        return relative.clamp_min(_CHEAPEST)
+            (costs,) = torch.autograd.grad(self._costs(counts.requires_grad_()), counts)
+        relative: Tensor = self._spread(costs)
+        return (relative / relative.mean()).clamp_min(_CHEAPEST)
 
     def _threshold(self, latents: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Find the threshold as a rank among all gates: how many of a term are above it is one search a term."""
-        count = len(latents)
         order = torch.argsort(latents, stable=True)
-        ranks = torch.empty_like(order)
-        ranks[order] = torch.arange(count, device=order.device)
-        keys = torch.sort(self._term_of * (count + 1) + ranks).values  # ascending ranks, term by term
-        low, high = torch.zeros_like(targets, dtype=torch.int64), torch.full_like(targets, count, dtype=torch.int64)
-        for _ in range(count.bit_length()):
-            middle = (low + high) // 2
-            fits = self._usage(self._counts(keys, middle, count)) <= targets
-            low, high = torch.where(fits, low, middle + 1).minimum(high), torch.where(fits, middle, high)
-        places = torch.searchsorted(keys, self._term_of * (count + 1) + ranks)
-        kept = self._last[self._term_of] - places <= self._counts(keys, high, count)[self._term_of]
+        own = self._spread(self._starts)
+        own[order] += torch.arange(len(order), device=order.device)
+        keys = torch.sort(own).values  # ascending ranks, term by term
+        rank = self._lowest_rank(keys, targets)
+        above = self._spread(self._last) - torch.searchsorted(keys, own)
+        kept = above <= self._spread(self._counts(keys, rank))
         ends = torch.cat([latents[order[:1]] - 2, latents[order], latents[order[-1:]] + 2])
-        return (ends[high] + ends[high + 1]) / 2, kept
+        return (ends[rank] + ends[rank + 1]) / 2, kept
 
-    def _counts(self, keys: Tensor, ranks: Tensor, count: int) -> Tensor:
-        """Return how many gates of each term stay, within its limits, if those of at least a budget's rank do."""
-        first = torch.searchsorted(keys, self._numbers * (count + 1) + ranks[self._budget_of])
-        counts = self._last - first
-        return (counts - counts % self._multiple).maximum(self._fewest).minimum(self._most)
+    def _lowest_rank(self, keys: Tensor, targets: Tensor) -> Tensor:
+        """Return each budget's lowest rank from which on its gates cost at most the target; many are tried at once."""
+        count = len(keys)
+        parts = torch.arange(1, _TRIED + 1, device=keys.device)[:, None]
+        low, high = torch.zeros_like(targets, dtype=torch.int64), torch.full_like(targets, count, dtype=torch.int64)
+        for _ in range(math.ceil(math.log(count + 1, _TRIED + 1))):
+            tried = low + (high - low) * parts // (_TRIED + 1)
+            too_dear = (self._usage(self._counts(keys, tried)) > targets).sum(0, keepdim=True)
+            ends = torch.cat([low[None] - 1, tried, high[None]])
+            low, high = (ends.gather(0, too_dear) + 1)[0], ends.gather(0, too_dear + 1)[0]
+        return high
+
+    def _counts(self, keys: Tensor, ranks: Tensor) -> Tensor:
+        """Return how many gates of each term stay, within its limits, if those from a budget's rank on do.
+
+        Args:
+            keys: The ranks of all gates, each raised by its term's start, in ascending order.
+            ranks: Shape (..., budgets).
+
+        Returns:
+            Shape (..., terms).
+        """
+        counts = self._last - torch.searchsorted(keys, self._starts + ranks[..., self._budget_of])
+        return (counts - counts % self._multiple).clamp(self._fewest, self._most)
 
     def _usage(self, counts: Tensor) -> Tensor:
-        if self._costs is None:
-            return super()._usage(counts)
-        return (self._of_counts(counts.float()) / self._costs.total).reshape(1)
+        if self._costs is not None:
+            return (self._costs(counts.float()) / self._total)[..., None]
+        shares = counts * self._shares
+        return self._constants + shares.new_zeros(*counts.shape[:-1], len(self.budgets)).index_add(
+            -1, self._budget_of, shares
+        )
 
     def _spread(self, values: Tensor) -> Tensor:
         return values[self._term_of]
 
     def _sums(self, values: Tensor) -> Tensor:
-        return torch.zeros_like(self._constants).index_add(0, self._budget_of[self._term_of], values)
+        return torch.zeros_like(self._constants).index_add(0, self._owner, values)
 
 
 def steered_gates(budgets: Sequence[Budget]) -> list[SteeredGates]:
     """Return the gates of budgets: those of channels at once, and those of single weights and blocks at once."""
-    channels = [b for b in budgets if any(hasattr(term.mask, "bank") for term in b.terms)]
+    channels = [b for b in budgets if all(hasattr(term.mask, "bank") for term in b.terms)]
     others = [budget for budget in budgets if budget not in channels]
     kinds = ((SteeredChannels, channels), (SteeredGates, others))
     return [kind(own) for kind, own in kinds if own]

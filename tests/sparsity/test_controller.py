@@ -14,6 +14,7 @@ from gumbel_plugin.masks.gumbel_softmax import GumbelSoftmaxMask, GumbelSoftmaxO
 from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
 from gumbel_plugin.sparsity.controller import BudgetConfig, BudgetController
 from gumbel_plugin.sparsity.steered_gates import SteeredChannels, SteeredGates, root_mean_square
+from gumbel_plugin.training.bank import GateBank, GateSlice
 
 KINDS = (SteeredGates, SteeredChannels)
 
@@ -24,6 +25,18 @@ def term(name: str, logits: list[float] | Tensor, cost: float = 1.0, **limits: A
     mask.logit.data = latents.clone()
     mask.phase = Phase.LEARNING
     return BudgetTerm(name, mask, None, cost, **limits)
+
+
+def steered(kind: type[SteeredGates], budgets: list[Budget]) -> SteeredGates:
+    """Return the budgets' gates; those of channels lie in a bank."""
+    if kind is SteeredChannels:
+        terms = [each for budget in budgets for each in budget.terms]
+        mask = term("bank", torch.cat([each.mask.logit.detach() for each in terms])).mask
+        slices = {each.name: GateSlice(each.units) for each in terms}
+        GateBank(mask, slices)
+        for each in terms:
+            each.mask = slices[each.name]
+    return kind(budgets)
 
 
 def usage(budget: Budget) -> float:
@@ -68,7 +81,7 @@ def test_the_lowest_threshold_that_fits_is_found_as_brute_force_finds_it(
 ) -> None:
     torch.manual_seed(seed)
     budget = Budget("all", [term(str(n), torch.randn(units), cost) for n, (units, cost) in enumerate(parts)], 0.5)
-    gates = kind([budget])
+    gates = steered(kind, [budget])
     latents, target = gates.latents(), percent / 100
     gates.write(gates.on_budget(latents, torch.tensor([target])))
 
@@ -88,7 +101,7 @@ def test_the_lowest_threshold_that_fits_is_found_as_brute_force_finds_it(
 def test_limits_hold_after_the_projection(kind: type[SteeredGates]) -> None:
     low = term("low", [-float(n) for n in range(10)], max_ratio=0.3)
     high = term("high", [100.0 + n for n in range(10)], min_ratio=0.2)
-    gates = kind([Budget("all", [low, high], 0.5)])
+    gates = steered(kind, [Budget("all", [low, high], 0.5)])
     gates.write(gates.on_budget(gates.latents(), torch.tensor([0.5])))
     assert low.mask.decide(None).tolist() == [True] * 7 + [False] * 3
     assert high.mask.decide(None).tolist() == [False] * 7 + [True] * 3
@@ -97,7 +110,7 @@ def test_limits_hold_after_the_projection(kind: type[SteeredGates]) -> None:
 def test_what_stays_of_channels_is_a_multiple() -> None:
     torch.manual_seed(0)
     terms = [term("a", torch.randn(32), multiple=8), term("b", torch.randn(24), multiple=8)]
-    gates = SteeredChannels([Budget("all", terms, 0.5)])
+    gates = steered(SteeredChannels, [Budget("all", terms, 0.5)])
     gates.write(gates.on_budget(gates.latents(), torch.tensor([0.5])))
     counts = [int(each.mask.decide(None).sum()) for each in terms]
     assert all(count % 8 == 0 and count > 0 for count in counts)
@@ -136,7 +149,7 @@ def test_a_priced_step_leaves_the_expected_cost_where_it_is(kind: type[SteeredGa
         Budget("one", [term("a", torch.randn(20), 1.0), term("b", torch.randn(10), 5.0)], 0.5),
         Budget("two", [term("c", torch.randn(15), 2.0)], 0.5),
     ]
-    gates = kind(budgets)
+    gates = steered(kind, budgets)
     latents = gates.latents().requires_grad_()
     priced = gates.priced(torch.randn(45), latents.detach())
     assert float(root_mean_square(priced)) == pytest.approx(1.0)
@@ -182,7 +195,7 @@ def test_a_layer_without_a_gradient_leaves_those_of_the_others_priced() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_latents_are_written_to_the_bit(kind: type[SteeredGates]) -> None:
     torch.manual_seed(0)
-    gates = kind([Budget("all", [term("a", 1e3 * torch.randn(50)), term("b", torch.randn(20))], 0.5)])
+    gates = steered(kind, [Budget("all", [term("a", 1e3 * torch.randn(50)), term("b", torch.randn(20))], 0.5)])
     latents = torch.randn(70)
     gates.write(latents)
     assert torch.equal(gates.latents(), latents)
