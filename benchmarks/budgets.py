@@ -13,7 +13,6 @@ import argparse
 import copy
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from gumbel_plugin.runs.models import build_model
 from gumbel_plugin.training.loop import MaskingLoop
 
 import torchvision  # isort: skip  (after gumbel_plugin, which makes it importable)
+from rows import add_row, read_rows
 
 SCALES = (1.0, 2.0**-10, 2.0**10)  # powers of two, so that rounding is the same and what differs is the steering
 STEPS = (50, 200, 1000)
@@ -158,15 +158,13 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="what the loss is multiplied by")
     parser.add_argument("--output", type=Path, default=Path("docs/data/budgets.json"))
     options = parser.parse_args()
-    rows = json.loads(options.output.read_text()) if options.output.exists() else []
+    rows = read_rows(options.output)
     done = {(row["network"], row["steps"], row["optimizer"]) for row in rows}
     for network, steps, optimizer in itertools.product(options.networks, options.steps, OPTIMIZERS):
         if (network, steps, optimizer) in done:
             continue
-        rows.append(cell(network, steps, optimizer, options.scales))
+        rows = add_row(options.output, cell(network, steps, optimizer, options.scales))
         print(rows[-1], flush=True)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1))
     print(table(rows))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from gumbel_plugin.runs.run import run
 from gumbel_plugin.runs.run_config import RunConfig
+from rows import add_row, read_rows, spread
 
 ASLP = {"method": "gumbel_softmax", "options": {"initial_logit": 0.0}}
 SUPERMASK = {**ASLP, "method": "supermask"}
@@ -79,14 +79,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         own = [row for row in rows if row["method"] == method]
         if not own:
             continue
-        scores = [row["test"] for row in own]
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         plain = "ASLP, Adam" if method in OURS else "ASLP"
         reached = [_first(row["validation"], goals[plain, row["seed"]]) for row in own if (plain, row["seed"]) in goals]
         density = statistics.mean(row["density"] for row in own)
         seconds = statistics.median(row["seconds_an_epoch"] for row in own)
         lines.append(
-            f"| {method} | {statistics.mean(scores):.2f} ± {spread:.2f} | {density:.1%} | {', '.join(reached)} "
+            f"| {method} | {spread([row['test'] for row in own])} | {density:.1%} | {', '.join(reached)} "
             f"| {seconds:.2f} | {len(own)} |"
         )
     return "\n".join(lines)
@@ -104,15 +102,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("docs/data/frozen.json"))
     options = parser.parse_args()
-    rows = json.loads(options.output.read_text()) if options.output.exists() else []
+    rows = read_rows(options.output)
     done = {(row["method"], row["seed"]) for row in rows}
     for seed in options.seeds:
         for method in options.methods:
             if (method, seed) not in done:
-                rows.append(measure(method, seed, options.epochs))
+                rows = add_row(options.output, measure(method, seed, options.epochs))
                 print(method, seed, rows[-1]["test"], flush=True)
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from gumbel_plugin.runs.train import evaluate
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
+from rows import add_row, read_rows, spread
 
 TARGETS = (0.5, 0.25)
 
@@ -44,7 +45,7 @@ class Task:
         part = torch.utils.data.TensorDataset(*(tensor[chosen] for tensor in bundle.train.tensors))
         self.train = make_loader(part, options.batch_size, shuffle=True, seed=seed)
         self.test = make_loader(bundle.test, 500, shuffle=False, seed=seed)
-        self.model = build_model("resnet20", 10, 1).to(memory_format=torch.channels_last)
+        self.model = build_model("resnet20", 10, 1)
         self.example = torch.randn(1, 1, 28, 28)
         self.macs = count_macs(self.model, self.example)
         self.total = options.epochs * len(self.train)
@@ -68,7 +69,7 @@ class Task:
             for index, (inputs, targets) in enumerate(self.train):
                 step = epoch * len(self.train) + index
                 optimizer.param_groups[0]["lr"] = self.options.lr * (0.5 + 0.5 * math.cos(math.pi * step / self.total))
-                loss = nn.functional.cross_entropy(model(inputs.to(memory_format=torch.channels_last)), targets)
+                loss = nn.functional.cross_entropy(model(inputs), targets)
                 optimizer.zero_grad()
                 loss.backward()
                 regularize(loss)
@@ -177,7 +178,7 @@ METHODS: dict[str, Callable[[Task], dict[float, dict[str, float]]]] = {
 }
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as a Markdown table: mean ± standard deviation over the seeds."""
     lines = ["| method | MACs | accuracy after pruning | accuracy at the end | seeds |", "|---|---|---|---|---|"]
     for target in TARGETS:
@@ -185,12 +186,8 @@ def table(rows: list[dict[str, object]]) -> str:
             own = [row for row in rows if row["method"] == method and row["target"] == target]
             if not own:
                 continue
-            cells = []
-            for key in ("after_pruning", "accuracy"):
-                values = [float(str(row[key])) for row in own]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
-            macs = statistics.mean(float(str(row["macs"])) for row in own)
+            cells = [spread([row[key] for row in own]) for key in ("after_pruning", "accuracy")]
+            macs = statistics.mean(row["macs"] for row in own)
             lines.append(f"| {method} | {macs:.3f} | {cells[0]} | {cells[1]} | {len(own)} |")
     return "\n".join(lines)
 
@@ -213,7 +210,7 @@ def main() -> None:
     parser.add_argument("--reg", type=float, default=1e-4, help="strength of the baselines' sparse training")
     parser.add_argument("--output", type=Path, default=Path("docs/data/group_pruners.json"))
     options = parser.parse_args()
-    rows = json.loads(options.output.read_text()) if options.output.exists() else []
+    rows = read_rows(options.output)
     done = {(row["method"], row["seed"]) for row in rows}
     for seed in options.seeds:
         for method in options.methods:
@@ -221,10 +218,8 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             for target, found in METHODS[method](Task(options, seed)).items():
-                rows.append({"method": method, "seed": seed, "target": target, **found})
+                rows = add_row(options.output, {"method": method, "seed": seed, "target": target, **found})
             print(f"seed {seed}, {method}: {time.perf_counter() - began:.0f} s", rows[-2:], flush=True)
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(rows, indent=1))
     print(table(rows))
 
 

@@ -10,7 +10,6 @@ where it was; ``--report`` only makes the table and the plot from it.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from gumbel_plugin.training.session import MaskingSession
 
 import lightning.pytorch as pl  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 from nni_baselines import BASELINES, Baseline  # isort: skip
+from rows import add_row, read_rows, spread
 
 KEPT = (0.5, 0.1, 0.05, 0.03, 0.02, 0.005, 0.0015)
 # Rates, phases and loss on Fashion-MNIST were chosen for the joint method on 10,000 training images held out.
@@ -146,7 +146,7 @@ def table(rows: Sequence[Mapping[str, Any]], task: str) -> str:
             own = [row for row in rows if (row["task"], row["method"], row["kept"]) == (task, method, kept)]
             if not own:
                 continue
-            cells = [_spread([row[key] for row in own if key in row]) for key in COLUMNS]
+            cells = [spread([row[key] for row in own if key in row]) for key in COLUMNS]
             median = statistics.median(row["small"] for row in own)
             density = statistics.mean(row["density"] for row in own)
             seconds = statistics.median(row["seconds_an_epoch"] for row in own)
@@ -155,12 +155,6 @@ def table(rows: Sequence[Mapping[str, Any]], task: str) -> str:
                 f"| {len(own)} |"
             )
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
 
 
 def plot(rows: Sequence[Mapping[str, Any]], task: str, path: Path) -> None:
@@ -193,15 +187,13 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="by default docs/methods_TASK.svg")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
-    rows = json.loads(options.output.read_text()) if options.output.exists() else []
+    rows = read_rows(options.output)
     done = {(row["task"], row["method"], row["kept"], row["seed"]) for row in rows}
     wanted = [(options.task, m, k, s) for s in options.seeds for k in options.kept for m in options.methods]
     for task, method, kept, seed in [each for each in wanted if each not in done] if not options.report else []:
         row = {"task": task, "method": method, "kept": kept, "seed": seed, **measure(task, method, kept, seed)}
         print(row, flush=True)
-        rows.append(row)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        rows = add_row(options.output, row)
     print(table(rows, options.task))
     plot(rows, options.task, options.plot or Path(f"docs/methods_{options.task}.svg"))
 

@@ -36,6 +36,7 @@ from gumbel_plugin.sparsity.counting import count_macs, count_parameters, macs_o
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 import torchvision  # isort: skip
+from rows import add_row, read_rows, spread
 
 VALIDATION = 5000
 TEMPERATURE, TAUGHT = 2.0, 0.5  # of the distillation, and its share of the loss
@@ -58,6 +59,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def scaled(images: Any, pixels: int) -> TensorDataset:
+    """Return images averaged down to some pixels a side."""
+    inputs, labels = images.tensors
+    return TensorDataset(nn.functional.adaptive_avg_pool2d(inputs, pixels), labels)
+
+
 class Cosine(NamedTuple):
     """A learning rate that falls to 0 from one epoch to another."""
 
@@ -77,15 +84,17 @@ class Task:
         self.options, self.seed = options, seed
         size = options.samples + VALIDATION
         bundle = load_data("fashion_mnist", samples=size, validation_fraction=VALIDATION / size, seed=seed)
-        self.inputs, self.labels = (tensor.to(options.device) for tensor in bundle.train.tensors)
+        images = scaled(bundle.train, options.pixels)
+        self.inputs, self.labels = (tensor.to(options.device) for tensor in images.tensors)
         self.logits = torch.zeros(len(self.inputs), 10, device=options.device)
         judged = {"validation": bundle.validation} | ({} if options.tune else {"test": bundle.test})
-        self.judges = {name: make_loader(images, 500, shuffle=False, seed=0) for name, images in judged.items()}
+        smaller = {name: scaled(images, options.pixels) for name, images in judged.items()}
+        self.judges = {name: make_loader(images, 500, shuffle=False, seed=0) for name, images in smaller.items()}
         self.extra = Cosine(options.lr, options.dense_epochs, options.dense_epochs + options.epochs)
         cut = self.extra.first + options.gate_epochs
         self.before, self.after = range(self.extra.first, cut), range(cut, self.extra.last)
         self.sparse: dict[str, nn.Module] = {}  # trained for sparsity, which the targets share
-        self.example = torch.zeros(1, 1, 28, 28, device=options.device)
+        self.example = self.inputs[:1]
         self.dense = self._trained_dense()
         self.macs = count_macs(self.dense, self.example)
         self.dense_scores = self.scores(self.dense)
@@ -95,8 +104,8 @@ class Task:
 
     def _trained_dense(self) -> nn.Module:
         options = self.options
-        name = f"{options.network}-{options.samples}x{options.dense_epochs}-batch{options.batch_size}"
-        path = options.output.parent / f"trained-{name}-seed{self.seed}.safetensors"
+        trained = f"{options.samples}x{options.dense_epochs}-batch{options.batch_size}-seed{self.seed}"
+        path = options.output.parent / f"trained-{options.network}-{options.pixels}px-{trained}.safetensors"
         if not path.exists():
             torch.manual_seed(self.seed)
             model = self.placed(NETWORKS[options.network](), torch.channels_last)
@@ -317,18 +326,6 @@ def _cells(rows: Sequence[Mapping[str, Any]], judge: str) -> str:
     )
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation."""
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows that a file has so far."""
-    return json.loads(path.read_text()) if path.exists() else []  # type: ignore[no-any-return]
-
-
 def run_missing(options: argparse.Namespace, path: Path, settings: Mapping[str, Any]) -> None:
     """Run what the file does not have yet, and append it; processes with other seeds may write there too."""
     names = [name for name in options.methods if name in SPARSE or not options.tune]
@@ -344,7 +341,7 @@ def run_missing(options: argparse.Namespace, path: Path, settings: Mapping[str, 
                 task = task or Task(options, seed)
                 torch.manual_seed(seed)
                 row = {**cell, **METHODS[method](task, target, reg), "settings": dict(settings)}
-                path.write_text(json.dumps([*read_rows(path), row], indent=1) + "\n")
+                add_row(path, row)
                 print(f"{time.perf_counter() - began:.0f} s", row, flush=True)
 
 
@@ -356,6 +353,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.4, 0.25], help="fractions of the MACs")
     parser.add_argument("--samples", type=int, default=20000, help=f"to train with; {VALIDATION} more to validate")
+    parser.add_argument("--pixels", type=int, default=28, help="a side; images are averaged down")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--dense-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=6, help="extra ones, for every method")
@@ -386,7 +384,7 @@ def main() -> None:
     path = options.output.with_stem(f"{options.output.stem}_tune") if options.tune else options.output
     if not options.report:
         path.parent.mkdir(parents=True, exist_ok=True)
-        keys = ("samples", "batch_size", "dense_epochs", "epochs", "gate_epochs", "lr", "distillation")
+        keys = ("samples", "pixels", "batch_size", "dense_epochs", "epochs", "gate_epochs", "lr", "distillation")
         settings = {key: getattr(options, key) for key in keys}
         others = [row for row in read_rows(path) if row["network"] == options.network and row["settings"] != settings]
         if others:
