@@ -108,8 +108,7 @@ class GumbelPruning(PruningCallback, *_callback_classes()):  # type: ignore[misc
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log where the masks stand."""
-        status = self._running.session.status()
-        pl_module.log_dict({"sparsity": status.sparsity, "soft_sparsity": status.soft_sparsity})
+        pl_module.log_dict(self._running.session.status().numbers())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Decide the masks and leave the plain module, its closed weights at zero."""

@@ -154,8 +154,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def update_regularizer(self) -> None:
         """Log where the gates stand; to be called once an epoch, as with Torch-Pruning's other pruners."""
         self._loop.after_step()
-        status = self.session.status()
-        _logger.info("gates: %s, %.1f %% closed", status.phase, 100 * status.sparsity)
+        _logger.info("%s", self.session.status())
 
     def regularize(self, model: nn.Module, loss: Tensor | None = None, **_: Any) -> Tensor:
         """Add the gradient of what the gates add to the loss; to be called before every step of the optimizer.

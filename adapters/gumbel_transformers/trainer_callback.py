@@ -106,9 +106,9 @@ class GumbelPruningCallback(PruningCallback, TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add where the masks stand to what is logged."""
         if logs is not None and self._attached:
-            status = self._running.session.status()
+            numbers = self._running.session.status().numbers()
             for place in (logs, *state.log_history[-1:]):  # the Trainer has copied what it prints into its history
-                place.update(sparsity=status.sparsity, soft_sparsity=status.soft_sparsity)
+                place.update(numbers)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add what the training needs to go on to the Trainer's checkpoint."""

@@ -59,18 +59,29 @@ def training_figure(rows: Rows, score: str) -> str:
         for axis, (title, key) in zip(axes, panels, strict=False):
             axis.plot(epochs, [row.get(key, math.nan) for row in rows], color=BLUE, marker=_marker(rows))
             axis.set_title(title)
-        hard, soft = ([100 * row.get(key, math.nan) for row in rows] for key in ("sparsity", "soft_sparsity"))
-        axes[-1].fill_between(epochs, hard, soft, color=ORANGE, alpha=0.2, linewidth=0, label="soft-hard gap")
-        axes[-1].plot(epochs, hard, color=BLUE, label="hard", marker=_marker(rows))
-        axes[-1].plot(epochs, soft, color=ORANGE, linestyle="--", label="soft (expected)")
-        axes[-1].set_title("sparsity of what is gated (%)")
-        axes[-1].set_ylim(-2, 102)
-        axes[-1].legend()
+        _draw_density(axes[-1], rows)
         for axis in axes:
             axis.set_xlabel("epoch")
             axis.grid(axis="y", color="#e5e9f0", linewidth=0.8)
             axis.xaxis.get_major_locator().set_params(integer=True)
         return _svg(figure, "training")
+
+
+def _draw_density(axis: Any, rows: Rows) -> None:
+    """Draw what the hard gates and a sample's leave, of the budget where there is one, and the target beside them."""
+    has_budget = any(not math.isnan(row.get("hard_density", math.nan)) for row in rows)
+    keys = ("hard_density", "expected_density") if has_budget else ("sparsity", "soft_sparsity")
+    epochs = [row["epoch"] for row in rows]
+    hard, soft = ([100 * row.get(key, math.nan) for row in rows] for key in keys)
+    axis.fill_between(epochs, hard, soft, color=ORANGE, alpha=0.2, linewidth=0, label="soft-hard gap")
+    axis.plot(epochs, hard, color=BLUE, label="hard", marker=_marker(rows))
+    axis.plot(epochs, soft, color=ORANGE, linestyle="--", label="soft (expected)")
+    if has_budget:
+        targets = [100 * row.get("target_density", math.nan) for row in rows]
+        axis.plot(epochs, targets, color="#64748b", linestyle=":", label="target")
+    axis.set_title("what stays of the budget's cost (%)" if has_budget else "sparsity of what is gated (%)")
+    axis.set_ylim(-2, 102)
+    axis.legend()
 
 
 def gates_figure(gates: Sequence[Mapping[str, Any]]) -> str:

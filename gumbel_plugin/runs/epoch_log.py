@@ -21,7 +21,10 @@ try:
 except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
 
-COLUMNS = ("epoch", "loss", "sparsity", "soft_sparsity", "validation_score", "learning_rate", "macs", "seconds")
+_BUDGET = ("target_density", "hard_density", "expected_density", "undecided_gates")
+COLUMNS = (
+    *("epoch", "loss", "sparsity", "soft_sparsity", *_BUDGET, "validation_score", "learning_rate", "macs", "seconds"),
+)
 _LINES = 10
 _LONGEST_PAUSE = 30.0
 
@@ -127,4 +130,7 @@ def _line(row: Mapping[str, float], epochs: int) -> str:
         parts.append(f"sparsity {row['sparsity']:.4f}")
     if "validation_score" in row:
         parts.append(f"validation {row['validation_score']:.2f}")
+    if "hard_density" in row:
+        target, hard, undecided = (100 * row[key] for key in ("target_density", "hard_density", "undecided_gates"))
+        parts.append(f"{hard:.1f} % of the cost (target {target:.1f} %), {undecided:.1f} % of the gates undecided")
     return f"epoch {row['epoch']:.0f}/{epochs}: {', '.join(parts)}, {row['seconds']:.0f} s"

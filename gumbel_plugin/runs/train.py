@@ -93,9 +93,7 @@ class MaskedTask(pl.LightningModule):  # type: ignore[misc]
     def on_train_epoch_end(self) -> None:
         """Log where the masks stand, and set the learning rate of the next epoch."""
         if self.session is not None:
-            status = self.session.status()
-            self.log("sparsity", status.sparsity)
-            self.log("soft_sparsity", status.soft_sparsity)
+            self.log_dict(self.session.status().numbers())
         if self._weights():
             groups = self.trainer.optimizers[0].param_groups
             self.log("learning_rate", groups[0]["lr"])

@@ -91,10 +91,8 @@ class MaskingSession:
         self.model = refuse_unusable(model, "a masking session")
         self._require_free_model()
         if torch.is_inference_mode_enabled():
-            raise LifecycleError(
-                "gates that are made in inference mode can have no gradient: make the session outside of "
-                "torch.inference_mode()"
-            )
+            why = "gates that are made in inference mode can have no gradient"
+            raise LifecycleError(f"{why}: make the session outside of torch.inference_mode()")
         self.config, self.seed, own_inputs = read_config(config, seed)
         if plan is None:
             inputs = own_inputs if example_inputs is None else example_inputs
@@ -366,7 +364,7 @@ class MaskingSession:
 
     def status(self) -> Status:
         """Return where the learning stands."""
-        return status_of(self.plan, self.phase, self.steps)
+        return status_of(self.plan, self.controller, self.phase, self.steps, self.progress)
 
     def _learned_parameters(self) -> list[tuple[list[nn.Parameter], OptimizerConfig]]:
         gates = self.gate_parameters(), self.config.gate_optimizer_config()
@@ -389,6 +387,8 @@ class MaskingSession:
         begin, end = self.mask_learning_span()
         if self.phase is Phase.FIXED:
             return
+        if not self.steps and self.total_steps is not None:
+            self._check.length(end - begin)
         self._prior.follow(begin - self.steps)
         if self.total_steps is not None and self.config.phases.fixed > 0 and self.steps >= end:
             self.decide()

@@ -16,6 +16,8 @@ from gumbel_plugin.sparsity.controller import BudgetController
 
 _logger = logging.getLogger(__name__)
 
+_FEW = 20
+"""Fewer steps of mask learning than these are too few; docs/results.md has what more of them are worth."""
 _FAR = 0.1
 """Gates are far from their budget if the cut changes what they keep by more than this part of the budget."""
 _NOTICEABLE = 0.01
@@ -73,6 +75,19 @@ class TrainingCheck:
         self._warned = False
         self._cuts: list[_Cut] = []
         self._changed = self._decided = 0
+
+    def length(self, steps: int) -> None:
+        """Warn, before the training, where budgets will fall faster than a network can follow.
+
+        Args:
+            steps: Of the mask learning.
+        """
+        if steps < _FEW and self._controller.budgets:
+            _logger.warning(
+                "the masks will be learned in %d steps, and budgets fall over a part of them: with fewer than %d the "
+                "network cannot follow. Train for longer, or lower pruning.phases.dense or pruning.phases.fixed",
+                steps, _FEW,
+            )  # fmt: skip
 
     def forward(self) -> None:
         """Count a forward in train mode while the gates are being learned."""

@@ -90,7 +90,7 @@ def test_a_forgotten_loss_is_told_at_the_first_step(caplog: pytest.LogCaptureFix
 
 def test_a_loss_is_not_missed_while_the_gates_are_open(caplog: pytest.LogCaptureFixture) -> None:
     session = planned(phases={"dense": 0.5})
-    session.start(8)
+    session.start(50)
     train(session, 3, loss=False)
     assert warnings(caplog) == []
 
