@@ -56,7 +56,7 @@ def kept_macs(network: nn.Module, gates: dict[str, Tensor]) -> float:
 def test_target_hard_and_expected_cost_of_a_mac_budget() -> None:
     network = model()
     session = session_of(network, budget={"metric": "macs", "ratio": 0.5})
-    found = train(session, steps=20)
+    found = train(session, steps=12)
     (budget,) = found[-1].budgets
     masks = session.plan.masks
     hard = {name: mask.decide(None).float() for name, mask in masks.items()}
@@ -67,7 +67,7 @@ def test_target_hard_and_expected_cost_of_a_mac_budget() -> None:
     assert found[-1].undecided == pytest.approx(float(((probabilities > 0.05) & (probabilities < 0.95)).float().mean()))
     assert budget.end == 0.5
     assert budget.end < budget.target < 1
-    assert budget.cut == pytest.approx(budget.hard - 0.5)
+    assert budget.cut == pytest.approx(max(0.0, budget.hard - 0.5))
 
 
 def test_it_goes_from_whole_over_the_target_to_the_end() -> None:
