@@ -53,8 +53,8 @@ bench: $(READY)  ## Measure the mask layer (docs/speed.md)
 nni-conformance: $(READY)  ## What NNI promises of every pruner, asked of ours and its own (docs/nni_conformance.md)
 	NNI_CONFORMANCE=docs/nni_conformance.md $(BIN)/pytest tests/gumbel_nni/test_conformance.py
 
-zoo: $(READY)  ## Shrink every torchvision model at random and compare (hours; docs/zoo.md)
-	$(BIN)/python benchmarks/zoo.py --kind all --json docs/data/zoo.json --output docs/zoo.md
+zoo: $(READY)  ## Shrink every torchvision model at random and compare (hours; docs/zoo.md; SOURCE=timm: another package)
+	$(BIN)/python benchmarks/zoo.py $(if $(SOURCE),--source $(SOURCE),--kind all)
 
 clean:  ## Remove the virtual environment and run folders
 	rm -rf $(VENV) runs

@@ -1,13 +1,15 @@
-"""Every torchvision model: which of its channel groups are exact, and does the small network compute the same?
+"""Networks nobody here wrote: which of their channel groups are exact, and does the small network compute the same?
 
 For each model all batch norm statistics, affine parameters, biases and whatever starts at zero are drawn at random. A
 masking session then closes about half of the units of every exact group at random, and the model is shrunk with the
 torch_pruning backend. The small model must return what the masked one returns, to a relative error of 1e-5 in float32.
 
     python benchmarks/zoo.py --kind all --json docs/data/zoo.json --output docs/zoo.md
+    python benchmarks/zoo.py --source timm ultralytics transformers segmentation monai diffusers
 
-Each model runs in a process of its own; rows are added to the JSON file as they come, and an interrupted benchmark goes
-on where it was. Rows of older runs stay in the table; `--again` measures them anew.
+Without a source these are all of torchvision's. Other sources need their packages, and ask Torch-Pruning's own pruner
+for half of the channels too. Each model runs in a process of its own; rows are added to the JSON file as they come, and
+an interrupted benchmark goes on where it was. Rows of older runs stay in the table; `--again` measures them anew.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gumbel_plugin.graph.channel_groups import ChannelGroup
+from gumbel_plugin.layers.example_inputs import call_model
 from gumbel_plugin.runs.run_config import RunConfig
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_plugin.shrinking.shrink import masked_copy, remove_dead_units
@@ -38,8 +42,10 @@ from gumbel_plugin.sparsity.counting import count_macs, count_parameters
 from gumbel_plugin.training.session import MaskingSession
 
 import torchvision  # isort: skip  (after gumbel_plugin, which makes it importable)
+import torch_pruning as tp  # isort: skip
 from gumbel_torch_pruning import find_groups  # isort: skip
 from torchvision.ops import FrozenBatchNorm2d  # isort: skip
+from zoo_networks import SOURCES  # isort: skip
 
 KINDS = {
     "classification": torchvision.models,
@@ -56,7 +62,10 @@ SIDES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 70, "ssd300_vgg16": 30
 SIDES |= dict.fromkeys(("mvit_v1_b", "mvit_v2_s", "s3d"), 224)
 FRAMES = 16
 
-COMMAND = "python benchmarks/zoo.py --kind all --json docs/data/zoo.json --output docs/zoo.md"
+COMMANDS = (
+    "python benchmarks/zoo.py --kind all --json docs/data/zoo.json --output docs/zoo.md",
+    f"python benchmarks/zoo.py --source {' '.join(SOURCES)}",
+)
 READING_GUIDE = """\
 A row says how many channel groups of a model can be cut exactly, how many only with other numbers (inexact) and how
 many not at all, what random halves of the exact ones leave of it, and how far the small network's outputs are from the
@@ -85,6 +94,8 @@ class Row:
     shrink: float = 0.0
     memory: float = 0.0
     failure: str = ""
+    peer: str = ""
+    peer_seconds: float = 0.0
     reasons: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -93,8 +104,11 @@ class Row:
         return not self.failure and self.error is not None and self.error <= TOLERANCE
 
 
-def build(name: str, kind: str) -> tuple[nn.Module, Tensor]:
+def build(name: str, kind: str) -> tuple[nn.Module, Any]:
     """Build a model with random weights, and inputs for it."""
+    if kind in SOURCES:
+        network = SOURCES[kind]()[name]
+        return network.build().eval(), network.inputs()
     options: dict[str, object] = {"weights": None}
     side = SIDES.get(name, 64)
     if kind in ("segmentation", "detection"):
@@ -156,7 +170,8 @@ def measure(name: str, kind: str, seed: int) -> Row:
     torch.manual_seed(seed)
     row = Row(name, kind)
     model, inputs = build(name, kind)
-    row.inputs = "×".join(map(str, inputs.shape))
+    tensors = list(inputs.values()) if isinstance(inputs, dict) else [inputs]
+    row.inputs = ", ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
     randomize(model, torch.Generator().manual_seed(seed))
     before = count_parameters(model), count_macs(model, inputs)
 
@@ -184,12 +199,37 @@ def measure(name: str, kind: str, seed: int) -> Row:
     return row
 
 
-def measure_apart(name: str, kind: str, options: argparse.Namespace) -> Row:
+def measure_peer(name: str, kind: str, seed: int) -> Row:
+    """Let Torch-Pruning's own pruner remove half of the channels, and see whether the network still runs."""
+    torch.manual_seed(seed)
+    row = Row(name, kind)
+    model, inputs = build(name, kind)
+    before = count_parameters(model)
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1:]
+    start = time.process_time()
+    importance = tp.importance.MagnitudeImportance()
+    tp.pruner.MagnitudePruner(model, inputs, importance, pruning_ratio=0.5, ignored_layers=last).step()
+    row.peer_seconds = time.process_time() - start
+    with torch.no_grad():
+        call_model(model, inputs)
+    row.peer = f"{count_parameters(model) / before:.0%} left"
+    return row
+
+
+def measure_both(name: str, kind: str, options: argparse.Namespace) -> Row:
+    """Measure a network of another package, and what Torch-Pruning's own pruner makes of it."""
+    row = measure_apart(name, kind, options)
+    peer = measure_apart(name, kind, options, "--peer")
+    row.peer, row.peer_seconds = peer.peer or f"fails: {peer.failure[:80]}", peer.peer_seconds
+    return row
+
+
+def measure_apart(name: str, kind: str, options: argparse.Namespace, *more: str) -> Row:
     """Measure a model in a process of its own, so that its memory is given back and a crash stays there."""
-    needed = weights_of(name) * 4 * COPIES / 2**30
+    needed = 0 if kind in SOURCES else weights_of(name) * 4 * COPIES / 2**30
     if needed > options.memory:
         return Row(name, kind, failure=f"does not fit in {options.memory:g} GiB (needs about {needed:.0f})")
-    command = [sys.executable, "-W", "ignore", __file__, "--worker", name, kind, "--seed", str(options.seed)]
+    command = [sys.executable, "-W", "ignore", __file__, "--worker", name, kind, "--seed", str(options.seed), *more]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
     except subprocess.TimeoutExpired:
@@ -213,14 +253,9 @@ def row_from(values: dict[str, object]) -> Row:
 
 def document(rows: Sequence[Row], environment: str) -> str:
     """Return the report as Markdown."""
-    lines = ["# The zoo: every torchvision model, shrunk", "", READING_GUIDE, ""]
-    lines += [
-        "    python benchmarks/zoo.py --kind all --json docs/data/zoo.json --output docs/zoo.md",
-        "",
-        environment,
-        "",
-    ]
-    for kind in KINDS:
+    lines = ["# The zoo: networks nobody here wrote, shrunk", "", READING_GUIDE, ""]
+    lines += [*(f"    {command}" for command in COMMANDS), "", environment, ""]
+    for kind in (*KINDS, *SOURCES):
         own = [row for row in rows if row.kind == kind]
         if own:
             passed = [row for row in own if row.passed]
@@ -235,19 +270,22 @@ def document(rows: Sequence[Row], environment: str) -> str:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Return a Markdown table."""
+    has_peer = any(row.peer for row in rows)
     lines = [
-        "| model | input | exact | inexact | unsupported | parameters, M | MACs, G | error | groups, s | shrink, s |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | input | exact | inexact | unsupported | parameters, M | MACs, G | error | groups, s | shrink, s |"
+        + (" Torch-Pruning's own |" if has_peer else ""),
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|" + ("---|" if has_peer else ""),
     ]
     for row in rows:
+        peer = f" {row.peer}, {row.peer_seconds:.1f} s |" if has_peer else ""
         if row.failure:
-            lines.append(f"| {row.name} | {row.inputs} | | | | | | {row.failure} | | |")
+            lines.append(f"| {row.name} | {row.inputs} | | | | | | {row.failure} | | |{peer}")
             continue
         parameters = " → ".join(f"{count / 1e6:.2f}" for count in row.parameters)
         macs = " → ".join(f"{count / 1e9:.3f}" for count in row.macs)
         lines.append(
             f"| {row.name} | {row.inputs} | {row.exact} | {row.inexact} | {row.unsupported} | {parameters} | {macs} "
-            f"| {row.error:.1e} | {row.groups:.1f} | {row.shrink:.1f} |"
+            f"| {row.error:.1e} | {row.groups:.1f} | {row.shrink:.1f} |{peer}"
         )
     return lines
 
@@ -263,6 +301,8 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[], help="only these")
+    parser.add_argument("--source", nargs="+", choices=list(SOURCES), default=[], help="instead of torchvision")
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=(*KINDS, "all"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("docs/data/zoo.json"), help="rows measured so far")
@@ -280,7 +320,8 @@ def main() -> None:
     if options.worker:
         torch.set_num_threads(1)
         logging.disable(logging.WARNING)
-        print(json.dumps(asdict(measure(*options.worker, options.seed))))
+        work = measure_peer if options.peer else measure
+        print(json.dumps(asdict(work(*options.worker, options.seed))))
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     known = json.loads(options.json.read_text()) if options.json.exists() else []
@@ -289,13 +330,14 @@ def main() -> None:
         (name, kind)
         for kind, module in KINDS.items()
         for name in torchvision.models.list_models(module=module)
-        if options.kind in (kind, "all") and (not options.models or name in options.models)
+        if options.kind in (kind, "all") and not options.source
     ]
-    for name, kind in wanted:
+    wanted += [(name, source) for source in options.source for name in SOURCES[source]()]
+    for name, kind in [each for each in wanted if not options.models or each[0] in options.models]:
         if options.again or (name, kind) not in rows:
-            row = rows[name, kind] = measure_apart(name, kind, options)
+            row = rows[name, kind] = (measure_both if kind in SOURCES else measure_apart)(name, kind, options)
             print(*table([row])[2:], sep="\n", flush=True)
-        ordered = [rows[key] for key in sorted(rows, key=lambda key: (list(KINDS).index(key[1]), key[0]))]
+        ordered = [rows[key] for key in sorted(rows, key=lambda key: ([*KINDS, *SOURCES].index(key[1]), key[0]))]
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps([asdict(each) for each in ordered], indent=1) + "\n")
         options.output.write_text(document(ordered, environment(options.seed)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -89,7 +90,15 @@ def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     inside = nullcontext() if own_attention else opaque_attention(model)
     try:
-        with observing(model), torch.enable_grad(), inside, repaired_tracing(), _analyzed(not own_attention):
+        with (
+            warnings.catch_warnings(),
+            observing(model),
+            torch.enable_grad(),
+            inside,
+            repaired_tracing(),
+            _analyzed(not own_attention),
+        ):
+            warnings.filterwarnings("ignore", "Unwrapped parameters detected")  # the exactness analysis judges them
             for parameter in flags:
                 parameter.requires_grad_(parameter.is_floating_point())
             yield
