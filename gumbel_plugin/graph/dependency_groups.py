@@ -73,7 +73,8 @@ class DependencyGroups:
         ignored, roots = ((), _ROOTS) if pruner is None else (pruner.ignored_layers, pruner.root_module_types)
         with unchanging_graph():
             found = self.graph.get_all_groups(list(ignored), tuple(roots))
-            groups = [self._describe(group, analysis) for group in found]
+            groups = [self._described(group, analysis) for group in found]
+        groups += [self._unread(module, reason, analysis) for module, reason in self.graph.unread.items()]
         if not named:
             names = {self._names.get(part) for layer in ignored for part in layer.modules()}
             groups += [g for g in find_heads(model) if not names & {g.name, *(p.module for p in g.producers)}]
@@ -137,6 +138,23 @@ class DependencyGroups:
     def remover_of(self, model: nn.Module) -> Remover:
         """Return what removes units of these groups from a copy of the model that nothing was removed from yet."""
         return Remover(model, self._items, self._named_heads)
+
+    def _described(self, group: Any, analysis: ExactnessAnalysis) -> ChannelGroup:
+        """Translate one of Torch-Pruning's groups, or say why it cannot be read."""
+        try:
+            return self._describe(group, analysis)
+        except Exception as error:  # whatever is wrong with one group, the others are read
+            return self._unread(group[0].dep.target.module, reason_of(error), analysis)
+
+    def _unread(self, module: nn.Module, reason: str, analysis: ExactnessAnalysis) -> ChannelGroup:
+        """Return the group of a layer of which only the name is known; its channels stay."""
+        name = self._names[module]
+        self._items.pop(name, None)
+        self._named_heads.pop(name, None)
+        reason = analysis.reason_of(name) or f"Torch-Pruning cannot follow its channels: {reason}"
+        channels = torch.arange(self._width(module) or 1)
+        own = ChannelSlice(name, channels, channels)
+        return ChannelGroup(name, len(channels), (own,), (), "unsupported", reason)
 
     def _describe(self, group: Any, analysis: ExactnessAnalysis) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""

@@ -50,7 +50,14 @@ def check_empirically(
     Returns:
         By name, the groups whose units cannot be removed exactly, marked.
     """
-    safety, reason = _check(copies(), example_inputs, groups) if groups else ("exact", "")
+    if not groups:
+        return {}
+    try:
+        duplicate = copies()
+    except Exception as error:
+        reason = f"the model cannot be copied to be checked: {type(error).__name__}: {error}"
+        return {group.name: replace(group, safety="unsupported", reason=reason) for group in groups}
+    safety, reason = _check(duplicate, example_inputs, groups)
     if safety == "exact":
         return {}
     if len(groups) == 1:
@@ -78,8 +85,11 @@ def _check(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup])
     _perturb(copy.model, generator)
     inputs = random_inputs_like(example_inputs, generator, torch.float64)
     units = {group.name: _odd_half(group.size, generator) for group in groups}
-    for group in groups:
-        _close(copy.model, group, units[group.name])
+    try:
+        for group in groups:
+            _close(copy.model, group, units[group.name])
+    except Exception as error:
+        return "unsupported", f"its channels are not where they are looked for: {error}"
     try:
         before = _run(copy.model, inputs)
     except Exception as error:
