@@ -22,6 +22,7 @@ from gumbel_plugin.graph.tracing import analysis_of, reason_of, traceable
 from gumbel_plugin.graph.tracing_repairs import missing_pruners
 from gumbel_plugin.layers.example_inputs import call_model, named_tensors
 from gumbel_plugin.layers.geometry import input_channels, output_dimension
+from gumbel_plugin.layers.kept_tensors import kept_tensors
 from gumbel_plugin.layers.model_check import refuse_unusable
 from gumbel_plugin.layers.weights import how_to_keep_weights
 
@@ -278,8 +279,8 @@ def _copy_hint(model: nn.Module) -> str:
         way = how_to_keep_weights(module)
         if way:
             return f"{name!r} has a computed weight, call {way} first"
-        for attribute, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
+        for attribute, value in kept_tensors(module):
+            if not value.is_leaf:
                 place = ".".join(filter(None, (name, attribute)))
                 return f"{place!r} is a tensor computed from others, which torch does not copy; delete or detach it"
     return ""

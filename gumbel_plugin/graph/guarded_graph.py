@@ -49,7 +49,7 @@ class GuardedGraph(tp.DependencyGraph):  # type: ignore[misc]
         graph.unread, graph.unnumbered = {}, {}
 
     def get_all_groups(
-        self, ignored_layers: Sequence[Any] = (), root_module_types: Sequence[type] = (tp.ops.TORCH_CONV,)
+        self, ignored_layers: Sequence[Any] = (), root_module_types: Sequence[Any] = (tp.ops.TORCH_CONV,)
     ) -> Iterator[Any]:
         """Yield the groups that can be read, with all channels; the others are in `unread` afterwards."""
         ignored = {*ignored_layers, *self.IGNORED_LAYERS_IN_TRACING}

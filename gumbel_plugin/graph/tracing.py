@@ -20,6 +20,7 @@ from gumbel_plugin.graph.exactness import ExactnessAnalysis, Treatment
 from gumbel_plugin.graph.guarded_graph import GuardedGraph, number_channels
 from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, repaired_tracing
 from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, observing
+from gumbel_plugin.layers.kept_tensors import forgetting_tensors
 from gumbel_plugin.layers.weights import is_gate
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -92,6 +93,7 @@ def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False
     try:
         with (
             warnings.catch_warnings(),
+            forgetting_tensors(model),
             observing(model),
             torch.enable_grad(),
             inside,
@@ -140,7 +142,7 @@ def analysis_of(graph: Any, example_inputs: Any, opaque: bool) -> ExactnessAnaly
     analysis: ExactnessAnalysis | None = graph.__dict__.pop("analysis", None)
     if analysis is None:
         analysis = _new_analysis(graph, opaque)
-        with observing(graph.model):
+        with forgetting_tensors(graph.model), observing(graph.model):
             analysis.follow(lambda: call_model(graph.model, example_inputs))
     return analysis
 
@@ -165,7 +167,7 @@ def _require_forward(model: nn.Module, example_inputs: Any) -> None:
         GraphError: If its forward fails on the example inputs.
     """
     try:
-        with observing(model):
+        with forgetting_tensors(model), observing(model):
             call_model(model, example_inputs)
     except Exception as error:
         raise GraphError(f"the model's forward fails on the example inputs: {reason_of(error)}") from error

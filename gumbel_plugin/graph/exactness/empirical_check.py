@@ -22,6 +22,7 @@ from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.exactness.channel_labels import Safety
 from gumbel_plugin.layers.example_inputs import call_model, named_tensors, observing, random_inputs_like
 from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension, rows_view
+from gumbel_plugin.layers.kept_tensors import forgetting_tensors, kept_tensors
 from gumbel_plugin.layers.precision import computing_in
 
 _TOLERANCE = 1e-10
@@ -67,10 +68,11 @@ def check_empirically(
 
 
 def double_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model in float64, tensors in plain attributes included."""
+    """Return a copy of a model in float64, tensors in plain attributes included, computed from others or not."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        kept = (tensor for _, tensor in kept_tensors(module))
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values(), *kept):
             if type(value) is OrderedDict and not value:
                 memo[id(value)] = OrderedDict()  # the many tables of hooks, which are most of a small model's copy
             elif isinstance(value, Tensor) and value.is_floating_point() and id(value) not in memo:
@@ -107,7 +109,7 @@ def _check(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup])
 
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with observing(model), computing_in(torch.float64), _DepthwiseByTaps():
+    with forgetting_tensors(model), observing(model), computing_in(torch.float64), _DepthwiseByTaps():
         return [tensor for _, tensor in named_tensors(call_model(model, inputs))]
 
 
