@@ -76,6 +76,7 @@ class DependencyGroups:
             found = self.graph.get_all_groups(list(ignored), tuple(roots))
             groups = [self._described(group, analysis) for group in found]
         groups += [self._unread(module, reason, analysis) for module, reason in self.graph.unread.items()]
+        groups += self._unknown_layers(ignored)
         if not named:
             names = {self._names.get(part) for layer in ignored for part in layer.modules()}
             groups += [g for g in find_heads(model) if not names & {g.name, *(p.module for p in g.producers)}]
@@ -156,6 +157,17 @@ class DependencyGroups:
         channels = torch.arange(self._width(module) or 1)
         own = ChannelSlice(name, channels, channels)
         return ChannelGroup(name, len(channels), (own,), (), "unsupported", reason)
+
+    def _unknown_layers(self, ignored: Sequence[nn.Module]) -> list[ChannelGroup]:
+        """Return the layers that have a matrix of weights but are of no kind that is known; they stay whole."""
+        matrices = {parameter for parameter, _ in self.graph.unwrapped_parameters if parameter.dim() > 1}
+        found = []
+        for module, name in self._names.items():
+            leaf = next(module.children(), None) is None and name and module not in ignored
+            if leaf and not matrices.isdisjoint(module.parameters(recurse=False)):
+                reason = f"{type(module).__name__} is no kind of layer that is known; customized_pruners could cut it"
+                found.append(ChannelGroup(name, 1, (), (), "unsupported", reason))
+        return found
 
     def _describe(self, group: Any, analysis: ExactnessAnalysis) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""

@@ -159,11 +159,35 @@ def number_channels(graph: Any, of: Callable[[Any], None] = index_mapping.update
         one.module2node = {module: node}
         try:
             of(one)
+            _keep_roots(node)
         except Exception as error:
             graph.unnumbered[node] = f"Torch-Pruning cannot number its channels ({_text(error)})"
         for sizes in ("split_sizes", "concat_sizes"):
             if None in (getattr(module, sizes, None) or ()):
                 setattr(module, sizes, None)  # Torch-Pruning would count with them when channels leave
+
+
+class _RepeatedHeads:
+    """Numbers of repeated heads of keys and values (grouped queries), which keep the root that they leave with."""
+
+    def __init__(self, numbers: Any) -> None:
+        self._numbers = numbers
+
+    def __call__(self, channels: Sequence[Any]) -> list[Any]:
+        numbers = self._numbers(channels)  # none, or as many
+        return [_HybridIndex(new.idx, old.root_idx) for new, old in zip(numbers, channels, strict=False)]
+
+
+def _keep_roots(node: Any) -> None:
+    """Repair Torch-Pruning's numbering of expansions, which it takes for repeated heads of keys and values.
+
+    It loses the root's numbers, and divides by zero where nothing is repeated (windows of Hiera, GCViT and Twins).
+    """
+    edges = [*node.dependencies, *(edge for before in node.inputs for edge in before.dependencies)]
+    for edge in edges if node.type == tp.ops.OPTYPE.EXPAND else ():
+        numbers = edge.index_mapping[0]
+        if isinstance(numbers, index_mapping._GQAIndexMapping):
+            edge.index_mapping[0] = _RepeatedHeads(numbers) if numbers.repeat > 1 else None
 
 
 def find_sizes(graph: Any, of: Callable[[Any], None] = shape_infer.init_shape_information) -> None:

@@ -132,5 +132,7 @@ def _shape_of(grad_fn: Any, number: int) -> Sequence[int]:
 
 
 def _flattens(before: Sequence[int], after: Sequence[int]) -> bool:
-    """Whether all dimensions from the channels on become one: (N, C, H, W) to (N, C·H·W)."""
+    """Whether all dimensions from the channels on become one: (N, C, H, W) to (N, C·H·W), or (C, H, W) to (C·H·W)."""
+    if len(after) == 1 and len(before) > 2:
+        return prod(before) == after[0]
     return len(after) == 2 < len(before) and before[0] == after[0] and prod(before[1:]) == after[1]

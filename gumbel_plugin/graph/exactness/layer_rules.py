@@ -139,8 +139,10 @@ class Layers:
         self._check_weight(name, module, inputs[0], output)
 
     def _treat_each(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor, dim: int = 1) -> None:
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.shape == (inputs[0].shape[dim],):
+        weight, sizes = getattr(module, "weight", None), inputs[0].shape
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and len(sizes) == module._get_no_batch_dim():
+            dim = 0
+        if isinstance(weight, Tensor) and dim < len(sizes) and weight.shape == (sizes[dim],):
             self._read((name, False), inputs[0], dim)
         self._pass_on(inputs[0], output)
 
