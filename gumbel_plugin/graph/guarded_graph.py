@@ -54,10 +54,10 @@ class GuardedGraph(tp.DependencyGraph):  # type: ignore[misc]
         """Yield the groups that can be read, with all channels; the others are in `unread` afterwards."""
         ignored = {*ignored_layers, *self.IGNORED_LAYERS_IN_TRACING}
         visited: set[Any] = set()
+        roots: Any = tuple(root_module_types)
         self.unread = {}
-        module: Any
         for module in list(self.module2node):
-            if module in ignored or module in visited or not isinstance(module, tuple(root_module_types)):
+            if module in ignored or module in visited or not isinstance(module, roots):
                 continue
             pruner = self.get_pruner_of_module(module)
             width = None if pruner is None else pruner.get_out_channels(module)
@@ -66,7 +66,7 @@ class GuardedGraph(tp.DependencyGraph):  # type: ignore[misc]
             try:
                 group = self.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
             except _EndlessWalkError as error:  # nor does it from the other layers on the way
-                known = [layer for layer in error.layers if isinstance(layer, tuple(root_module_types))]
+                known = [layer for layer in error.layers if isinstance(layer, roots)]
                 self.unread |= dict.fromkeys((layer for layer in known if layer not in ignored | visited), _text(error))
                 visited.update(known)
                 continue
@@ -145,6 +145,16 @@ class GuardedGraph(tp.DependencyGraph):  # type: ignore[misc]
             item.root_idxs = [index.root_idx for index in channels]
             group._group.append(item)
         return group
+
+
+class GuardedPruner(tp.pruner.BasePruner):  # type: ignore[misc]
+    """Torch-Pruning's pruner; attention layers whose output projection is not found stay whole."""
+
+    def _downstream_node_as_root_if_attention(self, group: Any) -> Any:
+        try:
+            return super()._downstream_node_as_root_if_attention(group)
+        except Exception:
+            return None  # as where Torch-Pruning finds none
 
 
 def number_channels(graph: Any, of: Callable[[Any], None] = index_mapping.update_index_mapping) -> None:

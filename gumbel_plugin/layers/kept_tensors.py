@@ -46,13 +46,13 @@ class _Kept:
         self._attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
         self._tables = [(table, dict(table)) for table in (module._buffers, *_tables(self._attributes))]
         self._lists = [(each, each.copy()) for each in _parts(self._attributes) if isinstance(each, list | set)]
-        self._shape = (module._parameters.keys() | set(), module._modules.keys() | set())
+        self._own = {*module._parameters, *module._modules}
         self._tensors = {id(tensor) for tensor in self._present()}
 
     def restore(self) -> None:
         """Let the module have it again, if tensors came in and the module's own parts are the same."""
         module = self._module
-        same = self._shape == (module._parameters.keys(), module._modules.keys())
+        same = self._own == {*module._parameters, *module._modules}
         if not same or all(id(tensor) in self._tensors for tensor in self._present()):
             return
         for name in [name for name in vars(module) if name not in _OWN and name not in self._attributes]:

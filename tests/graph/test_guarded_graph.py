@@ -164,6 +164,23 @@ def test_what_is_beside_an_unreadable_block_is_pruned_exactly(block: str) -> Non
     assert model.after.out_channels < 8
 
 
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")  # Torch-Pruning's
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"isomorphic": True, "global_pruning": True},
+        {"target": "macs", "pruning_ratio": 0.05},
+        {"global_pruning": True, "iterative_steps": 2},
+        {"num_heads": {"block.0.qkv": 1}, "prune_num_heads": True, "head_pruning_ratio": 0.5},
+    ],
+)
+def test_other_arguments_pass_over_it_too(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Between(nn.Sequential(Separable(), Windows(), Modulation(), Separable()))
+    pruner = GumbelGroupPruner(model, IMAGES, **{"pruning_ratio": 0.3, "ignored_layers": [model.head], **arguments})
+    exact_step(pruner, IMAGES)
+
+
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
 def test_the_reason_is_what_reads_the_channels(kind: str) -> None:
     model = nn.Sequential(nn.Linear(6, 8), getattr(nn, kind)(8, 5))

@@ -140,8 +140,8 @@ class Layers:
 
     def _treat_each(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor, dim: int = 1) -> None:
         weight, sizes = getattr(module, "weight", None), inputs[0].shape
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and len(sizes) == module._get_no_batch_dim():
-            dim = 0
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and f"{len(sizes) - 1}d" in type(module).__name__:
+            dim = 0  # no batch dimension
         if isinstance(weight, Tensor) and dim < len(sizes) and weight.shape == (sizes[dim],):
             self._read((name, False), inputs[0], dim)
         self._pass_on(inputs[0], output)
