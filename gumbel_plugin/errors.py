@@ -8,8 +8,9 @@ typed, or what a damaged file holds, is shown with `shown`, and no message is lo
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 _LONGEST = 2000
 """How many characters a message has at most."""
@@ -64,6 +65,21 @@ class ConfigError(GumbelPluginError, ValueError):
 
 class TargetError(GumbelPluginError, ValueError):
     """A module, tensor, mask or group that was asked for does not exist or cannot be masked."""
+
+
+class NothingToGateError(TargetError):
+    """No group of a network can be gated.
+
+    Attributes:
+        groups: All of its groups, each with its reason, as `GumbelGroupPruner.groups` would return them.
+    """
+
+    def __init__(self, message: str, groups: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.groups = list(groups)
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.groups)
 
 
 class GraphError(GumbelPluginError, RuntimeError):

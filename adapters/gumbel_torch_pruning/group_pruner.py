@@ -18,6 +18,7 @@ from gumbel_plugin.config import ConfigLike, GatesConfig, PruningSection
 from gumbel_plugin.errors import LifecycleError, TargetError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import DependencyGroups, mark_outputs
+from gumbel_plugin.graph.guarded_graph import GuardedPruner
 from gumbel_plugin.graph.history import replay
 from gumbel_plugin.graph.optimizer_state import ParameterChanges, tracked
 from gumbel_plugin.graph.record import Record, units_left
@@ -42,7 +43,7 @@ from gumbel_torch_pruning.shares import shares
 _logger = logging.getLogger(__name__)
 
 
-class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
+class GumbelGroupPruner(GuardedPruner):
     """Learns which channels of each dependency group to keep, and removes the others exactly.
 
     Example::

@@ -39,7 +39,7 @@ def shares(
         elif own is not None:
             budget, ratios = pruner._layer_to_scope[own][0], pruner.pruning_ratio_dict[own]
         elif pruner.isomorphic:
-            budget = patterns[group.name]
+            budget = patterns.get(group.name, group.name)  # none of a group that cannot be read
         if ratios[-1] > 0 or metric != "channels":
             found[group.name] = Share(budget, float(ratios[step]))
     return found

@@ -22,6 +22,7 @@ from gumbel_plugin.graph.tracing import analysis_of, reason_of, traceable
 from gumbel_plugin.graph.tracing_repairs import missing_pruners
 from gumbel_plugin.layers.example_inputs import call_model, named_tensors
 from gumbel_plugin.layers.geometry import input_channels, output_dimension
+from gumbel_plugin.layers.kept_tensors import kept_tensors
 from gumbel_plugin.layers.model_check import refuse_unusable
 from gumbel_plugin.layers.weights import how_to_keep_weights
 
@@ -73,7 +74,9 @@ class DependencyGroups:
         ignored, roots = ((), _ROOTS) if pruner is None else (pruner.ignored_layers, pruner.root_module_types)
         with unchanging_graph():
             found = self.graph.get_all_groups(list(ignored), tuple(roots))
-            groups = [self._describe(group, analysis) for group in found]
+            groups = [self._described(group, analysis) for group in found]
+        groups += [self._unread(module, reason, analysis) for module, reason in self.graph.unread.items()]
+        groups += self._unknown_layers(ignored)
         if not named:
             names = {self._names.get(part) for layer in ignored for part in layer.modules()}
             groups += [g for g in find_heads(model) if not names & {g.name, *(p.module for p in g.producers)}]
@@ -137,6 +140,34 @@ class DependencyGroups:
     def remover_of(self, model: nn.Module) -> Remover:
         """Return what removes units of these groups from a copy of the model that nothing was removed from yet."""
         return Remover(model, self._items, self._named_heads)
+
+    def _described(self, group: Any, analysis: ExactnessAnalysis) -> ChannelGroup:
+        """Translate one of Torch-Pruning's groups, or say why it cannot be read."""
+        try:
+            return self._describe(group, analysis)
+        except Exception as error:  # whatever is wrong with one group, the others are read
+            return self._unread(group[0].dep.target.module, reason_of(error), analysis)
+
+    def _unread(self, module: nn.Module, reason: str, analysis: ExactnessAnalysis) -> ChannelGroup:
+        """Return the group of a layer of which only the name is known; its channels stay."""
+        name = self._names[module]
+        self._items.pop(name, None)
+        self._named_heads.pop(name, None)
+        reason = analysis.reason_of(name) or f"Torch-Pruning cannot follow its channels: {reason}"
+        channels = torch.arange(self._width(module) or 1)
+        own = ChannelSlice(name, channels, channels)
+        return ChannelGroup(name, len(channels), (own,), (), "unsupported", reason)
+
+    def _unknown_layers(self, ignored: Sequence[nn.Module]) -> list[ChannelGroup]:
+        """Return the layers that have a matrix of weights but are of no kind that is known; they stay whole."""
+        matrices = {parameter for parameter, _ in self.graph.unwrapped_parameters if parameter.dim() > 1}
+        found = []
+        for module, name in self._names.items():
+            leaf = next(module.children(), None) is None and name and module not in ignored
+            if leaf and not matrices.isdisjoint(module.parameters(recurse=False)):
+                reason = f"{type(module).__name__} is no kind of layer that is known; customized_pruners could cut it"
+                found.append(ChannelGroup(name, 1, (), (), "unsupported", reason))
+        return found
 
     def _describe(self, group: Any, analysis: ExactnessAnalysis) -> ChannelGroup:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
@@ -260,8 +291,8 @@ def _copy_hint(model: nn.Module) -> str:
         way = how_to_keep_weights(module)
         if way:
             return f"{name!r} has a computed weight, call {way} first"
-        for attribute, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
+        for attribute, value in kept_tensors(module):
+            if not value.is_leaf:
                 place = ".".join(filter(None, (name, attribute)))
                 return f"{place!r} is a tensor computed from others, which torch does not copy; delete or detach it"
     return ""

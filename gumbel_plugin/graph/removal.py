@@ -160,7 +160,8 @@ class UnitGroup(tp.dependency.Group):  # type: ignore[misc]
         self._choices = remover.choose(name, units)
         root = self._choices[0].item.place
         for choice in self._choices:
-            self.add_dep(choice.item.dep, choice.now.tolist())
+            dep = choice.item.dep
+            self.add_dep(dep if choice.item.owner is not None else Bookkeeping(graph, dep), choice.now.tolist())
             self[-1].root_idxs = remover.now(root, choice.item.roots[choice.which]).tolist()
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
@@ -171,6 +172,24 @@ class UnitGroup(tp.dependency.Group):  # type: ignore[misc]
         with self._remover.noting({self._name: self._choices}):
             super().prune(None, record_history)
         return None
+
+
+class Bookkeeping(tp.dependency.Dependency):  # type: ignore[misc]
+    """Where channels pass an operation, which has nothing to cut: Torch-Pruning counts how many are left.
+
+    It cannot where it knows less of the operation than it needs; what passes there is not read again.
+    """
+
+    def __init__(self, graph: Any, dep: Any) -> None:
+        super().__init__(dep.trigger, dep.handler, dep.source, dep.target)
+        self.index_mapping, self._graph = dep.index_mapping, graph
+
+    def __call__(self, idxs: Any) -> Any:
+        """Count."""
+        try:
+            return super().__call__(idxs)
+        except Exception as error:
+            self._graph.unnumbered[self.target] = f"Torch-Pruning cannot count what is left of its channels ({error})"
 
 
 class HeadGroup(tp.dependency.Group):  # type: ignore[misc]

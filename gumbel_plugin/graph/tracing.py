@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch_pruning.dependency import index_mapping
 
 from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, shorten
 from gumbel_plugin.graph.attention_heads import kind_of, opaque_attention
 from gumbel_plugin.graph.exactness import ExactnessAnalysis, Treatment
+from gumbel_plugin.graph.guarded_graph import GuardedGraph, number_channels
 from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, repaired_tracing
 from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, observing
+from gumbel_plugin.layers.kept_tensors import forgetting_tensors
 from gumbel_plugin.layers.weights import is_gate
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -92,6 +93,7 @@ def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False
     try:
         with (
             warnings.catch_warnings(),
+            forgetting_tensors(model),
             observing(model),
             torch.enable_grad(),
             inside,
@@ -114,10 +116,11 @@ def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False
 
 @contextmanager
 def _analyzed(opaque: bool) -> Iterator[None]:
-    """Let an `ExactnessAnalysis` follow the forward of every graph that is traced meanwhile; see `analysis_of`."""
+    """Guard every graph that is traced meanwhile; an `ExactnessAnalysis` follows its forward, see `analysis_of`."""
     original = tp.DependencyGraph._trace
 
     def trace(graph: Any, model: nn.Module, example_inputs: Any, forward: Forward, **keys: Any) -> Any:
+        GuardedGraph.guard(graph)
         analysis = graph.analysis = _new_analysis(graph, opaque)
         return original(graph, model, example_inputs, lambda *args: analysis.follow(lambda: forward(*args)), **keys)
 
@@ -139,7 +142,7 @@ def analysis_of(graph: Any, example_inputs: Any, opaque: bool) -> ExactnessAnaly
     analysis: ExactnessAnalysis | None = graph.__dict__.pop("analysis", None)
     if analysis is None:
         analysis = _new_analysis(graph, opaque)
-        with observing(graph.model):
+        with forgetting_tensors(graph.model), observing(graph.model):
             analysis.follow(lambda: call_model(graph.model, example_inputs))
     return analysis
 
@@ -164,7 +167,7 @@ def _require_forward(model: nn.Module, example_inputs: Any) -> None:
         GraphError: If its forward fails on the example inputs.
     """
     try:
-        with observing(model):
+        with forgetting_tensors(model), observing(model):
             call_model(model, example_inputs)
     except Exception as error:
         raise GraphError(f"the model's forward fails on the example inputs: {reason_of(error)}") from error
@@ -189,9 +192,9 @@ def catch_up(graph: Any, replaced: Mapping[int, nn.Parameter]) -> None:
     pairs = [(replaced.get(id(parameter), parameter), dim) for parameter, dim in graph.unwrapped_parameters]
     graph.unwrapped_parameters = pairs
     for node in graph.module2node.values():
-        if node.type == tp.ops.OPTYPE.SPLIT and node.module.split_sizes is not None:
+        if node.type == tp.ops.OPTYPE.SPLIT and node.module.split_sizes is not None:  # unknown sizes stay unknown
             node.module.offsets = [0, *itertools.accumulate(node.module.split_sizes)]
-    index_mapping.update_index_mapping(graph)  # where the pieces of a concatenation begin
+    number_channels(graph)  # where the pieces of a concatenation begin
 
 
 def shared_parts(graph: Any) -> dict[int, Any]:

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch_pruning as tp
 from torch import nn
+from torch_pruning.dependency import index_mapping, shape_infer
+
+from gumbel_plugin.graph.guarded_graph import find_sizes, number_channels
 
 _Nodes = dict[Any, Any]
 
@@ -100,6 +103,7 @@ def missing_pruners(model: nn.Module) -> dict[type[nn.Module], tp.BasePruningFun
 def repaired_tracing() -> Iterator[None]:
     """Apply all repairs to every graph that Torch-Pruning builds meanwhile."""
     original = tp.DependencyGraph._build_dependency
+    numbering, sizing = index_mapping.update_index_mapping, shape_infer.init_shape_information
 
     def build(graph: Any, nodes: _Nodes) -> None:
         original(graph, nodes)
@@ -107,10 +111,12 @@ def repaired_tracing() -> Iterator[None]:
             repair(nodes)
 
     tp.DependencyGraph._build_dependency = build
+    index_mapping.update_index_mapping, shape_infer.init_shape_information = number_channels, find_sizes
     try:
         yield
     finally:
         tp.DependencyGraph._build_dependency = original
+        index_mapping.update_index_mapping, shape_infer.init_shape_information = numbering, sizing
 
 
 def _shapes(grad_fn: Any) -> tuple[Sequence[int], Sequence[int]]:
@@ -126,5 +132,7 @@ def _shape_of(grad_fn: Any, number: int) -> Sequence[int]:
 
 
 def _flattens(before: Sequence[int], after: Sequence[int]) -> bool:
-    """Whether all dimensions from the channels on become one: (N, C, H, W) to (N, C·H·W)."""
+    """Whether all dimensions from the channels on become one: (N, C, H, W) to (N, C·H·W), or (C, H, W) to (C·H·W)."""
+    if len(after) == 1 and len(before) > 2:
+        return prod(before) == after[0]
     return len(after) == 2 < len(before) and before[0] == after[0] and prod(before[1:]) == after[1]

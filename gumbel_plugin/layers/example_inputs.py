@@ -183,10 +183,17 @@ def observing(*models: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+_CACHES = frozenset(("past_key_values", "past_buckets_states", "cache_params", "mems"))
+"""What Hugging Face calls the states that a language model keeps for its own next call."""
+
+
 def named_tensors(
     output: Any, path: str = "output", above: frozenset[int] = frozenset()
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a nested output with the path to each; numbers and numpy's arrays become tensors.
+
+    Left out are caches beside other outputs, by their name or their class's: keys and values of a language model are
+    for its own next call, and it has fewer of them when heads are gone.
 
     Args:
         output: Tensors in containers, dataclasses and other objects with attributes; strings and functions hold none.
@@ -197,22 +204,27 @@ def named_tensors(
         yield path, output
     elif isinstance(output, Number) or (type(output).__module__ == "numpy" and output.dtype.kind in "biufc"):
         yield path, torch.as_tensor(output)
-    elif id(output) not in above:
+    elif id(output) not in above and not (above and _is_cache(output)):
         for place, part in _parts(output):
             yield from named_tensors(part, path + place, above | {id(output)})
+
+
+def _is_cache(part: Any) -> bool:
+    return any(kind.__name__.endswith("Cache") for kind in type(part).__mro__)
 
 
 def _parts(output: Any) -> list[tuple[str, Any]]:
     """Return the parts of a container or object, each with how it is written after the whole."""
     if isinstance(output, Mapping):  # before dataclasses: a Hugging Face ModelOutput is both
-        return [(f"[{key!r}]", value) for key, value in output.items()]
+        return [(f"[{key!r}]", value) for key, value in output.items() if key not in _CACHES]
     if isinstance(output, (tuple, list)):
         return [(f"[{index}]", value) for index, value in enumerate(output)]
     if is_dataclass(output) and not isinstance(output, type):
-        return [(f".{field.name}", getattr(output, field.name)) for field in fields(output)]
+        names = [field.name for field in fields(output) if field.name not in _CACHES]
+        return [(f".{name}", getattr(output, name)) for name in names]
     if isinstance(output, (type, nn.Module)) or callable(output):
         return []
-    return [(f".{name}", value) for name, value in getattr(output, "__dict__", {}).items()]
+    return [(f".{name}", value) for name, value in getattr(output, "__dict__", {}).items() if name not in _CACHES]
 
 
 def _mapped(change: Callable[[Any], Any], example_inputs: ExampleInputs) -> Inputs:

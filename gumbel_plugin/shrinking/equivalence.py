@@ -27,6 +27,7 @@ from gumbel_plugin.layers.example_inputs import (
     observing,
     random_inputs_like,
 )
+from gumbel_plugin.layers.kept_tensors import forgetting_tensors
 from gumbel_plugin.layers.precision import cast_to, computing_in
 
 # Tolerance of each dtype as a multiple of float32's: 1e-5 and 1e-10 by default, each well above its rounding error.
@@ -156,7 +157,8 @@ def _difference_and_scale(
     """Return max |masked - small| (NaN if there is one) and max |masked| over all samples."""
     generator = torch.Generator().manual_seed(seed)
     pairs: list[tuple[float, float]] = []
-    with cast_to(masked, dtype), cast_to(small, dtype), observing(masked, small), computing_in(dtype):
+    unchanged = forgetting_tensors(masked, small)  # what they cache would be of this dtype
+    with unchanged, cast_to(masked, dtype), cast_to(small, dtype), observing(masked, small), computing_in(dtype):
         for _ in range(samples):
             inputs = random_inputs_like(example_inputs, generator, dtype)
             reference, candidate = (

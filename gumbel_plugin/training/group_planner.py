@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gumbel_plugin.config import PruningSection
-from gumbel_plugin.errors import ConfigError, TargetError
+from gumbel_plugin.errors import ConfigError, NothingToGateError
 from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.sparsity.budget import Budget, BudgetTerm
 from gumbel_plugin.sparsity.cost_budget import CostBudget
@@ -95,13 +95,15 @@ class GroupPlanner:
 
         Raises:
             ConfigError: If the budget is below what must stay; it names what that is.
-            TargetError: If nothing can be gated, or the latency table is of another network.
+            NothingToGateError: If nothing can be gated; it has the groups, with their reasons.
+            TargetError: If the latency table is of another network.
         """
         if self._pruning.config_list:
             return build_plan(model, self._pruning, groups, self._seed, example_inputs)
         gated = self.gated(groups, shares)
         if not gated:
-            raise TargetError(f"no dependency group of this model can be gated: {_why_not(groups)}")
+            message = f"no dependency group of this model can be gated: {_why_not(groups)}"
+            raise NothingToGateError(message, groups)
         plan = Plan(model, self._pruning, self._seed)
         terms = [self._limited(plan.gate_group(group), group) for group in gated]
         if self.metric == "channels":
@@ -179,4 +181,4 @@ def _why_not(groups: Sequence[ChannelGroup]) -> str:
     if not groups:
         return "there is none beside the ignored layers"
     first = "; ".join(f"{each.name}: {each.reason or 'its ratio is 0, or its heads stay'}" for each in groups[:3])
-    return first + (f"; and {len(groups) - 3} more" if len(groups) > 3 else "")
+    return first + (f"; and {len(groups) - 3} more (the error's `groups` has all)" if len(groups) > 3 else "")

@@ -74,10 +74,16 @@ class ExactnessAnalysis:
             return "unsupported", f"Torch-Pruning would not cut {mistaken[0]} as the forward needs it"
         return safety, reason
 
+    def reason_of(self, layer: str) -> str:
+        """Return what was noted of the channels that a layer computes, empty if nothing was."""
+        roots = self._sides.get((layer, False), torch.zeros(0, dtype=torch.int64))
+        results = (self._results[place] for place in torch.unique(self._places[roots]).tolist())
+        return max(results, key=_severity, default=self._results[0])[1]
+
     def _follow(self, side: Side, positions: Tensor, units: Tensor, unit_of: Tensor) -> bool:
         """Give the root labels of some channels their units; return whether that is possible."""
         channels = self._sides.get(side)
-        if channels is None or not bool((positions < len(channels)).all()):
+        if channels is None or not bool(((positions >= 0) & (positions < len(channels))).all()):
             return False
         roots = channels[positions]
         known = unit_of[roots]

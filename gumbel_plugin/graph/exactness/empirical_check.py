@@ -22,6 +22,7 @@ from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.exactness.channel_labels import Safety
 from gumbel_plugin.layers.example_inputs import call_model, named_tensors, observing, random_inputs_like
 from gumbel_plugin.layers.geometry import columns_view, input_channels, output_dimension, rows_view
+from gumbel_plugin.layers.kept_tensors import forgetting_tensors, kept_tensors
 from gumbel_plugin.layers.precision import computing_in
 
 _TOLERANCE = 1e-10
@@ -50,7 +51,14 @@ def check_empirically(
     Returns:
         By name, the groups whose units cannot be removed exactly, marked.
     """
-    safety, reason = _check(copies(), example_inputs, groups) if groups else ("exact", "")
+    if not groups:
+        return {}
+    try:
+        duplicate = copies()
+    except Exception as error:
+        reason = f"the model cannot be copied to be checked: {type(error).__name__}: {error}"
+        return {group.name: replace(group, safety="unsupported", reason=reason) for group in groups}
+    safety, reason = _check(duplicate, example_inputs, groups)
     if safety == "exact":
         return {}
     if len(groups) == 1:
@@ -60,10 +68,11 @@ def check_empirically(
 
 
 def double_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model in float64, tensors in plain attributes included."""
+    """Return a copy of a model in float64, tensors in plain attributes included, computed from others or not."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        kept = (tensor for _, tensor in kept_tensors(module))
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values(), *kept):
             if type(value) is OrderedDict and not value:
                 memo[id(value)] = OrderedDict()  # the many tables of hooks, which are most of a small model's copy
             elif isinstance(value, Tensor) and value.is_floating_point() and id(value) not in memo:
@@ -78,8 +87,11 @@ def _check(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup])
     _perturb(copy.model, generator)
     inputs = random_inputs_like(example_inputs, generator, torch.float64)
     units = {group.name: _odd_half(group.size, generator) for group in groups}
-    for group in groups:
-        _close(copy.model, group, units[group.name])
+    try:
+        for group in groups:
+            _close(copy.model, group, units[group.name])
+    except Exception as error:
+        return "unsupported", f"its channels are not where they are looked for: {error}"
     try:
         before = _run(copy.model, inputs)
     except Exception as error:
@@ -97,7 +109,7 @@ def _check(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup])
 
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with observing(model), computing_in(torch.float64), _DepthwiseByTaps():
+    with forgetting_tensors(model), observing(model), computing_in(torch.float64), _DepthwiseByTaps():
         return [tensor for _, tensor in named_tensors(call_model(model, inputs))]
 
 

@@ -98,13 +98,25 @@ class Layers:
 
     def _end(self, name: str, effect: _Effect) -> Callable[..., None]:
         def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self.flow.muted == 1:  # not a part of another layer
-                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-                with _disable_current_modes():  # what is done to labels is not to be followed
-                    effect(name, module, tensors, output)
             self.flow.muted -= 1
+            if self.flow.muted:  # a part of another layer
+                return
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            with _disable_current_modes():  # what is done to labels is not to be followed
+                try:
+                    effect(name, module, tensors, output)
+                except Exception as error:
+                    self._not_understood(name, module, (tensors, output), error)
 
         return end
+
+    def _not_understood(self, name: str, module: nn.Module, tensors: Any, error: Exception) -> None:
+        """Note that a layer is called in a way that is not known: it costs what it reads and computes, no more."""
+        reason = f"how the {type(module).__name__} {name} is called is not understood ({type(error).__name__}: {error})"
+        self.note(tensors, "unsupported", reason)
+        for side in ((name, True), (name, False)):
+            if side in self.sides:
+                self.flow.labels.note(self.sides[side], "unsupported", reason)
 
     # What each kind of layer does -----------------------------------------------------------------------------------
 
@@ -127,8 +139,10 @@ class Layers:
         self._check_weight(name, module, inputs[0], output)
 
     def _treat_each(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor, dim: int = 1) -> None:
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.shape == (inputs[0].shape[dim],):
+        weight, sizes = getattr(module, "weight", None), inputs[0].shape
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and f"{len(sizes) - 1}d" in type(module).__name__:
+            dim = 0  # no batch dimension
+        if isinstance(weight, Tensor) and dim < len(sizes) and weight.shape == (sizes[dim],):
             self._read((name, False), inputs[0], dim)
         self._pass_on(inputs[0], output)
 
@@ -173,7 +187,8 @@ class Layers:
         labels = self.flow.of(tensor)
         if labels is None:
             labels = torch.zeros((), dtype=torch.int64).expand(tensor.shape)
-        rows = core(labels).movedim(dim, 0).flatten(1)
+        rows = core(labels).movedim(dim, 0)
+        rows = rows.reshape(len(rows), -1)
         first = rows.amax(1)
         if rows.shape[1] > 1:
             self.flow.labels.unite(first[:, None].expand_as(rows), rows)

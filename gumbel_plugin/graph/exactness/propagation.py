@@ -61,8 +61,7 @@ class Flow(TorchDispatchMode):
         result = func(*args, **kwargs)
         if labeled:
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            step = _Step(self, func, args, kwargs, inputs, labeled, outputs)
-            _rule_for(func)(step)
+            _apply(_Step(self, func, args, kwargs, inputs, labeled, outputs))
         return result
 
 
@@ -97,6 +96,14 @@ class _Step:
         """Note that this operation does something to its inputs' channels (or to these ones)."""
         for affected in self.labeled.values() if labels is None else (labels,):
             self.flow.labels.note(core(affected), safety, f"{self.func._schema.name} {what}")
+
+
+def _apply(step: _Step) -> None:
+    """Follow an operation; one that its rule does not expect costs the channels in it, not the network."""
+    try:
+        _rule_for(step.func)(step)
+    except Exception as error:
+        step.note("unsupported", f"does something unexpected to these channels ({type(error).__name__}: {error})")
 
 
 def _unknown(step: _Step) -> None:
