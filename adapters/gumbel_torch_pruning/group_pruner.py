@@ -140,8 +140,8 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     def _trace(self, arguments: Mapping[str, Any]) -> None:
         """Let Torch-Pruning read its arguments and trace the model."""
-        inputs, own_heads = self.example_inputs, bool(arguments["num_heads"])
-        with calling(self.model, self._forward, inputs), traceable(self.model, inputs, own_attention=own_heads):
+        inputs, named = self.example_inputs, arguments["num_heads"]
+        with calling(self.model, self._forward, inputs), traceable(self.model, inputs, named):
             super().__init__(self.model, inputs, forward_fn=call_model, output_transform=mark_outputs, **arguments)
         check_graph(self, arguments)
 
