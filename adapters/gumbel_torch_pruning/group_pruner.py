@@ -143,7 +143,7 @@ class GumbelGroupPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         inputs, named = self.example_inputs, arguments["num_heads"]
         with calling(self.model, self._forward, inputs), traceable(self.model, inputs, named):
             super().__init__(self.model, inputs, forward_fn=call_model, output_transform=mark_outputs, **arguments)
-        check_graph(self, arguments)
+        check_graph(self, arguments, self._dependency)
 
     # Training -----------------------------------------------------------------------------------------------------
 

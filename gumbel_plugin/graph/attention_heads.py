@@ -192,13 +192,13 @@ class NamedHeads:
 
 
 KINDS: list[AttentionKind] = [
+    ObservedHeads(),
     TorchHeads(),
     CompactHeads(),
     WindowHeads(),
     LinearHeads(("q_proj", "k_proj", "v_proj"), "o_proj"),  # Llama and its family
     LinearHeads(("q_proj", "k_proj", "v_proj"), "out_proj"),  # CLIP, BART, OPT, ...
     LinearHeads(("query", "key", "value"), "output.dense", outside=True),  # BERT and its family
-    ObservedHeads(),
 ]
 """The kinds of attention that are known; the first that matches a layer is taken."""
 
@@ -212,6 +212,21 @@ def is_hidden(layer: nn.Module) -> bool:
     """Whether a module is an attention layer into which nobody looks while a dependency graph is traced."""
     kind = kind_of(layer)
     return kind is not None and kind.hidden
+
+
+def is_known(model: nn.Module, name: str) -> bool:
+    """Whether all that the heads of an attention layer have is known from its kind, so that nothing is to be observed.
+
+    A table of position biases, say, is none of the projections that a kind knows of, and has an entry per head.
+    """
+    layer = model.get_submodule(name)
+    kind = next((kind for kind in KINDS if kind.hidden and kind.matches(layer)), None)
+    group = None if kind is None else kind.describe(name, model)
+    if group is None or not isinstance(kind, LinearHeads):
+        return kind is not None and not isinstance(kind, LinearHeads)
+    listed = tuple(f"{part.module}." for part in (*group.producers, *group.consumers))
+    others = [p for key, p in layer.named_parameters() if not f"{name}.{key}".startswith(listed)]
+    return not any(group.size in parameter.shape for parameter in others)
 
 
 def find_heads(model: nn.Module) -> list[ChannelGroup]:

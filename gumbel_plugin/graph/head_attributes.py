@@ -91,15 +91,21 @@ def _agree(expected: list[Tensor], outputs: list[Tensor], widths_differ: bool) -
 
 def _candidates(layer: nn.Module, layout: HeadLayout) -> list[tuple[Place, int]]:
     """Return the numbers that can be proportional to heads, each with its value."""
-    found = []
+    found, sizes = [], _sizes(layout)
     for path, module in layer.named_modules():
         if type(module).__module__.startswith(_OF_TORCH) or isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             continue
         for name, value in vars(module).items():
-            whole = isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_")
-            if whole and value in _sizes(layout) and value % layout.count == 0:
-                found.append(((path, name), value))
+            several = isinstance(value, tuple | list)
+            for place, number in enumerate(value) if several else [(-1, value)]:
+                if _is_whole(number) and not name.startswith("_"):
+                    if number in sizes and number % layout.count == 0:
+                        found.append(((path, name, place), number))
     return found
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _sizes(layout: HeadLayout) -> set[int]:
@@ -112,7 +118,7 @@ def _sizes(layout: HeadLayout) -> set[int]:
 
 def _combinations(candidates: list[tuple[Place, int]], layout: HeadLayout) -> Iterator[tuple[Place, ...]]:
     """Yield combinations of numbers, beginning with what their names suggest."""
-    likely = [_is_likely(name, value, layout) for (_, name), value in candidates]
+    likely = [_is_likely(name, value, layout) for (_, name, _), value in candidates]
     order: Callable[[int], tuple[bool, bool]] = lambda place: (likely[place], candidates[place][1] != layout.count)  # noqa: E731
     free = sorted(range(len(candidates)), key=order)[:_MOST_NUMBERS]
     for count in range(len(free) + 1):
@@ -126,6 +132,8 @@ def _is_likely(name: str, value: int, layout: HeadLayout) -> bool:
     width = len(layout.columns.positions)
     if value == width or value > width:
         return any(part in name for part in ("head", "attn", "inner", "qk", "val", "all"))
+    if value == layout.count and "shape" in name:
+        return True
     return "head" in name and not any(part in name for part in ("dim", "size", "channels"))
 
 

@@ -35,7 +35,7 @@ from gumbel_plugin.layers.precision import computing_in
 
 
 def observe_heads(
-    model: nn.Module, example_inputs: Any, known: Callable[[nn.Module], bool], named: Mapping[nn.Module, int]
+    model: nn.Module, example_inputs: Any, known: Callable[[nn.Module, str], bool], named: Mapping[nn.Module, int]
 ) -> None:
     """Note on every attention layer of a model where its heads are, if that can be observed.
 
@@ -90,11 +90,11 @@ class _Softmaxes(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("softmax", "scaled_dot_product_attention"):
             first = args[0] if args else next(iter((kwargs or {}).values()))
-            self._tell(first.shape[-3] if first.dim() > 3 else 0)
+            self._tell(first.shape[-3] if first.dim() > 3 else 0)  # 0: unknown
         return func(*args, **(kwargs or {}))
 
 
-def _suspects(model: nn.Module, example_inputs: Any, known: Callable[[nn.Module], bool]) -> list[_Suspect]:
+def _suspects(model: nn.Module, example_inputs: Any, known: Callable[[nn.Module, str], bool]) -> list[_Suspect]:
     """Return the layers in which a softmax is computed and that have projections, each with who reads it next."""
     matrices = {name for name, module in model.named_modules() if isinstance(module, READERS)}
     owners = {name for name, module in model.named_modules() if any(m is not module for m in _matrices(module))}
@@ -104,21 +104,23 @@ def _suspects(model: nn.Module, example_inputs: Any, known: Callable[[nn.Module]
 
     def meet(heads: int) -> None:
         owner = next((name for name in reversed(above) if name in owners), "")
-        if owner and not any(known(model.get_submodule(name)) for name in above if name):
+        if owner and not any(known(model, name) for name in above if name):
             suspect = found.setdefault(owner, _Suspect(owner))
-            suspect.counts += [heads] if heads > 1 else []
+            suspect.counts += [heads] if heads else []
             waiting.append(suspect)
 
     def enter(name: str) -> None:
         above.append(name)
         if name in matrices:
-            for suspect in waiting:
+            width = width_of(model.get_submodule(name))
+            reading = [suspect for suspect in waiting if width not in suspect.counts]  # it is no mixer of heads
+            for suspect in reading:
                 suspect.reader = name
-            waiting.clear()
+                waiting.remove(suspect)
 
     with _entered(model, enter, above.pop), observing(model), _Softmaxes(meet):
         call_model(model, example_inputs)
-    return [suspect for suspect in found.values() if suspect.reader]
+    return [suspect for suspect in found.values() if suspect.reader and 1 not in suspect.counts]
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Module]:

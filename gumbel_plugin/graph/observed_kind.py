@@ -21,8 +21,9 @@ READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MARK = "_gumbel_heads"
 _NORMS = nn.modules.batchnorm._BatchNorm
 
-Place = tuple[str, str]
-"""A whole number that counts heads or their channels: the module, by its path, and the attribute."""
+Place = tuple[str, str, int]
+"""A whole number that counts heads or their channels: the module, by its path, the attribute, and where it is a tuple
+the place in that; -1 where not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,9 +174,15 @@ def cut_layer(layer: nn.Module, layout: HeadLayout, units: Tensor, attributes: S
     """
     for cut in layout.cuts:
         _cut(layer, cut, units)
-    for path, attribute in layout.attributes if attributes is None else attributes:
+    left = layout.count - len(units)
+    for path, attribute, place in layout.attributes if attributes is None else attributes:
         owner = layer.get_submodule(path)
-        setattr(owner, attribute, getattr(owner, attribute) // layout.count * (layout.count - len(units)))
+        before = getattr(owner, attribute)
+        if place < 0:
+            setattr(owner, attribute, before // layout.count * left)
+        else:
+            lower = (*before[:place], before[place] // layout.count * left, *before[place + 1 :])
+            setattr(owner, attribute, type(before)(lower) if type(before) in (tuple, torch.Size) else list(lower))
 
 
 def cut_columns(reader: nn.Module, layout: HeadLayout, units: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
 from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, shorten
-from gumbel_plugin.graph.attention_heads import is_hidden, opaque_attention
+from gumbel_plugin.graph.attention_heads import is_hidden, is_known, opaque_attention
 from gumbel_plugin.graph.exactness import ExactnessAnalysis, Treatment
 from gumbel_plugin.graph.observed_heads import observe_heads
 from gumbel_plugin.graph.observed_kind import heads_apart, observed_names
@@ -92,7 +92,7 @@ def traceable(
         GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
     """
     checked_inputs(example_inputs)
-    observe_heads(model, example_inputs, is_hidden, named_heads or {})
+    observe_heads(model, example_inputs, is_known, named_heads or {})
     own_attention = bool(named_heads) and not observed_names(model, named_heads or {})
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     inside = nullcontext() if own_attention else opaque_attention(model)
