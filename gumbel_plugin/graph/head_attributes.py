@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gumbel_plugin.graph.observed_kind import HeadLayout, Place, cut_columns, cut_layer
+from gumbel_plugin.graph.observed_kind import HeadCut, HeadLayout, Place, cut_columns, cut_layer
 from gumbel_plugin.layers.example_inputs import named_tensors
 
 _MOST_NUMBERS = 6  # of which every combination is tried
@@ -26,15 +27,37 @@ class Call:
     Attributes:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
+        cuts: What the arguments lose with heads; the tensor is the number of an argument, see `is_argument`.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    cuts: tuple[HeadCut, ...] = ()
+
+    def without(self, cuts: Sequence[HeadCut]) -> Call:
+        """Return the same call, of which it is known what its arguments lose."""
+        return replace(self, cuts=tuple(cuts))
+
+    def with_fewer(self, removed: Tensor) -> Call:
+        """Return the call of a layer that has lost some heads."""
+        leaves, form = tree_flatten((self.args, dict(self.kwargs)))
+        places = [place for place, leaf in enumerate(leaves) if is_argument(leaf)]
+        for cut in self.cuts:
+            place = places[int(cut.tensor)]
+            kept = torch.ones(leaves[place].shape[cut.dim], dtype=torch.bool)
+            kept[cut.without(removed)[0]] = False
+            leaves[place] = leaves[place].index_select(cut.dim, torch.nonzero(kept).flatten().to(leaves[place].device))
+        return Call(*tree_unflatten(leaves, form))
 
     def __call__(self, layer: nn.Module) -> list[Tensor]:
         """Call a layer alike, or a copy of it; return the tensors of its output."""
         args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)))  # caches are written into
         return [tensor for _, tensor in named_tensors(layer(*args, **kwargs))]
+
+
+def is_argument(leaf: Any) -> bool:
+    """Whether a part of a layer's arguments is a tensor that may have something for every head; these are numbered."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def find_attributes(layer: nn.Module, layout: HeadLayout, call: Call, inside: str | None) -> tuple[Place, ...] | None:
@@ -50,14 +73,14 @@ def find_attributes(layer: nn.Module, layout: HeadLayout, call: Call, inside: st
         The numbers; None if the layer computes the same without some heads whatever is changed.
     """
     removed = torch.arange(layout.count)[1::2]
-    expected = _closed(layer, layout, call, inside, removed)
+    expected, shorter = _closed(layer, layout, call, inside, removed), call.with_fewer(removed)
     for places in _combinations(_candidates(layer, layout), layout):
         try:
             small = copy.deepcopy(layer)
             cut_layer(small, layout, removed, places)
             if inside is not None:
                 cut_columns(small.get_submodule(inside), layout, removed)
-            if _agree(expected, call(small), widths_differ=inside is None):
+            if _agree(expected, shorter(small), widths_differ=inside is None):
                 return places
         except Exception as error:  # noqa: BLE001, F841  code of the network's own, with a combination it is not for
             continue

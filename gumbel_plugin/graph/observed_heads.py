@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gumbel_plugin.graph.attention_at_work import PlainAttention, Softmaxes, dependencies
 from gumbel_plugin.graph.exactness.empirical_check import double_copy, perturb
-from gumbel_plugin.graph.head_attributes import Call, find_attributes
+from gumbel_plugin.graph.head_attributes import Call, find_attributes, is_argument
 from gumbel_plugin.graph.observed_kind import (
     READERS,
     HeadCut,
@@ -28,6 +28,7 @@ from gumbel_plugin.graph.observed_kind import (
     columns_of,
     note_layout,
     observed_names,
+    tied,
     width_of,
 )
 from gumbel_plugin.layers.example_inputs import call_model, observing, random_inputs_like
@@ -77,23 +78,6 @@ class _Suspect:
 # Where attention is computed ------------------------------------------------------------------------------------------
 
 
-class _Softmaxes(TorchFunctionMode):
-    """Tells of every softmax, with the number of heads that it seems to have."""
-
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        super().__init__()
-        self._tell = tell
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("softmax", "scaled_dot_product_attention"):
-            first = args[0] if args else next(iter((kwargs or {}).values()))
-            self._tell(first.shape[-3] if first.dim() > 3 else 0)  # 0: unknown
-        return func(*args, **(kwargs or {}))
-
-
 def _suspects(model: nn.Module, example_inputs: Any, known: Callable[[nn.Module, str], bool]) -> list[_Suspect]:
     """Return the layers in which a softmax is computed and that have projections, each with who reads it next."""
     matrices = {name for name, module in model.named_modules() if isinstance(module, READERS)}
@@ -118,7 +102,7 @@ def _suspects(model: nn.Module, example_inputs: Any, known: Callable[[nn.Module,
                 suspect.reader = name
                 waiting.remove(suspect)
 
-    with _entered(model, enter, above.pop), observing(model), _Softmaxes(meet):
+    with _entered(model, enter, above.pop), observing(model), Softmaxes(meet):
         call_model(model, example_inputs)
     return [suspect for suspect in found.values() if suspect.reader and 1 not in suspect.counts]
 
@@ -144,51 +128,6 @@ def _entered(model: nn.Module, enter: Callable[[str], None], leave: Callable[[],
 # What each head depends on --------------------------------------------------------------------------------------------
 
 
-class _PlainAttention(TorchFunctionMode):
-    """Computes attention with another function in the softmax's place, which hides no dependency.
-
-    A softmax does not change when its inputs all rise alike, as they do with a bias of keys: no gradient would tell
-    that heads depend on it.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name == "scaled_dot_product_attention":
-            return _attend(*args, **kwargs)
-        if name == "softmax":
-            return _weights(args[0] if args else next(iter(kwargs.values())))
-        return func(*args, **kwargs)
-
-
-def _weights(scores: Tensor) -> Tensor:
-    return scores.double().sigmoid() / max(scores.shape[-1], 1)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if enable_gqa:
-        key, value = (
-            each.repeat_interleave(query.shape[-3] // each.shape[-3], dim=-3) for each in (key, value)
-        )
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask
-    weights = _weights(scores)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        weights = weights * attn_mask
-    return (weights.tril() if is_causal else weights) @ value
-
-
 @dataclass(frozen=True, eq=False)
 class _Seen:
     """One call of a suspect: how it was called, and what its heads use of each tensor.
@@ -197,10 +136,12 @@ class _Seen:
         call: The call.
         used: For tensors of the layer, by path, and of its arguments, by number: which entries (columns) along each
             dimension each head (rows) depends on.
+        sources: Of arguments that another suspect returned, by number, that suspect's name.
     """
 
     call: Call
     used: Mapping[str | int, Sequence[Tensor]]
+    sources: Mapping[int, str]
 
 
 def _observed(
@@ -212,14 +153,14 @@ def _observed(
     inputs = random_inputs_like(example_inputs, generator, torch.float64)
     seen: dict[str, list[tuple[int, _Seen]]] = {}
     with observing(model), computing_in(torch.float64), torch.enable_grad():
-        with _probed(model, suspects, counts, seen), _PlainAttention():
+        with _probed(model, suspects, counts, seen), PlainAttention():
             call_model(model, inputs)
         found = {}
         for suspect in suspects:
             layout = _layout(model, suspect, seen.get(suspect.name, ()))
             if layout is not None:
                 found[suspect.name] = layout
-    return found
+    return tied(found)
 
 
 @contextmanager
@@ -229,7 +170,8 @@ def _probed(
     """Note of the first call of every suspect what its heads depend on."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    probes = [_Probe(model, suspect, counts, seen) for suspect in suspects]
+    returned: dict[int, tuple[str, Tensor]] = {}
+    probes = [_Probe(model, suspect, counts, seen, returned) for suspect in suspects]
     handles = [handle for probe in probes for handle in probe.handles()]
     try:
         yield
@@ -242,10 +184,16 @@ class _Probe:
     """Hooks around one suspect: its inputs become leaves, and the reader's input is differentiated."""
 
     def __init__(
-        self, model: nn.Module, suspect: _Suspect, counts: Sequence[int], seen: dict[str, list[tuple[int, _Seen]]]
+        self,
+        model: nn.Module,
+        suspect: _Suspect,
+        counts: Sequence[int],
+        seen: dict[str, list[tuple[int, _Seen]]],
+        returned: dict[int, tuple[str, Tensor]],
     ) -> None:
         self._layer, self._reader = model.get_submodule(suspect.name), model.get_submodule(suspect.reader)
-        self._suspect, self._seen = suspect, seen
+        self._suspect, self._seen, self._returned = suspect, seen, returned
+        self._sources: dict[int, str] = {}
         self._counts = _possible_counts(self._layer, width_of(self._reader), [*counts, *suspect.counts])
         self._call: Call | None = None
         self._leaves: dict[str | int, Tensor] = {}
@@ -254,25 +202,33 @@ class _Probe:
         """Register the hooks."""
         return [
             self._layer.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._layer.register_forward_hook(self._leave),
             self._reader.register_forward_pre_hook(self._read),
         ]
 
     def _enter(self, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self._call = Call(*tree_map(_without_history, (args, kwargs)))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if is_argument(leaf)]
+        known = [(place, self._returned.get(id(leaf))) for place, leaf in enumerate(given)]
+        self._sources = {place: each[0] for place, each in known if each is not None}
         args, kwargs = tree_map(_as_leaf, (self._call.args, self._call.kwargs))
         own = [*layer.named_parameters(), *layer.named_buffers()]
         self._leaves = {name: tensor.requires_grad_(True) for name, tensor in own if tensor.is_floating_point()}
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        self._leaves.update(enumerate(inputs))
+        self._leaves.update(enumerate(leaf for leaf in tree_leaves((args, kwargs)) if is_argument(leaf)))
         return args, kwargs
+
+    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._returned[id(leaf)] = self._suspect.name, leaf
 
     def _read(self, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._call is None or not args or not args[0].requires_grad or self._suspect.name in self._seen:
             return None
         tensors = {name: tensor for name, tensor in self._leaves.items() if tensor.requires_grad}
         for heads in self._counts:
-            used = _dependencies(args[0], channels_of(reader), heads, tensors)
-            self._seen.setdefault(self._suspect.name, []).append((heads, _Seen(self._call, used)))
+            used = dependencies(args[0], channels_of(reader), heads, tensors)
+            self._seen.setdefault(self._suspect.name, []).append((heads, _Seen(self._call, used, self._sources)))
             if _units(used, heads).max() > 0:
                 break
         return (args[0].detach(), *args[1:])
@@ -299,31 +255,7 @@ def _without_history(leaf: Any) -> Any:
 
 
 def _as_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        return leaf.detach().requires_grad_(True)
-    return leaf
-
-
-def _dependencies(
-    read: Tensor, dim: int, heads: int, tensors: Mapping[str | int, Tensor]
-) -> dict[str | int, list[Tensor]]:
-    """Return which entries of tensors, along each of their dimensions, each head's columns depend on."""
-    size = read.shape[dim] // heads
-    noise = torch.rand(read.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(read) + 0.5
-    used: dict[str | int, list[Tensor]] = {
-        key: [torch.zeros(heads, length, dtype=torch.bool) for length in tensor.shape]
-        for key, tensor in tensors.items()
-    }
-    for head in range(heads):
-        weights = torch.zeros_like(read)
-        weights.narrow(dim, head * size, size).copy_(noise.narrow(dim, head * size, size))
-        gradients = torch.autograd.grad(read, list(tensors.values()), weights, retain_graph=True, allow_unused=True)
-        for key, gradient in zip(tensors, gradients, strict=True):
-            if gradient is not None:
-                touched = (gradient != 0).cpu()  # NaN too
-                for d in range(gradient.dim()):
-                    used[key][d][head] = touched.movedim(d, 0).reshape(len(touched.movedim(d, 0)), -1).any(1)
-    return used
+    return leaf.detach().requires_grad_(True) if is_argument(leaf) else leaf
 
 
 # Which heads belong together ------------------------------------------------------------------------------------------
@@ -357,17 +289,20 @@ def _layout(model: nn.Module, suspect: _Suspect, seen: Sequence[tuple[int, _Seen
     count = int(unit.max()) + 1
     columns = columns_of(reader, heads)
     columns = replace(columns, units=unit[columns.units])
-    cuts, reason = _cuts(layer, last.used, unit)
+    cuts, given, reason = _cuts(layer, last.used, unit)
     layout = HeadLayout(count, suspect.reader, columns, tuple(cuts))
+    sources = {last.sources.get(int(cut.tensor), "") for cut in given}
     if count == 1:
         reason = "every head depends on what all of them compute: they are mixed, or normalized together"
     elif len(torch.unique(unit.bincount())) > 1:
         reason = "its heads share keys and values in groups of different sizes"
     elif not cuts:
         return None
+    elif "" in sources or len(sources) > 1:
+        reason = "what it is given has a part for every head, and is computed elsewhere"
     if reason:
         return replace(layout, reason=reason)
-    return _tried(layer, layout, last.call, _inside(suspect))
+    return _tried(layer, replace(layout, leader="".join(sources)), last.call.without(given), _inside(suspect))
 
 
 def _tried(layer: nn.Module, layout: HeadLayout, call: Call, inside: str | None) -> HeadLayout:
@@ -385,28 +320,33 @@ def _inside(suspect: _Suspect) -> str | None:
     return suspect.reader.removeprefix(prefix) if suspect.reader.startswith(prefix) else None
 
 
-def _cuts(layer: nn.Module, used: Mapping[str | int, Sequence[Tensor]], unit: Tensor) -> tuple[list[HeadCut], str]:
-    """Return what leaves every tensor of a layer with its heads, and why that is not possible."""
-    cuts, reason = [], ""
+def _cuts(
+    layer: nn.Module, used: Mapping[str | int, Sequence[Tensor]], unit: Tensor
+) -> tuple[list[HeadCut], list[HeadCut], str]:
+    """Return what leaves a layer's tensors and what it is given with its heads, and why that is not possible."""
+    cuts: list[HeadCut] = []
+    given: list[HeadCut] = []
+    reason = ""
     for key, dims in used.items():
         along = _by_head(dims)
         if not along:
             continue
-        if isinstance(key, int):
-            reason = "what it is given has a part for every head, and is computed elsewhere"
-            continue
         entries = dims[along[0]]
         own = ~entries.all(0)
         positions = torch.nonzero(own).flatten()
-        cut = HeadCut(key, along[0], positions, unit[entries[:, own].int().argmax(0)])
+        cut = HeadCut(str(key), along[0], positions, unit[entries[:, own].int().argmax(0)])
         if len(along) > 1 or bool((own & ~entries.any(0)).any()):
-            reason = f"{key} belongs to its heads in no way that is known"
-        elif not can_be_cut(layer, cut):
+            reason = f"{_called(key)} belongs to its heads in no way that is known"
+        elif isinstance(key, str) and not can_be_cut(layer, cut):
             reason = f"{key} has a part for every head, and cannot be cut"
         elif len(torch.unique(cut.units.bincount(minlength=int(unit.max()) + 1))) > 1:
-            reason = f"{key} has parts of different sizes for its heads"
-        cuts.append(cut)
-    return cuts, reason
+            reason = f"{_called(key)} has parts of different sizes for its heads"
+        (cuts if isinstance(key, str) else given).append(cut)
+    return cuts, given, reason
+
+
+def _called(key: str | int) -> str:
+    return key if isinstance(key, str) else "what it is given"
 
 
 

@@ -65,6 +65,9 @@ class HeadLayout:
         cuts: What parameters and buffers of the attention layer lose.
         attributes: Whole numbers that are proportional to the number of heads.
         reason: Why no head can leave, empty if some can.
+        leader: The layer with whose heads these leave, because it computes something of every head for both; empty if
+            they leave by themselves.
+        followers: The layers whose heads leave with these.
     """
 
     count: int
@@ -73,6 +76,8 @@ class HeadLayout:
     cuts: tuple[HeadCut, ...]
     attributes: tuple[Place, ...] = ()
     reason: str = ""
+    leader: str = ""
+    followers: tuple[str, ...] = ()
 
     def without(self, removed: Tensor) -> HeadLayout:
         """Return where heads are when some have left."""
@@ -105,8 +110,33 @@ def note_layout(layer: nn.Module, layout: HeadLayout | None) -> None:
     }
 
 
+def tied(layouts: Mapping[str, HeadLayout]) -> dict[str, HeadLayout]:
+    """Bring layers together that share something of every head, such as position biases that the first one computes.
+
+    Args:
+        layouts: By the layer's name, in the order in which they are called; each knows from whom it got something.
+    """
+    first: dict[str, str] = {}
+    for name, layout in layouts.items():
+        first[name] = first.get(layout.leader, layout.leader) or name
+    found = dict(layouts)
+    for name in layouts:
+        members = [other for other in layouts if first[other] == first[name]]
+        reasons = [layouts[member].reason for member in members if layouts[member].reason]
+        if first[name] not in layouts or len({layouts[member].count for member in members}) > 1:
+            reasons.append("it shares something of every head with layers that have other heads")
+        leads = first[name] == name
+        found[name] = replace(
+            layouts[name],
+            reason=layouts[name].reason or next(iter(reasons), ""),
+            leader="" if leads else first[name],
+            followers=tuple(members[1:]) if leads else (),
+        )
+    return found
+
+
 def observed_names(model: nn.Module, named: Mapping[nn.Module, int]) -> dict[str, list[nn.Module]]:
-    """Return the attention layers to which named layers belong, with these; nothing unless all named ones fit.
+    """Return the attention layers with whose heads those of named layers leave; nothing unless all named ones fit.
 
     Args:
         model: The model.
@@ -117,9 +147,10 @@ def observed_names(model: nn.Module, named: Mapping[nn.Module, int]) -> dict[str
         layout = layout_of(layer)
         if layout is not None and not layout.reason:
             own = [_owner(layer, cut.tensor)[0] for cut in layout.cuts if cut.tensor.endswith("weight")]
-            found[name] = [part for part in own if named.get(part, 1) % layout.count == 0]
+            fitting = [part for part in own if part in named and named[part] % layout.count == 0]
+            found.setdefault(layout.leader or name, []).extend(fitting)
     held = {part for parts in found.values() for part in parts}
-    return {name: parts for name, own in found.items() if (parts := [p for p in own if p in named])} if held.issuperset(named) else {}
+    return {name: parts for name, parts in found.items() if parts} if held.issuperset(named) else {}
 
 
 class ObservedHeads(AttentionKind):
@@ -133,34 +164,52 @@ class ObservedHeads(AttentionKind):
 
     def describe(self, name: str, model: nn.Module) -> ChannelGroup | None:
         """See `AttentionKind.describe`."""
-        layer = model.get_submodule(name)
-        layout = layout_of(layer)
+        layout = layout_of(model.get_submodule(name))
         assert layout is not None
-        columns = ChannelSlice(layout.reader, layout.columns.positions, layout.columns.units)
+        if layout.leader and not layout.reason:
+            return None  # its heads are its leader's
         if layout.reason:
-            return ChannelGroup(name, layout.count, (), (columns,), "unsupported", layout.reason)
-        listed, outside = [], 0
-        for cut in layout.cuts:
-            owner, attribute = _owner(layer, cut.tensor)
-            tensor: Tensor = getattr(owner, attribute)
-            if isinstance(owner, READERS) and cut.dim == 0:
-                if attribute == "weight":
-                    listed.append(ChannelSlice(f"{name}.{cut.tensor}".removesuffix(".weight"), cut.positions, cut.units))
-            elif isinstance(tensor, nn.Parameter):
-                outside += len(cut.positions) * tensor.numel() // tensor.shape[cut.dim]
-        return ChannelGroup(
-            name, layout.count, tuple(listed), (columns,), unlisted_weights=outside // max(layout.count, 1)
-        )
+            return ChannelGroup(name, layout.count, (), (_columns(layout),), "unsupported", layout.reason)
+        producers: list[ChannelSlice] = []
+        consumers, outside = [], 0
+        for path in (name, *layout.followers):
+            layer = model.get_submodule(path)
+            own = layout_of(layer)
+            assert own is not None
+            listed, others = _parts(layer, own)
+            producers += [ChannelSlice(f"{path}.{cut.tensor.removesuffix('.weight')}", cut.positions, cut.units) for cut in listed]
+            consumers.append(_columns(own))
+            outside += others
+        return ChannelGroup(name, layout.count, tuple(producers), tuple(consumers), unlisted_weights=outside)
 
     def remove(self, name: str, model: nn.Module, units: Tensor) -> None:
         """See `AttentionKind.remove`."""
-        layer = model.get_submodule(name)
-        layout = layout_of(layer)
-        assert layout is not None
-        cut_layer(layer, layout, units)
-        reader = model.get_submodule(layout.reader)
-        _cut(reader, layout.columns, units)
-        note_layout(layer, layout.without(units))
+        leader = layout_of(model.get_submodule(name))
+        assert leader is not None
+        for path in (name, *leader.followers):
+            layer = model.get_submodule(path)
+            layout = layout_of(layer)
+            assert layout is not None
+            cut_layer(layer, layout, units)
+            cut_columns(model.get_submodule(layout.reader), layout, units)
+            note_layout(layer, layout.without(units))
+
+
+def _columns(layout: HeadLayout) -> ChannelSlice:
+    return ChannelSlice(layout.reader, layout.columns.positions, layout.columns.units)
+
+
+def _parts(layer: nn.Module, layout: HeadLayout) -> tuple[list[HeadCut], int]:
+    """Return what heads lose of weights that compute channels, and how many other numbers belong to each."""
+    listed, others = [], 0
+    for cut in layout.cuts:
+        owner, attribute = _owner(layer, cut.tensor)
+        tensor: Tensor = getattr(owner, attribute)
+        if isinstance(owner, READERS) and cut.dim == 0:
+            listed += [cut] if attribute == "weight" else []
+        elif isinstance(tensor, nn.Parameter):
+            others += len(cut.positions) * tensor.numel() // tensor.shape[cut.dim]
+    return listed, others // layout.count
 
 
 def cut_layer(layer: nn.Module, layout: HeadLayout, units: Tensor, attributes: Sequence[Place] | None = None) -> None:
