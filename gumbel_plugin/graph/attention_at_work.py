@@ -60,9 +60,7 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     if enable_gqa:
-        key, value = (
-            each.repeat_interleave(query.shape[-3] // each.shape[-3], dim=-3) for each in (key, value)
-        )
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], dim=-3) for each in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask

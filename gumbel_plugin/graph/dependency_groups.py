@@ -136,9 +136,9 @@ class DependencyGroups:
         for name in self._observed:
             before = next(group.size for group in self.groups if group.name == name)
             layout = layout_of(self.model.get_submodule(name))
-            for layer in self._observed[name] if layout else ():
-                for counts in (pruner.num_heads, pruner.out_channel_groups):
-                    counts[layer] = counts[layer] // before * layout.count
+            left = before if layout is None else layout.count
+            for layer, counts in itertools.product(self._observed[name], (pruner.num_heads, pruner.out_channel_groups)):
+                counts[layer] = counts[layer] // before * left
         for name, heads in self._named_heads.items():
             group = next(group for group in self.groups if group.name == name)
             heads.sync(self.model, group.size)

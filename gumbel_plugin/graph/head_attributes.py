@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +82,7 @@ def find_attributes(layer: nn.Module, layout: HeadLayout, call: Call, inside: st
                 cut_columns(small.get_submodule(inside), layout, removed)
             if _agree(expected, shorter(small), widths_differ=inside is None):
                 return places
-        except Exception as error:  # noqa: BLE001, F841  code of the network's own, with a combination it is not for
+        except Exception:  # of the network's own code, with a combination that it is not for
             continue
     return None
 
@@ -92,7 +92,7 @@ def _closed(layer: nn.Module, layout: HeadLayout, call: Call, inside: str | None
     gone = layout.columns.positions[torch.isin(layout.columns.units, removed)]
     if inside is not None:
         whole = copy.deepcopy(layer)
-        whole.get_submodule(inside).weight.data.index_fill_(1, gone, 0.0)  # type: ignore[union-attr, operator]
+        whole.get_submodule(inside).weight.data.index_fill_(1, gone, 0.0)
         return call(whole)
     outputs, width = call(layer), len(layout.columns.positions)
     kept = torch.ones(width, dtype=torch.bool)
@@ -121,9 +121,9 @@ def _candidates(layer: nn.Module, layout: HeadLayout) -> list[tuple[Place, int]]
         for name, value in vars(module).items():
             several = isinstance(value, tuple | list)
             for place, number in enumerate(value) if several else [(-1, value)]:
-                if _is_whole(number) and not name.startswith("_"):
-                    if number in sizes and number % layout.count == 0:
-                        found.append(((path, name, place), number))
+                whole = _is_whole(number) and not name.startswith("_")
+                if whole and number in sizes and number % layout.count == 0:
+                    found.append(((path, name, place), number))
     return found
 
 
@@ -142,8 +142,8 @@ def _sizes(layout: HeadLayout) -> set[int]:
 def _combinations(candidates: list[tuple[Place, int]], layout: HeadLayout) -> Iterator[tuple[Place, ...]]:
     """Yield combinations of numbers, beginning with what their names suggest."""
     likely = [_is_likely(name, value, layout) for (_, name, _), value in candidates]
-    order: Callable[[int], tuple[bool, bool]] = lambda place: (likely[place], candidates[place][1] != layout.count)  # noqa: E731
-    free = sorted(range(len(candidates)), key=order)[:_MOST_NUMBERS]
+    free = sorted(range(len(candidates)), key=lambda place: (likely[place], candidates[place][1] != layout.count))
+    free = free[:_MOST_NUMBERS]
     for count in range(len(free) + 1):
         for changed in itertools.combinations(free, count):
             chosen = [yes != (place in changed) for place, yes in enumerate(likely)]
@@ -158,6 +158,3 @@ def _is_likely(name: str, value: int, layout: HeadLayout) -> bool:
     if value == layout.count and "shape" in name:
         return True
     return "head" in name and not any(part in name for part in ("dim", "size", "channels"))
-
-
-

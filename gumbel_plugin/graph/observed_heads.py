@@ -26,12 +26,15 @@ from gumbel_plugin.graph.observed_kind import (
     can_be_cut,
     channels_of,
     columns_of,
+    is_statistic,
     note_layout,
     observed_names,
+    statistics_of,
     tied,
     width_of,
 )
 from gumbel_plugin.layers.example_inputs import call_model, observing, random_inputs_like
+from gumbel_plugin.layers.geometry import groups_of
 from gumbel_plugin.layers.precision import computing_in
 
 
@@ -51,7 +54,7 @@ def observe_heads(
     try:
         suspects = _suspects(model, example_inputs, known)
         layouts = _observed(double_copy(model), example_inputs, suspects, [*named.values()]) if suspects else {}
-    except Exception:  # noqa: BLE001  whoever traces the model next says what is wrong with it
+    except Exception:
         return
     for name, layout in layouts.items():
         note_layout(model.get_submodule(name), layout)
@@ -80,7 +83,9 @@ class _Suspect:
 
 def _suspects(model: nn.Module, example_inputs: Any, known: Callable[[nn.Module, str], bool]) -> list[_Suspect]:
     """Return the layers in which a softmax is computed and that have projections, each with who reads it next."""
-    matrices = {name for name, module in model.named_modules() if isinstance(module, READERS)}
+    matrices = {
+        name for name, module in model.named_modules() if isinstance(module, READERS) and groups_of(module) == 1
+    }
     owners = {name for name, module in model.named_modules() if any(m is not module for m in _matrices(module))}
     above: list[str] = []
     found: dict[str, _Suspect] = {}
@@ -212,7 +217,7 @@ class _Probe:
         known = [(place, self._returned.get(id(leaf))) for place, leaf in enumerate(given)]
         self._sources = {place: each[0] for place, each in known if each is not None}
         args, kwargs = tree_map(_as_leaf, (self._call.args, self._call.kwargs))
-        own = [*layer.named_parameters(), *layer.named_buffers()]
+        own = [*layer.named_parameters(), *(each for each in layer.named_buffers() if not is_statistic(layer, each[0]))]
         self._leaves = {name: tensor.requires_grad_(True) for name, tensor in own if tensor.is_floating_point()}
         self._leaves.update(enumerate(leaf for leaf in tree_leaves((args, kwargs)) if is_argument(leaf)))
         return args, kwargs
@@ -276,7 +281,8 @@ def _units(used: Mapping[str | int, Sequence[Tensor]], heads: int) -> Tensor:
                 if int(entry.sum()) > 1:
                     members = unit[entry]
                     unit[torch.isin(unit, members)] = members.min()
-    return torch.unique(unit, return_inverse=True)[1]
+    numbered: Tensor = torch.unique(unit, return_inverse=True)[1]
+    return numbered
 
 
 def _layout(model: nn.Module, suspect: _Suspect, seen: Sequence[tuple[int, _Seen]]) -> HeadLayout | None:
@@ -292,12 +298,12 @@ def _layout(model: nn.Module, suspect: _Suspect, seen: Sequence[tuple[int, _Seen
     cuts, given, reason = _cuts(layer, last.used, unit)
     layout = HeadLayout(count, suspect.reader, columns, tuple(cuts))
     sources = {last.sources.get(int(cut.tensor), "") for cut in given}
-    if count == 1:
+    if not cuts:
+        return None
+    if count == 1 or not any(_is_projection(layer, cut) for cut in cuts):
         reason = "every head depends on what all of them compute: they are mixed, or normalized together"
     elif len(torch.unique(unit.bincount())) > 1:
         reason = "its heads share keys and values in groups of different sizes"
-    elif not cuts:
-        return None
     elif "" in sources or len(sources) > 1:
         reason = "what it is given has a part for every head, and is computed elsewhere"
     if reason:
@@ -341,12 +347,17 @@ def _cuts(
             reason = f"{key} has a part for every head, and cannot be cut"
         elif len(torch.unique(cut.units.bincount(minlength=int(unit.max()) + 1))) > 1:
             reason = f"{_called(key)} has parts of different sizes for its heads"
-        (cuts if isinstance(key, str) else given).append(cut)
+        if isinstance(key, int):
+            given.append(cut)
+        else:
+            cuts += [cut, *statistics_of(layer, cut)]
     return cuts, given, reason
+
+
+def _is_projection(layer: nn.Module, cut: HeadCut) -> bool:
+    above, _, attribute = cut.tensor.rpartition(".")
+    return attribute == "weight" and isinstance(layer.get_submodule(above), READERS)
 
 
 def _called(key: str | int) -> str:
     return key if isinstance(key, str) else "what it is given"
-
-
-

@@ -177,7 +177,9 @@ class ObservedHeads(AttentionKind):
             own = layout_of(layer)
             assert own is not None
             listed, others = _parts(layer, own)
-            producers += [ChannelSlice(f"{path}.{cut.tensor.removesuffix('.weight')}", cut.positions, cut.units) for cut in listed]
+            producers += [
+                ChannelSlice(f"{path}.{cut.tensor.removesuffix('.weight')}", cut.positions, cut.units) for cut in listed
+            ]
             consumers.append(_columns(own))
             outside += others
         return ChannelGroup(name, layout.count, tuple(producers), tuple(consumers), unlisted_weights=outside)
@@ -279,6 +281,20 @@ def can_be_cut(module: nn.Module, cut: HeadCut) -> bool:
     if isinstance(owner, nn.Embedding):
         return cut.dim == 1
     return not type(owner).__module__.startswith("torch.") or attribute != "weight"
+
+
+def is_statistic(module: nn.Module, path: str) -> bool:
+    """Whether a buffer holds statistics of a batch norm, which torch does not differentiate for."""
+    return isinstance(_owner(module, path)[0], _NORMS)
+
+
+def statistics_of(module: nn.Module, cut: HeadCut) -> list[HeadCut]:
+    """Return what a batch norm's statistics lose if its weight loses something."""
+    owner, attribute = _owner(module, cut.tensor)
+    if attribute != "weight" or not isinstance(owner, _NORMS):
+        return []
+    names = (name for name, buffer in owner.named_buffers() if buffer.dim() == 1)
+    return [replace(cut, tensor=cut.tensor.removesuffix("weight") + name) for name in names]
 
 
 def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:

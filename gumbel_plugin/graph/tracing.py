@@ -201,6 +201,7 @@ def catch_up(graph: Any, replaced: Mapping[int, nn.Parameter]) -> None:
     """
     pairs = [(replaced.get(id(parameter), parameter), dim) for parameter, dim in graph.unwrapped_parameters]
     graph.unwrapped_parameters = pairs
+    graph._param_to_name = {replaced.get(id(each), each): name for each, name in graph._param_to_name.items()}
     for node in graph.module2node.values():
         if node.type == tp.ops.OPTYPE.SPLIT and node.module.split_sizes is not None:
             node.module.offsets = [0, *itertools.accumulate(node.module.split_sizes)]
