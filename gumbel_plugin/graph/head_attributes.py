@@ -92,7 +92,7 @@ def _closed(layer: nn.Module, layout: HeadLayout, call: Call, inside: str | None
     gone = layout.columns.positions[torch.isin(layout.columns.units, removed)]
     if inside is not None:
         whole = copy.deepcopy(layer)
-        whole.get_submodule(inside).weight.data.index_fill_(1, gone, 0.0)
+        whole.get_parameter(f"{inside}.weight").data.index_fill_(1, gone, 0.0)
         return call(whole)
     outputs, width = call(layer), len(layout.columns.positions)
     kept = torch.ones(width, dtype=torch.bool)

@@ -317,7 +317,8 @@ def _tried(layer: nn.Module, layout: HeadLayout, call: Call, inside: str | None)
         attributes = find_attributes(layer, layout, call, inside)
     if attributes is None:
         kind = type(layer).__name__
-        return replace(layout, reason=f"the forward of {kind} does not work with fewer heads, whatever counts them")
+        why = "a size is written into it, shared with other layers, or taken from its input"
+        return replace(layout, reason=f"the forward of {kind} does not work with fewer heads: {why}")
     return replace(layout, attributes=attributes)
 
 
