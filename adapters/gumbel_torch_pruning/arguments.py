@@ -16,6 +16,7 @@ from torch import nn
 
 from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest, shown
+from gumbel_plugin.graph.dependency_groups import DependencyGroups
 from gumbel_plugin.graph.tracing import Forward
 from gumbel_plugin.graph.tracing_repairs import missing_pruners
 from gumbel_plugin.layers.example_inputs import call_model
@@ -306,8 +307,8 @@ def _key(key: Any) -> str:
     return ", ".join(shown(part) if isinstance(part, str) else type(part).__name__ for part in parts)
 
 
-def check_graph(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> None:
-    """Check what Torch-Pruning made of the arguments.
+def check_graph(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any], dependency: DependencyGroups) -> None:
+    """Check what Torch-Pruning made of the arguments; warn if heads are to be pruned, but none can be.
 
     Raises:
         ConfigError: If the schedule of ratios is none: one in [0, 1) for 0 steps and for each of the steps.
@@ -330,6 +331,12 @@ def check_graph(pruner: tp.pruner.BasePruner, arguments: Mapping[str, Any]) -> N
                     valid = [names[node] for node in nodes if node in names]
                     name = names[module]
                     raise TargetError(f"{argument}: {name!r} is not in the dependency graph{nearest(name, valid)}")
+    heads = [group for group in dependency.groups if group.name in dependency.heads]
+    if pruner.prune_num_heads and all(group.safety != "exact" for group in heads):
+        reasons = list(dict.fromkeys(f"{group.name}: {group.reason}" for group in heads))
+        reasons[3:] = [f"and {len(reasons) - 3} more"] if len(reasons) > 3 else []
+        why = "; ".join(reasons) or "no attention layer with several heads was found in the model"
+        _logger.warning("prune_num_heads=True prunes no head: %s", why)
 
 
 def forward_of(forward_fn: Forward | None, output_transform: Callable[[Any], Any] | None) -> Forward | None:

@@ -141,10 +141,10 @@ class GumbelGroupPruner(GuardedPruner):
 
     def _trace(self, arguments: Mapping[str, Any]) -> None:
         """Let Torch-Pruning read its arguments and trace the model."""
-        inputs, own_heads = self.example_inputs, bool(arguments["num_heads"])
-        with calling(self.model, self._forward, inputs), traceable(self.model, inputs, own_attention=own_heads):
+        inputs, named = self.example_inputs, arguments["num_heads"]
+        with calling(self.model, self._forward, inputs), traceable(self.model, inputs, named):
             super().__init__(self.model, inputs, forward_fn=call_model, output_transform=mark_outputs, **arguments)
-        check_graph(self, arguments)
+        check_graph(self, arguments, self._dependency)
 
     # Training -----------------------------------------------------------------------------------------------------
 

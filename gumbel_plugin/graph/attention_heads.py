@@ -3,12 +3,12 @@
 What a head computes reaches the rest of the network only through its columns of the output projection, so closing them
 makes its queries, keys and values irrelevant; the scale of the scores depends on the size of a head, which stays.
 
-A new kind of attention is one subclass of `AttentionKind` and one line in `KINDS`.
+A new kind of attention is one subclass of `AttentionKind` and one line in `KINDS`. Layers of all other classes are
+observed, see `observed_heads`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,33 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gumbel_plugin.graph.attention_kind import AttentionKind
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
+from gumbel_plugin.graph.observed_kind import ObservedHeads
 from gumbel_plugin.layers.compact_attention import CompactMultiheadAttention, CompactWindowAttention, part_of
 
 # Where layers note how many heads they have; their forward may read any of them.
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
-
-
-class AttentionKind(ABC):
-    """How one kind of attention layer stores its heads."""
-
-    @abstractmethod
-    def matches(self, layer: nn.Module) -> bool:
-        """Whether a module is an attention layer of this kind."""
-
-    @abstractmethod
-    def describe(self, name: str, model: nn.Module) -> ChannelGroup | None:
-        """Return the heads of a layer as a group; None if nothing can be said about it."""
-
-    @abstractmethod
-    def remove(self, name: str, model: nn.Module, units: Tensor) -> None:
-        """Remove heads of a layer, in place in the model.
-
-        Args:
-            name: The layer's name.
-            model: The model.
-            units: Numbers of the group's units, int64.
-        """
 
 
 @dataclass(frozen=True)
@@ -212,6 +192,7 @@ class NamedHeads:
 
 
 KINDS: list[AttentionKind] = [
+    ObservedHeads(),
     TorchHeads(),
     CompactHeads(),
     WindowHeads(),
@@ -225,6 +206,27 @@ KINDS: list[AttentionKind] = [
 def kind_of(layer: nn.Module) -> AttentionKind | None:
     """Return the kind of an attention layer, None if a module is none of a known kind."""
     return next((kind for kind in KINDS if kind.matches(layer)), None)
+
+
+def is_hidden(layer: nn.Module) -> bool:
+    """Whether a module is an attention layer into which nobody looks while a dependency graph is traced."""
+    kind = kind_of(layer)
+    return kind is not None and kind.hidden
+
+
+def is_known(model: nn.Module, name: str) -> bool:
+    """Whether all that the heads of an attention layer have is known from its kind, so that nothing is to be observed.
+
+    A table of position biases, say, is none of the projections that a kind knows of, and has an entry per head.
+    """
+    layer = model.get_submodule(name)
+    kind = next((kind for kind in KINDS if kind.hidden and kind.matches(layer)), None)
+    group = None if kind is None else kind.describe(name, model)
+    if group is None or not isinstance(kind, LinearHeads):
+        return kind is not None and not isinstance(kind, LinearHeads)
+    listed = tuple(f"{part.module}." for part in (*group.producers, *group.consumers))
+    others = [p for key, p in layer.named_parameters() if not f"{name}.{key}".startswith(listed)]
+    return not any(group.size in parameter.shape for parameter in others)
 
 
 def find_heads(model: nn.Module) -> list[ChannelGroup]:
@@ -262,7 +264,7 @@ def opaque_attention(model: nn.Module) -> Iterator[None]:
     Torch-Pruning follows each autograd node. Inside an attention layer it would tie heads, positions and windows to
     channels: q, k and v would make groups of their own, and on Swin and Llama it would not come to an end.
     """
-    layers = [layer for layer in model.modules() if kind_of(layer) is not None]
+    layers = [layer for layer in model.modules() if is_hidden(layer)]
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = _as_one_operation(layer.forward)
@@ -307,7 +309,7 @@ class AttentionLayer(torch.autograd.Function):
 
 
 def _with_a_choice(group: ChannelGroup) -> ChannelGroup:
-    if group.size > 1:
+    if group.size > 1 or group.reason:
         return group
     return replace(group, safety="unsupported", reason="it has one head, which must stay")
 

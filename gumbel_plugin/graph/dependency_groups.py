@@ -16,6 +16,7 @@ from gumbel_plugin.errors import GraphError
 from gumbel_plugin.graph.attention_heads import NamedHeads, find_heads, kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.graph.exactness import ExactnessAnalysis, Safety, check_empirically, double_copy
+from gumbel_plugin.graph.observed_kind import layout_of, observed_names
 from gumbel_plugin.graph.prunable_heads import find_named_heads
 from gumbel_plugin.graph.removal import HeadGroup, Item, Remover, UnitGroup, unchanging_graph
 from gumbel_plugin.graph.tracing import analysis_of, reason_of, traceable
@@ -69,7 +70,8 @@ class DependencyGroups:
         self._items: dict[str, list[Item]] = {}
         self._named_heads: dict[str, NamedHeads] = {}
         self._tied = _tied_layers(self._names)
-        named = pruner is not None and bool(pruner.num_heads)
+        self._observed = {} if pruner is None else observed_names(model, pruner.num_heads)
+        named = pruner is not None and bool(pruner.num_heads) and not self._observed
         analysis = analysis_of(self.graph, example_inputs, opaque=not named)
         ignored, roots = ((), _ROOTS) if pruner is None else (pruner.ignored_layers, pruner.root_module_types)
         with unchanging_graph():
@@ -79,9 +81,13 @@ class DependencyGroups:
         groups += self._unknown_layers(ignored)
         if not named:
             names = {self._names.get(part) for layer in ignored for part in layer.modules()}
-            groups += [g for g in find_heads(model) if not names & {g.name, *(p.module for p in g.producers)}]
+            heads = find_heads(model)
+            groups = _without_insides(groups, heads)
+            groups += [g for g in heads if not names & {g.name, *(p.module for p in g.producers)}]
         known = {group.name for group in groups if kind_of(model.get_submodule(group.name)) is not None}
         self.heads = set(self._named_heads) if named else known if pruner is None or pruner.prune_num_heads else set()
+        if self._observed:
+            self.heads &= self._observed.keys()
         self._remover = self.remover_of(model)
         exact = [group for group in groups if group.safety == "exact"]
         faults = check_empirically(lambda: self.remover_of(double_copy(model)), example_inputs, exact)
@@ -130,6 +136,12 @@ class DependencyGroups:
     def count_heads(self) -> None:
         """Let the pruner of this graph, and attention layers of its model, know how many named heads are left."""
         pruner: Any = self._pruner
+        for name in self._observed:
+            before = next(group.size for group in self.groups if group.name == name)
+            layout = layout_of(self.model.get_submodule(name))
+            left = before if layout is None else layout.count
+            for layer, counts in itertools.product(self._observed[name], (pruner.num_heads, pruner.out_channel_groups)):
+                counts[layer] = counts[layer] // before * left
         for name, heads in self._named_heads.items():
             group = next(group for group in self.groups if group.name == name)
             heads.sync(self.model, group.size)
@@ -173,7 +185,7 @@ class DependencyGroups:
         """Translate one of Torch-Pruning's groups; the graph's own objects do not leave this file."""
         root = group[0].dep.target.module
         name, channels = self._names[root], self._width(root)
-        heads = None if self._pruner is None else find_named_heads(self._pruner, group)
+        heads = None if self._pruner is None or self._observed else find_named_heads(self._pruner, group)
         if heads is not None:
             return self._describe_heads(name, *heads)
         if channels is None:
@@ -296,6 +308,12 @@ def _copy_hint(model: nn.Module) -> str:
                 place = ".".join(filter(None, (name, attribute)))
                 return f"{place!r} is a tensor computed from others, which torch does not copy; delete or detach it"
     return ""
+
+
+def _without_insides(groups: Sequence[ChannelGroup], heads: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Leave out groups of what computes heads: these channels leave with their heads, or not at all."""
+    inside = {part.module for group in heads if group.safety == "exact" for part in group.producers}
+    return [group for group in groups if group.name not in inside]
 
 
 def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:

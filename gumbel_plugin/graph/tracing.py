@@ -15,9 +15,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, shorten
-from gumbel_plugin.graph.attention_heads import kind_of, opaque_attention
+from gumbel_plugin.graph.attention_heads import is_hidden, is_known, opaque_attention
 from gumbel_plugin.graph.exactness import ExactnessAnalysis, Treatment
 from gumbel_plugin.graph.guarded_graph import GuardedGraph, number_channels
+from gumbel_plugin.graph.observed_heads import observe_heads
+from gumbel_plugin.graph.observed_kind import heads_apart, observed_names
 from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, repaired_tracing
 from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, observing
 from gumbel_plugin.layers.kept_tensors import forgetting_tensors
@@ -73,7 +75,9 @@ def calling(model: nn.Module, function: Forward | None, example_inputs: Any) -> 
 
 
 @contextmanager
-def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False) -> Iterator[None]:
+def traceable(
+    model: nn.Module, example_inputs: Any, named_heads: Mapping[nn.Module, int] | None = None
+) -> Iterator[None]:
     """Let autograd see every parameter, in eval mode; frozen layers would be missing in the graph otherwise.
 
     The forward that Torch-Pruning traces is also the one in which the exactness analysis follows channels.
@@ -81,13 +85,17 @@ def traceable(model: nn.Module, example_inputs: Any, own_attention: bool = False
     Args:
         model: The model.
         example_inputs: What it is traced with.
-        own_attention: Show what known attention layers do inside, because the user named their layers.
+        named_heads: How many heads layers have that the user named. Where these are not observed, what known attention
+            layers do inside is shown.
 
     Raises:
         ConfigError: If nothing can be traced with the inputs, see `checked_inputs`.
         GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
     """
     checked_inputs(example_inputs)
+    with forgetting_tensors(model):
+        observe_heads(model, example_inputs, is_known, named_heads or {})
+    own_attention = bool(named_heads) and not observed_names(model, named_heads or {})
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     inside = nullcontext() if own_attention else opaque_attention(model)
     try:
@@ -122,7 +130,13 @@ def _analyzed(opaque: bool) -> Iterator[None]:
     def trace(graph: Any, model: nn.Module, example_inputs: Any, forward: Forward, **keys: Any) -> Any:
         GuardedGraph.guard(graph)
         analysis = graph.analysis = _new_analysis(graph, opaque)
-        return original(graph, model, example_inputs, lambda *args: analysis.follow(lambda: forward(*args)), **keys)
+
+        def followed(*args: Any) -> Any:
+            with heads_apart(model) as computed:
+                output = analysis.follow(lambda: forward(*args))
+            return (output, computed) if computed else output
+
+        return original(graph, model, example_inputs, followed, **keys)
 
     tp.DependencyGraph._trace = trace
     try:
@@ -155,7 +169,7 @@ def _new_analysis(graph: Any, opaque: bool) -> ExactnessAnalysis:
             treatments[module] = "each"
         elif module in graph.CUSTOMIZED_PRUNERS or type(module) in graph.CUSTOMIZED_PRUNERS:
             treatments[module] = "foreign"
-        elif opaque and kind_of(module) is not None:
+        elif opaque and is_hidden(module):
             treatments[module] = "opaque"
     return ExactnessAnalysis(graph.model, parameters, treatments)
 
@@ -191,6 +205,7 @@ def catch_up(graph: Any, replaced: Mapping[int, nn.Parameter]) -> None:
     """
     pairs = [(replaced.get(id(parameter), parameter), dim) for parameter, dim in graph.unwrapped_parameters]
     graph.unwrapped_parameters = pairs
+    graph._param_to_name = {replaced.get(id(each), each): name for each, name in graph._param_to_name.items()}
     for node in graph.module2node.values():
         if node.type == tp.ops.OPTYPE.SPLIT and node.module.split_sizes is not None:  # unknown sizes stay unknown
             node.module.offsets = [0, *itertools.accumulate(node.module.split_sizes)]

@@ -84,7 +84,7 @@ def double_copy(model: nn.Module) -> nn.Module:
 def _check(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup]) -> tuple[Safety, str]:
     """Remove about half of the units of some groups; return how safe that is, and why it is not exact."""
     generator = torch.Generator().manual_seed(0)
-    _perturb(copy.model, generator)
+    perturb(copy.model, generator)
     inputs = random_inputs_like(example_inputs, generator, torch.float64)
     units = {group.name: _odd_half(group.size, generator) for group in groups}
     try:
@@ -171,7 +171,7 @@ def _odd_half(size: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _perturb(model: nn.Module, generator: torch.Generator) -> None:
+def perturb(model: nn.Module, generator: torch.Generator) -> None:
     """Add noise to every parameter: one that starts at zero or is constant would hide what it multiplies."""
     block = torch.randn(10007, generator=generator)  # drawing as many numbers as there are weights would take seconds
     for parameter in model.parameters():
