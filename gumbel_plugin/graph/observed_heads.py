@@ -36,6 +36,7 @@ from gumbel_plugin.graph.observed_kind import (
 )
 from gumbel_plugin.layers.example_inputs import call_model, observing, random_inputs_like
 from gumbel_plugin.layers.geometry import groups_of
+from gumbel_plugin.layers.kept_tensors import forgetting_tensors
 from gumbel_plugin.layers.precision import computing_in
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def observe_heads(
     for layer in model.modules():
         note_layout(layer, None)
     try:
-        suspects = _suspects(model, example_inputs, known)
+        with forgetting_tensors(model):
+            suspects = _suspects(model, example_inputs, known)
         layouts = _observed(double_copy(model), example_inputs, suspects, [*named.values()]) if suspects else {}
     except Exception as error:  # a network may do anything; its heads stay whole then, as the warning of none says
         _logger.debug("no heads were observed: %s", error, exc_info=True)

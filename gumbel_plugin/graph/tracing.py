@@ -93,8 +93,7 @@ def traceable(
         GraphError: If the model's forward fails on the example inputs, or the graph cannot be built.
     """
     checked_inputs(example_inputs)
-    with forgetting_tensors(model):
-        observe_heads(model, example_inputs, is_known, named_heads or {})
+    observe_heads(model, example_inputs, is_known, named_heads or {})
     own_attention = bool(named_heads) and not observed_names(model, named_heads or {})
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     inside = nullcontext() if own_attention else opaque_attention(model)
