@@ -18,7 +18,8 @@ from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, 
 from gumbel_plugin.graph.attention_heads import kind_of, opaque_attention
 from gumbel_plugin.graph.exactness import ExactnessAnalysis, Treatment
 from gumbel_plugin.graph.guarded_graph import GuardedGraph, number_channels
-from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, repaired_tracing
+from gumbel_plugin.graph.tracing_repairs import CHANNELWISE_PRUNERS, repaired_tracing
+from gumbel_plugin.graph.view_outputs import own_outputs
 from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, observing
 from gumbel_plugin.layers.kept_tensors import forgetting_tensors
 from gumbel_plugin.layers.weights import is_gate
@@ -122,7 +123,8 @@ def _analyzed(opaque: bool) -> Iterator[None]:
     def trace(graph: Any, model: nn.Module, example_inputs: Any, forward: Forward, **keys: Any) -> Any:
         GuardedGraph.guard(graph)
         analysis = graph.analysis = _new_analysis(graph, opaque)
-        return original(graph, model, example_inputs, lambda *args: analysis.follow(lambda: forward(*args)), **keys)
+        with own_outputs(graph, model):
+            return original(graph, model, example_inputs, lambda *args: analysis.follow(lambda: forward(*args)), **keys)
 
     tp.DependencyGraph._trace = trace
     try:
@@ -151,7 +153,7 @@ def _new_analysis(graph: Any, opaque: bool) -> ExactnessAnalysis:
     parameters = {parameter: (graph._param_to_name[parameter], dim) for parameter, dim in graph.unwrapped_parameters}
     treatments: dict[nn.Module, Treatment] = {}
     for module in graph.model.modules():
-        if isinstance(graph.get_pruner_of_module(module), FrozenNormPruner):
+        if isinstance(graph.get_pruner_of_module(module), CHANNELWISE_PRUNERS):
             treatments[module] = "each"
         elif module in graph.CUSTOMIZED_PRUNERS or type(module) in graph.CUSTOMIZED_PRUNERS:
             treatments[module] = "foreign"

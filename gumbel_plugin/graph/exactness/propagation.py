@@ -262,10 +262,12 @@ def _dimensions(step: _Step) -> set[int]:
 
 _Rule = Callable[[_Step], None]
 
-# By aten name; in-place variants (a trailing underscore) follow the same rule.
+# By aten name; in-place variants (a trailing underscore) follow the same rule. Of what torch tags as pointwise, those
+# are here of which a variant in place is not tagged.
 _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     (_same, ("clone", "alias", "detach", "_to_copy", "lift_fresh", "contiguous", "as_strided", "zero", "fill")),
     (_pointwise, ("hardswish", "copy", "where", "masked_fill", "rsub", "add", "sub", "threshold")),
+    (_pointwise, ("abs", "copysign", "gelu", "mish", "relu6", "true_divide", "eq", "ge", "gt", "le", "lt", "ne")),
     (_move, ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze")),
     (_move, ("select", "slice", "split", "split_with_sizes", "unbind", "unfold", "diagonal", "repeat")),
     (_move, ("roll", "flip", "index", "index_select", "gather", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")),
