@@ -14,6 +14,8 @@ from torch_pruning.dependency import index_mapping, shape_infer
 
 from gumbel_plugin.graph.guarded_graph import find_sizes, number_channels
 
+from gumbel_plugin.graph.broadcast_edges import cut_broadcasts
+
 _Nodes = dict[Any, Any]
 
 
@@ -135,6 +137,7 @@ def repaired_tracing() -> Iterator[None]:
 
     def build(graph: Any, nodes: _Nodes) -> None:
         original(graph, nodes)
+        cut_broadcasts(nodes, graph.analysis.broadcasts if hasattr(graph, "analysis") else {})
         for repair in REPAIRS:
             repair(nodes)
 

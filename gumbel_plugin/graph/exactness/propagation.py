@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gumbel_plugin.graph.exactness.broadcasting import Broadcast, Operand, autograd_numbers, spread_operands
 from gumbel_plugin.graph.exactness.channel_labels import ChannelLabels, Safety, core, tight, varying
 
 
@@ -26,6 +27,7 @@ class Flow(TorchDispatchMode):
         labels: The labels, and what was noted of them.
         muted: While it is positive nothing is followed: a layer is at work whose effect is known as a whole.
         met: Parameters that operations outside of such layers used.
+        broadcasts: Where channels were broadcast over others, by the number of the operation's autograd node.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,7 @@ class Flow(TorchDispatchMode):
         self.labels = ChannelLabels()
         self.muted = 0
         self.met: dict[nn.Parameter, str] = {}
+        self.broadcasts: dict[int, Broadcast] = {}
         self._carried = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Tensor | None:
@@ -122,10 +125,10 @@ def _same(step: _Step) -> None:
 
 
 def _pointwise(step: _Step) -> None:
-    """Elements meet: the channels on both sides leave together."""
+    """Elements meet: the channels on both sides leave together, but for those that are broadcast over others."""
     shape = step.outputs[0].shape
     result = torch.zeros((1,) * len(shape), dtype=torch.int64)
-    for labels in step.labeled.values():
+    for labels in _without_spread(step):
         ours, theirs = core(result), core(labels)
         common = torch.broadcast_shapes(ours.shape, theirs.shape)  # type: ignore[no-untyped-call]
         ours, theirs = ours.expand(common), theirs.expand(common)
@@ -141,6 +144,21 @@ def _pointwise(step: _Step) -> None:
     elif any(_differs_along(tensor, dim - len(shape)) for tensor in unlabeled for dim in varying(result)):
         step.note("unsupported", "joins them with a tensor per channel that is no parameter", result)
     step.put_all(result)
+
+
+def _without_spread(step: _Step) -> list[Tensor]:
+    """Return the labels that meet; note those that are broadcast over others."""
+    operands = [Operand(t, step.labeled.get(id(t))) for t in step.inputs if t.is_floating_point()]
+    spread = spread_operands(operands, step.flow.labels)
+    if not spread:
+        return list(step.labeled.values())
+    shapes = tuple(tuple(operand.tensor.shape) for operand in operands)
+    seen = Broadcast(step.func._schema.name, shapes, tuple(spread))
+    step.flow.broadcasts.update(dict.fromkeys(autograd_numbers(step.func), seen))
+    for place in spread:
+        step.note("unsupported", "applies each of them to all channels of another layer", operands[place].labels)
+    gone = {id(operands[place].tensor) for place in spread}
+    return [labels for tensor, labels in step.labeled.items() if tensor not in gone]
 
 
 def _differs_along(tensor: Tensor, dim: int) -> bool:
