@@ -20,6 +20,7 @@ from gumbel_plugin.graph.prunable_heads import find_named_heads
 from gumbel_plugin.graph.removal import HeadGroup, Item, Remover, UnitGroup, unchanging_graph
 from gumbel_plugin.graph.tracing import analysis_of, reason_of, traceable
 from gumbel_plugin.graph.tracing_repairs import missing_pruners
+from gumbel_plugin.graph.unit_numbers import number_units
 from gumbel_plugin.layers.example_inputs import call_model, named_tensors
 from gumbel_plugin.layers.geometry import input_channels, output_dimension
 from gumbel_plugin.layers.kept_tensors import kept_tensors
@@ -178,8 +179,9 @@ class DependencyGroups:
             return self._describe_heads(name, *heads)
         if channels is None:
             return ChannelGroup(name, 1, (), (), "unsupported", f"the {type(root).__name__} {name!r} has no channels")
-        size = channels // self._coupled(group)
-        items = self._items[name] = [self._read(item, lambda roots: roots % size) for item in group.items]
+        unit_of = number_units(self._coupled(group), analysis.labels_of(name, channels))
+        size = int(unit_of.max()) + 1
+        items = self._items[name] = [self._read(item, lambda roots: unit_of[roots]) for item in group.items]
         layers = self._layers(items)
         producers, consumers = _slices(layers)
         safety, reason = analysis.result([((i.owner or "", reads), i.positions, i.units) for i, reads in layers])

@@ -61,6 +61,11 @@ class ExactnessAnalysis:
         """Where the forward broadcast channels over others, by the number of the operation's autograd node."""
         return self._layers.flow.broadcasts
 
+    def labels_of(self, layer: str, channels: int) -> Tensor:
+        """Return the root labels of a layer's output channels, int64; all different where nothing is known of them."""
+        own = self._sides.get((layer, False))
+        return own if own is not None and len(own) == channels else torch.arange(channels)
+
     def result(self, cuts: Sequence[Cut]) -> tuple[Safety, str]:
         """Analyze a group by all that it would remove.
 
