@@ -140,7 +140,8 @@ def test_a_ghost_that_is_cut_to_an_odd_width_stays() -> None:
 
 def test_it_is_pruned_by_units() -> None:
     torch.manual_seed(0)
-    model, x = Net(lambda s, x: s.head(s.g(x) + s.a(x)), g=Ghost(3, 8), a=conv(3, 8), head=conv(8, 2)), torch.ones(IMAGES)
+    model = Net(lambda s, x: s.head(s.g(x) + s.a(x)), g=Ghost(3, 8), a=conv(3, 8), head=conv(8, 2))
+    x = torch.ones(IMAGES)
     pruner = GumbelGroupPruner(model, x, pruning_ratio=0.25)
     masked = torch.empty(0)
     for group in pruner.step(interactive=True) or ():

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gumbel_plugin.graph.exactness.broadcasting import Broadcast, Operand, autograd_numbers, spread_operands
 from gumbel_plugin.graph.exactness.channel_labels import ChannelLabels, Safety, core, tight, varying
+from gumbel_plugin.graph.exactness.own_products import OwnProducts
 
 
 class Flow(TorchDispatchMode):
@@ -27,6 +28,7 @@ class Flow(TorchDispatchMode):
         labels: The labels, and what was noted of them.
         muted: While it is positive nothing is followed: a layer is at work whose effect is known as a whole.
         met: Parameters that operations outside of such layers used.
+        own: Layers at work that have a forward of their own, the innermost last; their operations are followed.
         broadcasts: Where channels were broadcast over others, by the number of the operation's autograd node.
     """
 
@@ -35,6 +37,7 @@ class Flow(TorchDispatchMode):
         self.labels = ChannelLabels()
         self.muted = 0
         self.met: dict[nn.Parameter, str] = {}
+        self.own: list[OwnProducts] = []
         self.broadcasts: dict[int, Broadcast] = {}
         self._carried = WeakTensorKeyDictionary()
 
@@ -59,9 +62,14 @@ class Flow(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         inputs = [] if self.muted else [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.met.update((tensor, func._schema.name) for tensor in inputs if isinstance(tensor, nn.Parameter))
+        layer = self.own[-1] if self.own and not self.muted else None
+        used = [tensor for tensor in inputs if isinstance(tensor, nn.Parameter)]
+        self.met.update((each, func._schema.name) for each in used if layer is None or not layer.owns(each))
         labeled = {id(tensor): labels for tensor in inputs if (labels := self.of(tensor)) is not None}
         result = func(*args, **kwargs)
+        if layer is not None and layer.follow(func, args, kwargs, result):
+            self.muted += bool(layer.fault)  # its effect is known as a whole, and its inside does not matter
+            return result
         if labeled:
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             _apply(_Step(self, func, args, kwargs, inputs, labeled, outputs))
