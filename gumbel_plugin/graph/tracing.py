@@ -18,6 +18,7 @@ from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, 
 from gumbel_plugin.graph.attention_heads import kind_of, opaque_attention
 from gumbel_plugin.graph.exactness import ExactnessAnalysis, Treatment
 from gumbel_plugin.graph.guarded_graph import GuardedGraph, number_channels
+from gumbel_plugin.graph.input_major_pruner import InputMajorPruner
 from gumbel_plugin.graph.tracing_repairs import CHANNELWISE_PRUNERS, repaired_tracing
 from gumbel_plugin.graph.view_outputs import own_outputs
 from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, observing
@@ -155,6 +156,8 @@ def _new_analysis(graph: Any, opaque: bool) -> ExactnessAnalysis:
     for module in graph.model.modules():
         if isinstance(graph.get_pruner_of_module(module), CHANNELWISE_PRUNERS):
             treatments[module] = "each"
+        elif isinstance(graph.get_pruner_of_module(module), InputMajorPruner):
+            continue  # a linear layer like any other
         elif module in graph.CUSTOMIZED_PRUNERS or type(module) in graph.CUSTOMIZED_PRUNERS:
             treatments[module] = "foreign"
         elif opaque and kind_of(module) is not None:

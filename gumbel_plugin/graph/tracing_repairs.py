@@ -15,6 +15,7 @@ from torch_pruning.dependency import index_mapping, shape_infer
 from gumbel_plugin.graph.guarded_graph import find_sizes, number_channels
 
 from gumbel_plugin.graph.broadcast_edges import cut_broadcasts
+from gumbel_plugin.graph.input_major_pruner import InputMajorPruner
 
 _Nodes = dict[Any, Any]
 
@@ -125,7 +126,8 @@ CHANNELWISE_PRUNERS = (FrozenNormPruner, InstanceNormPruner)
 
 def missing_pruners(model: nn.Module) -> dict[type[nn.Module], tp.BasePruningFunc]:
     """Return what cuts those layers of a model that Torch-Pruning does not know: its ``customized_pruners``."""
-    pairs = [(type(layer), kind) for layer in model.modules() for kind in CHANNELWISE_PRUNERS if kind.suits(layer)]
+    kinds = (*CHANNELWISE_PRUNERS, InputMajorPruner)
+    pairs = [(type(layer), kind) for layer in model.modules() for kind in kinds if kind.suits(layer)]
     return {layer: kind() for layer, kind in pairs}
 
 

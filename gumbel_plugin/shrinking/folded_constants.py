@@ -176,7 +176,7 @@ def _repeats_constants(module: Any) -> bool:
     """Whether a constant channel adds the same everywhere in a layer's output."""
     if has_own_forward(module):  # it may pad, or change what it reads in another way; of zeros it makes zeros
         return False
-    if isinstance(module, nn.Linear):
+    if channel_dimension(module) == -1:  # a linear layer
         return True
     kernel, padding = module.kernel_size, module.padding
     if is_transposed(module):

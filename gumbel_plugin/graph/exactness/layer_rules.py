@@ -14,7 +14,13 @@ from torch.utils._pytree import tree_leaves
 from gumbel_plugin.graph.exactness.channel_labels import Safety, core, varying
 from gumbel_plugin.graph.exactness.own_products import OwnProducts
 from gumbel_plugin.graph.exactness.propagation import Flow
-from gumbel_plugin.layers.geometry import channel_dimension, input_channels, is_depthwise, layer_channels
+from gumbel_plugin.layers.geometry import (
+    channel_dimension,
+    input_channels,
+    is_depthwise,
+    is_input_major,
+    layer_channels,
+)
 from gumbel_plugin.layers.own_forward import has_own_forward
 
 _CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
@@ -96,6 +102,8 @@ class Layers:
         own: dict[Treatment, _Effect] = {"each": self._treat_each, "opaque": self._refuse, "foreign": self._leave}
         if module in self._treatments:
             return own[self._treatments[module]]
+        if is_input_major(module):
+            return self._linear
         return next((effect for types, effect in self._effects if isinstance(module, types)), None)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -166,7 +174,7 @@ class Layers:
 
     # What each kind of layer does -----------------------------------------------------------------------------------
 
-    def _linear(self, name: str, module: nn.Linear, inputs: Sequence[Tensor], output: Tensor) -> None:
+    def _linear(self, name: str, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
         self._read((name, True), inputs[0], -1)
         self._label((name, False), output, -1)
         self._check_weight(name, module, inputs[0], output)

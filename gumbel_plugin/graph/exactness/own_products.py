@@ -97,9 +97,7 @@ class OwnProducts:
         if name in _PRODUCTS and self._is_product(name, args):
             x = args[_PRODUCTS[name][0]]
             if x not in self._images:
-                self._blame(
-                    f"{self._name} reads zeros as something else: its forward changes them before its weight acts"
-                )
+                self._blame(f"{self._name} makes something else of the zeros that it reads before its weight acts")
             self.acted = True
             self._act(x, outputs[0])
             return True
