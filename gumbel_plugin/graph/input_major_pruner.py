@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch_pruning as tp
 from torch import nn
@@ -18,22 +19,24 @@ class InputMajorPruner(tp.BasePruningFunc):  # type: ignore[misc]
         """Whether a layer is one."""
         return is_input_major(layer)
 
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
         """Remove output channels, in place."""
         kept = _kept(self.get_out_channels(layer), idxs)
         layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 1)
         if layer.bias is not None:
             layer.bias = self._prune_parameter_and_grad(layer.bias, kept, 0)
         layer.nf = len(kept)
-        return layer
+        module: nn.Module = layer
+        return module
 
-    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
         """Remove input channels, in place."""
         kept = _kept(self.get_in_channels(layer), idxs)
         layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 0)
         if hasattr(layer, "nx"):  # as of transformers 4.40
             layer.nx = len(kept)
-        return layer
+        module: nn.Module = layer
+        return module
 
     def get_out_channels(self, layer: nn.Module) -> int:
         """Return how many output channels there are."""

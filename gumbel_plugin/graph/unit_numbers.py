@@ -27,5 +27,6 @@ def number_units(parts: int, labels: Tensor) -> Tensor:
         spread = lowest.scatter_reduce(0, classes, units, "amin")[classes]
         spread = lowest.scatter_reduce(0, members, spread, "amin")[members]
         if torch.equal(spread, units):
-            return torch.unique(units, return_inverse=True)[1]
+            numbers: Tensor = torch.unique(units, return_inverse=True)[1]
+            return numbers
         units = spread

@@ -117,7 +117,7 @@ class OwnProducts:
         if args[weight] not in self._weights or args[read] in self._weights:
             return False
         if name == "convolution":
-            return args[6] == is_transposed(self.layer) and args[8] == groups_of(self.layer)
+            return bool(args[6] == is_transposed(self.layer) and args[8] == groups_of(self.layer))
         stored_swapped = output_dimension(self.layer) == 1
         return bool((self._weights[args[weight]] != stored_swapped) == swapped)
 
@@ -126,7 +126,7 @@ class OwnProducts:
     ) -> bool | None:
         """Return whether the result is the weight transposed; None if it is the weight no more."""
         weight = args[0] if args and isinstance(args[0], Tensor) else None
-        form: bool | None = None if weight is None else self._weights.get(weight)
+        form: bool | None = self._weights[weight] if weight is not None and weight in self._weights else None
         if weight is not None and form is not None:
             if name in _COPIES or (name in _VIEWS and tuple(args[1]) == tuple(weight.shape)):
                 return form
