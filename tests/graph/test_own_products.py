@@ -139,6 +139,19 @@ def test_what_pads_casts_and_scales_is_exact(case: str) -> None:
     assert exact_groups(build(), torch.randn(shape)) >= exact
 
 
+def test_a_bias_of_another_shape_stops_nothing_but_its_layer() -> None:
+    class Row(nn.Linear):
+        def __init__(self, before: int, after: int) -> None:
+            super().__init__(before, after)
+            self.bias = nn.Parameter(torch.zeros(1, after))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight) + self.bias
+
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), Row(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert exact_groups(model, torch.randn(POINTS)) == {"0", "2"}
+
+
 def test_lower_precision_inside_is_no_hindrance() -> None:
     model = layers(own(nn.Linear, in_half), 5, 8)
     safety = {group.name: group.safety for group in find_groups(model, torch.randn(POINTS))}

@@ -137,8 +137,9 @@ class Layers:
                 self.flow.muted += 1
                 return
             with _disable_current_modes():
-                if isinstance(module.bias, Tensor):  # it may be added by an operation of its own
-                    self._label((name, False), module.bias, 0)
+                bias = getattr(module, "bias", None)  # it may be added by an operation of its own
+                if isinstance(bias, Tensor) and bias.shape == (layer_channels(module)[1],):
+                    self._label((name, False), bias, 0)
             read = args[:1] or tuple(kwargs.values())
             tensors = [leaf for leaf in tree_leaves(read) if isinstance(leaf, Tensor)]
             self.flow.own.append(OwnProducts(name, module, tensors, lambda x, y: effect(name, module, [x], y)))
