@@ -12,9 +12,8 @@ import torch_pruning as tp
 from torch import nn
 from torch_pruning.dependency import index_mapping, shape_infer
 
-from gumbel_plugin.graph.guarded_graph import find_sizes, number_channels
-
 from gumbel_plugin.graph.broadcast_edges import cut_broadcasts
+from gumbel_plugin.graph.guarded_graph import find_sizes, number_channels
 from gumbel_plugin.graph.input_major_pruner import InputMajorPruner
 
 _Nodes = dict[Any, Any]
