@@ -53,6 +53,7 @@ register_weight_holder(lambda layer: layer._modules.get(WRAPPER))
 # Heads of an attention layer are selected by the layer's name; NNI itself has nothing to mask there but its projection.
 PruningSetting.register("MultiheadAttention", {})
 PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
+PruningSetting.register("Conv1D", PruningSetting.registry["Linear"])  # transformers'
 
 
 # NNI's schedulers know five pruners by name, and warn of others; this one is tested.

@@ -17,6 +17,7 @@ from torch import nn
 from gumbel_plugin.config import PruningSection
 from gumbel_plugin.errors import ConfigError, GraphError, LifecycleError, TargetError, nearest, shown
 from gumbel_plugin.graph.dependency_groups import DependencyGroups
+from gumbel_plugin.graph.input_major_pruner import with_input_major
 from gumbel_plugin.graph.tracing import Forward
 from gumbel_plugin.graph.tracing_repairs import missing_pruners
 from gumbel_plugin.layers.example_inputs import call_model
@@ -103,6 +104,8 @@ def read_arguments(
         _check_config_list(pruning, metric, inexact, given)
     for name in _COUNT_DICTS:
         own.setdefault(name, {})
+    roots = own.get("root_module_types", parameters["root_module_types"].default)
+    own["root_module_types"] = list(with_input_major(roots, model))
     own["customized_pruners"] = {**missing_pruners(model), **own.get("customized_pruners", {})}
     return metric, own
 

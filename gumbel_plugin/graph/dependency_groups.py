@@ -16,13 +16,15 @@ from gumbel_plugin.errors import GraphError
 from gumbel_plugin.graph.attention_heads import NamedHeads, find_heads, kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
 from gumbel_plugin.graph.exactness import ExactnessAnalysis, Safety, check_empirically, double_copy
+from gumbel_plugin.graph.input_major_pruner import with_input_major
 from gumbel_plugin.graph.observed_kind import layout_of, observed_names
 from gumbel_plugin.graph.prunable_heads import find_named_heads
 from gumbel_plugin.graph.removal import HeadGroup, Item, Remover, UnitGroup, unchanging_graph
 from gumbel_plugin.graph.tracing import analysis_of, reason_of, traceable
 from gumbel_plugin.graph.tracing_repairs import missing_pruners
+from gumbel_plugin.graph.unit_numbers import number_units
 from gumbel_plugin.layers.example_inputs import call_model, named_tensors
-from gumbel_plugin.layers.geometry import input_channels, output_dimension
+from gumbel_plugin.layers.geometry import input_channels, is_input_major, output_dimension
 from gumbel_plugin.layers.kept_tensors import kept_tensors
 from gumbel_plugin.layers.model_check import refuse_unusable
 from gumbel_plugin.layers.weights import how_to_keep_weights
@@ -75,7 +77,7 @@ class DependencyGroups:
         analysis = analysis_of(self.graph, example_inputs, opaque=not named)
         ignored, roots = ((), _ROOTS) if pruner is None else (pruner.ignored_layers, pruner.root_module_types)
         with unchanging_graph():
-            found = self.graph.get_all_groups(list(ignored), tuple(roots))
+            found = self.graph.get_all_groups(list(ignored), with_input_major(roots, model))
             groups = [self._described(group, analysis) for group in found]
         groups += [self._unread(module, reason, analysis) for module, reason in self.graph.unread.items()]
         groups += self._unknown_layers(ignored)
@@ -190,8 +192,9 @@ class DependencyGroups:
             return self._describe_heads(name, *heads)
         if channels is None:
             return ChannelGroup(name, 1, (), (), "unsupported", f"the {type(root).__name__} {name!r} has no channels")
-        size = channels // self._coupled(group)
-        items = self._items[name] = [self._read(item, lambda roots: roots % size) for item in group.items]
+        unit_of = number_units(self._coupled(group), analysis.labels_of(name, channels))
+        size = int(unit_of.max()) + 1
+        items = self._items[name] = [self._read(item, lambda roots: unit_of[roots]) for item in group.items]
         layers = self._layers(items)
         producers, consumers = _slices(layers)
         safety, reason = analysis.result([((i.owner or "", reads), i.positions, i.units) for i, reads in layers])
@@ -234,7 +237,10 @@ class DependencyGroups:
     def _reads(self, dep: Any) -> bool:
         """Whether a dependency prunes the input channels of a layer that sums over them."""
         module = dep.target.module
-        if not isinstance(module, _ROOTS) or dep.target.type == tp.ops.OPTYPE.DEPTHWISE_CONV:
+        if (
+            not (isinstance(module, _ROOTS) or is_input_major(module))
+            or dep.target.type == tp.ops.OPTYPE.DEPTHWISE_CONV
+        ):
             return False
         pruner = self.graph.get_pruner_of_module(module)
         return bool(dep.handler == pruner.prune_in_channels)

@@ -18,9 +18,11 @@ from gumbel_plugin.errors import GraphError, GumbelPluginError, LifecycleError, 
 from gumbel_plugin.graph.attention_heads import is_hidden, is_known, opaque_attention
 from gumbel_plugin.graph.exactness import ExactnessAnalysis, Treatment
 from gumbel_plugin.graph.guarded_graph import GuardedGraph, number_channels
+from gumbel_plugin.graph.input_major_pruner import InputMajorPruner
 from gumbel_plugin.graph.observed_heads import observe_heads
 from gumbel_plugin.graph.observed_kind import heads_apart, observed_names
-from gumbel_plugin.graph.tracing_repairs import FrozenNormPruner, repaired_tracing
+from gumbel_plugin.graph.tracing_repairs import CHANNELWISE_PRUNERS, repaired_tracing
+from gumbel_plugin.graph.view_outputs import own_outputs
 from gumbel_plugin.layers.example_inputs import call_model, checked_inputs, observing
 from gumbel_plugin.layers.kept_tensors import forgetting_tensors
 from gumbel_plugin.layers.weights import is_gate
@@ -135,7 +137,8 @@ def _analyzed(opaque: bool) -> Iterator[None]:
                 output = analysis.follow(lambda: forward(*args))
             return (output, computed) if computed else output
 
-        return original(graph, model, example_inputs, followed, **keys)
+        with own_outputs(graph, model):
+            return original(graph, model, example_inputs, followed, **keys)
 
     tp.DependencyGraph._trace = trace
     try:
@@ -164,8 +167,10 @@ def _new_analysis(graph: Any, opaque: bool) -> ExactnessAnalysis:
     parameters = {parameter: (graph._param_to_name[parameter], dim) for parameter, dim in graph.unwrapped_parameters}
     treatments: dict[nn.Module, Treatment] = {}
     for module in graph.model.modules():
-        if isinstance(graph.get_pruner_of_module(module), FrozenNormPruner):
+        if isinstance(graph.get_pruner_of_module(module), CHANNELWISE_PRUNERS):
             treatments[module] = "each"
+        elif isinstance(graph.get_pruner_of_module(module), InputMajorPruner):
+            continue  # a linear layer like any other
         elif module in graph.CUSTOMIZED_PRUNERS or type(module) in graph.CUSTOMIZED_PRUNERS:
             treatments[module] = "foreign"
         elif opaque and is_hidden(module):

@@ -12,7 +12,9 @@ import torch_pruning as tp
 from torch import nn
 from torch_pruning.dependency import index_mapping, shape_infer
 
+from gumbel_plugin.graph.broadcast_edges import cut_broadcasts
 from gumbel_plugin.graph.guarded_graph import find_sizes, number_channels
+from gumbel_plugin.graph.input_major_pruner import InputMajorPruner
 
 _Nodes = dict[Any, Any]
 
@@ -94,9 +96,38 @@ class FrozenNormPruner(tp.BasePruningFunc):  # type: ignore[misc]
     get_in_channels = get_out_channels
 
 
+class InstanceNormPruner(tp.pruner.function.InstanceNormPruner):  # type: ignore[misc]
+    """Cuts instance norms that keep running statistics, too; Torch-Pruning leaves those as they are."""
+
+    BUFFERS = ("running_mean", "running_var")
+
+    @classmethod
+    def suits(cls, layer: nn.Module) -> bool:
+        """Whether a layer is an instance norm with running statistics."""
+        return isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.running_mean is not None
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Remove channels, in place."""
+        removed = set(idxs)
+        kept = [channel for channel in range(self.get_out_channels(layer)) if channel not in removed]
+        for name in self.BUFFERS:
+            if layer._buffers[name] is not None:
+                setattr(layer, name, layer.get_buffer(name)[kept])
+        super().prune_out_channels(layer, idxs)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
+CHANNELWISE_PRUNERS = (FrozenNormPruner, InstanceNormPruner)
+"""What cuts layers that treat every channel by itself."""
+
+
 def missing_pruners(model: nn.Module) -> dict[type[nn.Module], tp.BasePruningFunc]:
     """Return what cuts those layers of a model that Torch-Pruning does not know: its ``customized_pruners``."""
-    return {type(layer): FrozenNormPruner() for layer in model.modules() if FrozenNormPruner.suits(layer)}
+    kinds = (*CHANNELWISE_PRUNERS, InputMajorPruner)
+    pairs = [(type(layer), kind) for layer in model.modules() for kind in kinds if kind.suits(layer)]
+    return {layer: kind() for layer, kind in pairs}
 
 
 @contextmanager
@@ -107,6 +138,7 @@ def repaired_tracing() -> Iterator[None]:
 
     def build(graph: Any, nodes: _Nodes) -> None:
         original(graph, nodes)
+        cut_broadcasts(nodes, graph.analysis.broadcasts if hasattr(graph, "analysis") else {})
         for repair in REPAIRS:
             repair(nodes)
 

@@ -10,6 +10,8 @@ from gumbel_plugin.layers.weights import read_weight
 
 def input_channels(layer: nn.Module) -> int:
     """Return how many input channels a convolution or linear layer reads."""
+    if is_input_major(layer):
+        return int(read_weight(layer).shape[0])
     channels = getattr(layer, "in_channels", getattr(layer, "in_features", None))
     if not isinstance(channels, int):
         raise ConfigError(f"{type(layer).__name__} has neither in_channels nor in_features")
@@ -18,6 +20,9 @@ def input_channels(layer: nn.Module) -> int:
 
 def layer_channels(layer: nn.Module) -> tuple[int, int]:
     """Return how many input and output channels a layer has; of a normalization both are the same."""
+    if is_input_major(layer):
+        before_and_after: tuple[int, int] = tuple(read_weight(layer).shape)  # type: ignore[assignment]
+        return before_and_after
     for before, after in (("in_channels", "out_channels"), ("in_features", "out_features")):
         if hasattr(layer, before):
             return int(getattr(layer, before)), int(getattr(layer, after))
@@ -27,13 +32,19 @@ def layer_channels(layer: nn.Module) -> tuple[int, int]:
 
 def is_matrix(layer: nn.Module) -> bool:
     """Whether a layer sums over its inputs: a convolution or a linear layer."""
-    has_width = hasattr(layer, "in_channels") or hasattr(layer, "in_features")
+    has_width = hasattr(layer, "in_channels") or hasattr(layer, "in_features") or is_input_major(layer)
     return has_width and isinstance(getattr(layer, "weight", None), Tensor)
 
 
+def is_input_major(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one whose weight is (in, out): the ``Conv1D`` of transformers (GPT-2's)."""
+    kinds = type(layer).__mro__
+    return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in kinds)
+
+
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer is a transposed convolution, whose weight is (in, out / groups, ...)."""
-    return bool(getattr(layer, "transposed", False))
+    """Whether a layer's weight is (in, out / groups, ...): of a transposed convolution, or see `is_input_major`."""
+    return bool(getattr(layer, "transposed", False)) or is_input_major(layer)
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -55,7 +66,7 @@ def channel_dimension(layer: nn.Module) -> int:
     """Return the dimension of a layer's input and output that runs over channels; of a batch norm it is the second."""
     if hasattr(layer, "kernel_size"):
         return -1 - len(layer.kernel_size)  # type: ignore[arg-type]
-    return -1 if isinstance(layer, nn.Linear | nn.LayerNorm | nn.Embedding) else 1
+    return -1 if isinstance(layer, nn.Linear | nn.LayerNorm | nn.Embedding) or is_input_major(layer) else 1
 
 
 def output_dimension(layer: nn.Module) -> int | None:

@@ -40,6 +40,7 @@ from gumbel_plugin.layers.geometry import (
     is_transposed,
     written_channels,
 )
+from gumbel_plugin.layers.own_forward import has_own_forward
 from gumbel_plugin.layers.precision import computing_in
 from gumbel_plugin.layers.weights import read_weight
 from gumbel_plugin.shrinking.unread_units import unread_units
@@ -173,7 +174,9 @@ def _bound_units(part: ChannelSlice, module: nn.Module, seen: ReadValues) -> Ten
 
 def _repeats_constants(module: Any) -> bool:
     """Whether a constant channel adds the same everywhere in a layer's output."""
-    if isinstance(module, nn.Linear):
+    if has_own_forward(module):  # it may pad, or change what it reads in another way; of zeros it makes zeros
+        return False
+    if channel_dimension(module) == -1:  # a linear layer
         return True
     kernel, padding = module.kernel_size, module.padding
     if is_transposed(module):

@@ -30,6 +30,7 @@ from gumbel_plugin.layers.geometry import (
     read_channels,
     written_channels,
 )
+from gumbel_plugin.layers.own_forward import has_own_forward
 from gumbel_plugin.layers.weights import read_weight
 from gumbel_plugin.shrinking.folded_constants import ReadValues, observe, run_in_float64, uses_of_parameters
 from gumbel_plugin.shrinking.unread_units import unread_units
@@ -106,7 +107,7 @@ def _merge(
     known = [channel for channel in constant.tolist() if channel in units]
     gone = [channel for channel in known if values[channel] == 0]
     mergeable = [channel for channel in known if values[channel] != 0]
-    if groups_of(module) == 1 and len(mergeable) > 1:
+    if groups_of(module) == 1 and len(mergeable) > 1 and not has_own_forward(module):  # nor need that be linear
         chosen = _representative(mergeable, values, units, representatives)
         columns = weight if is_transposed(module) else weight.transpose(0, 1)
         for channel in mergeable:

@@ -194,3 +194,17 @@ def layer_types_by_name(original: Any, self: Any, sub_config: dict[str, Any], mo
         )
     spaces: dict[str, Any] = original(self, sub_config, mode)
     return spaces
+
+
+@replaces(ModuleWrapper, "extend_target_spaces")
+def derived_layer_types(original: Any, self: Any, sub_config: dict[str, Any], mode: str) -> dict[str, Any]:
+    """Let pruners take layers of classes that are derived from torch's (timm's ``Conv2dSame``).
+
+    Cause (a gap, whatever the versions): NNI knows the settings of a layer's type by the name of its class.
+    """
+    kinds = [kind.__name__ for kind in type(self.module).__mro__]
+    known = next((kind for kind in kinds if kind in PruningSetting.registry), None)
+    if mode == "pruning" and known is not None and known != kinds[0]:
+        PruningSetting.register(kinds[0], PruningSetting.registry[known])
+    spaces: dict[str, Any] = original(self, sub_config, mode)
+    return spaces

@@ -1,4 +1,4 @@
-"""Repair of NNI's masks on transposed convolutions, whose weights are (in, out / groups, ...)."""
+"""Repair of NNI's masks on weights that are (in, out / groups, ...): of transposed convolutions, and GPT-2's layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from nni.compression.base import compressor
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.pruning.tools import sparse_gen
 from nni.compression.utils.scaling import Scaling
-from torch import Tensor, nn
+from torch import Tensor
 
 from gumbel_nni.compat.patching import replaces
+from gumbel_plugin.layers.geometry import groups_of, is_transposed
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SOURCE_GROUPS = "_groups_of_transposed_source"
 """The attribute of an aligned target space that holds the groups of the transposed convolution it follows."""
 
@@ -57,17 +57,17 @@ def channels_of_transposed_convolutions(original: Any, target_spaces: Any, set_d
             if not isinstance(space, PruningTargetSpace):
                 continue
             module = space._wrapper.module
-            if target == "weight" and isinstance(module, _TRANSPOSED):
+            if target == "weight" and is_transposed(module):
                 if space.granularity == "out_channel":
-                    space._scaler = _TransposedScaling([1], module.groups)
+                    space._scaler = _TransposedScaling([1], groups_of(module))
                 elif space.granularity == "in_channel":
                     space._scaler = _TransposedScaling([-1, 1], 1)  # all inputs lie in dimension 0, whatever the groups
             if space.align is not None:
                 source = target_spaces.get(space.align["module_name"] or name, {}).get(space.align["target_name"])
                 followed = None if source is None else source._wrapper.module
                 by_outputs = space.align["target_name"] == "weight" and list(space.align["dims"]) == [0]
-                if by_outputs and isinstance(followed, _TRANSPOSED):
-                    setattr(space, _SOURCE_GROUPS, followed.groups)
+                if by_outputs and followed is not None and is_transposed(followed):
+                    setattr(space, _SOURCE_GROUPS, groups_of(followed))
 
 
 @replaces(sparse_gen, "_generate_align_sparsity", part_of=channels_of_transposed_convolutions)

@@ -6,7 +6,8 @@ model, for what a forward does not show.
 """
 
 from gumbel_plugin.graph.exactness.analysis import Cut, ExactnessAnalysis, Treatment
+from gumbel_plugin.graph.exactness.broadcasting import Broadcast
 from gumbel_plugin.graph.exactness.channel_labels import Safety
 from gumbel_plugin.graph.exactness.empirical_check import check_empirically, double_copy
 
-__all__ = ["Cut", "ExactnessAnalysis", "Safety", "Treatment", "check_empirically", "double_copy"]
+__all__ = ["Broadcast", "Cut", "ExactnessAnalysis", "Safety", "Treatment", "check_empirically", "double_copy"]

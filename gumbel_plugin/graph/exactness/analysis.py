@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gumbel_plugin.graph.exactness.broadcasting import Broadcast
 from gumbel_plugin.graph.exactness.channel_labels import Safety
 from gumbel_plugin.graph.exactness.layer_rules import Layers, Side, Treatment
 from gumbel_plugin.layers.example_inputs import named_tensors
@@ -54,6 +55,16 @@ class ExactnessAnalysis:
         everything = torch.cat([torch.zeros(0, dtype=torch.int64), *self._sides.values()])
         self._uses = torch.bincount(everything, minlength=len(self._places))
         return output
+
+    @property
+    def broadcasts(self) -> Mapping[int, Broadcast]:
+        """Where the forward broadcast channels over others, by the number of the operation's autograd node."""
+        return self._layers.flow.broadcasts
+
+    def labels_of(self, layer: str, channels: int) -> Tensor:
+        """Return the root labels of a layer's output channels, int64; all different where nothing is known of them."""
+        own = self._sides.get((layer, False))
+        return own if own is not None and len(own) == channels else torch.arange(channels)
 
     def result(self, cuts: Sequence[Cut]) -> tuple[Safety, str]:
         """Analyze a group by all that it would remove.

@@ -24,6 +24,7 @@ class ChannelLabels:
 
     def __init__(self) -> None:
         self._roots = torch.zeros(1, dtype=torch.int64)
+        self._lone: list[int] = []  # labels that were the only ones of their layer
         self._notes: list[tuple[Tensor, Safety, str]] = []
         self.changes = 0
 
@@ -32,7 +33,14 @@ class ChannelLabels:
         start = len(self._roots)
         labels = torch.arange(start, start + count)
         self._roots = torch.cat([self._roots, labels])
+        self._lone += [start] * (count == 1)
         return labels
+
+    def is_lone(self, labels: Tensor) -> bool:
+        """Whether these labels are those of one channel, of layers that have no other."""
+        roots = torch.unique(self.roots(core(labels)))
+        same = torch.nonzero(self._roots == roots.max()).flatten()
+        return len(roots) == 1 and bool(torch.isin(same, torch.tensor(self._lone)).all())
 
     def roots(self, labels: Tensor) -> Tensor:
         """Return each label's root label (itself a label), in the same shape."""

@@ -12,8 +12,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from gumbel_plugin.graph.exactness.channel_labels import Safety, core, varying
+from gumbel_plugin.graph.exactness.own_products import OwnProducts
 from gumbel_plugin.graph.exactness.propagation import Flow
-from gumbel_plugin.layers.geometry import channel_dimension, is_depthwise
+from gumbel_plugin.layers.geometry import (
+    channel_dimension,
+    input_channels,
+    is_depthwise,
+    is_input_major,
+    layer_channels,
+)
+from gumbel_plugin.layers.own_forward import has_own_forward
 
 _CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _OVER_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
@@ -78,7 +86,10 @@ class Layers:
         handles = []
         for name, module in model.named_modules():
             effect = self._effect_of(module)
-            if effect is not None:
+            if effect is not None and module not in self._treatments and _has_own_products(module):
+                handles.append(module.register_forward_pre_hook(self._begin_own(name, effect), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._end_own(name, effect), with_kwargs=True))
+            elif effect is not None:
                 handles.append(module.register_forward_pre_hook(self._begin))
                 handles.append(module.register_forward_hook(self._end(name, effect), with_kwargs=True))
         try:
@@ -91,6 +102,8 @@ class Layers:
         own: dict[Treatment, _Effect] = {"each": self._treat_each, "opaque": self._refuse, "foreign": self._leave}
         if module in self._treatments:
             return own[self._treatments[module]]
+        if is_input_major(module):
+            return self._linear
         return next((effect for types, effect in self._effects if isinstance(module, types)), None)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -118,9 +131,51 @@ class Layers:
             if side in self.sides:
                 self.flow.labels.note(self.sides[side], "unsupported", reason)
 
+    def _begin_own(self, name: str, effect: _Effect) -> Callable[..., None]:
+        def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.flow.muted:
+                self.flow.muted += 1
+                return
+            with _disable_current_modes():
+                bias = getattr(module, "bias", None)  # it may be added by an operation of its own
+                if isinstance(bias, Tensor) and bias.shape == (layer_channels(module)[1],):
+                    self._label((name, False), bias, 0)
+            read = args[:1] or tuple(kwargs.values())
+            tensors = [leaf for leaf in tree_leaves(read) if isinstance(leaf, Tensor)]
+            self.flow.own.append(OwnProducts(name, module, tensors, lambda x, y: effect(name, module, [x], y)))
+
+        return begin
+
+    def _end_own(self, name: str, effect: _Effect) -> Callable[..., None]:
+        def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = self.flow.own[-1] if self.flow.own else None
+            if call is None or call.layer is not module or self.flow.muted != bool(call.fault):
+                self.flow.muted -= 1  # as a part of another layer
+                return
+            self.flow.own.pop()
+            self.flow.muted = 0
+            with _disable_current_modes():
+                call.end()
+                fault = call.fault or self._misread(name, module, args)
+                if not call.acted and _fits(module, args, output):
+                    effect(name, module, args[:1], output)
+                if fault:
+                    self.note((args, kwargs, output), "inexact", fault)
+
+        return end
+
+    def _misread(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> str:
+        """Say why gates cannot act on what a layer reads; empty if they can."""
+        labels = self.flow.of(args[0]) if args and isinstance(args[0], Tensor) else None
+        if labels is None:
+            return ""
+        dim = channel_dimension(module) % labels.dim()
+        usual = set(varying(labels)) <= {dim} and labels.shape[dim] == input_channels(module)
+        return "" if usual else f"{name} reads channels along another dimension than torch's layers do"
+
     # What each kind of layer does -----------------------------------------------------------------------------------
 
-    def _linear(self, name: str, module: nn.Linear, inputs: Sequence[Tensor], output: Tensor) -> None:
+    def _linear(self, name: str, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
         self._read((name, True), inputs[0], -1)
         self._label((name, False), output, -1)
         self._check_weight(name, module, inputs[0], output)
@@ -166,9 +221,6 @@ class Layers:
 
     def _check_weight(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """A layer that computes its weight from other numbers may compute another one when some of them are gone."""
-        forwards = (type(module).forward, getattr(type(module), "_conv_forward", nn.Linear.forward))
-        if not all(forward.__module__.startswith("torch.nn.") for forward in forwards):
-            self.note((x, output), "inexact", f"{name} has a forward of its own")
         if module._parameters.get("weight") is None:
             self.note((x, output), "unsupported", f"the weight of {name} is computed from other parameters")
 
@@ -206,3 +258,16 @@ class Layers:
             return
         if all(output.shape[dim] == x.shape[dim] for dim in varying(labels)):
             self.flow.put(output, core(labels).expand(output.shape))
+
+
+def _fits(module: nn.Module, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether a layer reads and returns channels where torch's layers do."""
+    dim, widths = channel_dimension(module), layer_channels(module)
+    tensors = [each for each in (*args[:1], output) if isinstance(each, Tensor)]
+    return len(tensors) == 2 and all(
+        each.dim() >= -dim and each.shape[dim] == width for each, width in zip(tensors, widths, strict=True)
+    )
+
+
+def _has_own_products(module: nn.Module) -> bool:
+    return has_own_forward(module) and module._parameters.get("weight") is not None

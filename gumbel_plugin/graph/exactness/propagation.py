@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gumbel_plugin.graph.exactness.broadcasting import Broadcast, Operand, autograd_numbers, spread_operands
 from gumbel_plugin.graph.exactness.channel_labels import ChannelLabels, Safety, core, tight, varying
+from gumbel_plugin.graph.exactness.own_products import OwnProducts
 
 
 class Flow(TorchDispatchMode):
@@ -26,6 +28,8 @@ class Flow(TorchDispatchMode):
         labels: The labels, and what was noted of them.
         muted: While it is positive nothing is followed: a layer is at work whose effect is known as a whole.
         met: Parameters that operations outside of such layers used.
+        own: Layers at work that have a forward of their own, the innermost last; their operations are followed.
+        broadcasts: Where channels were broadcast over others, by the number of the operation's autograd node.
     """
 
     def __init__(self) -> None:
@@ -33,6 +37,8 @@ class Flow(TorchDispatchMode):
         self.labels = ChannelLabels()
         self.muted = 0
         self.met: dict[nn.Parameter, str] = {}
+        self.own: list[OwnProducts] = []
+        self.broadcasts: dict[int, Broadcast] = {}
         self._carried = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor) -> Tensor | None:
@@ -56,9 +62,14 @@ class Flow(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         inputs = [] if self.muted else [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.met.update((tensor, func._schema.name) for tensor in inputs if isinstance(tensor, nn.Parameter))
+        layer = self.own[-1] if self.own and not self.muted else None
+        used = [tensor for tensor in inputs if isinstance(tensor, nn.Parameter)]
+        self.met.update((each, func._schema.name) for each in used if layer is None or not layer.owns(each))
         labeled = {id(tensor): labels for tensor in inputs if (labels := self.of(tensor)) is not None}
         result = func(*args, **kwargs)
+        if layer is not None and layer.follow(func, args, kwargs, result):
+            self.muted += bool(layer.fault)  # its effect is known as a whole, and its inside does not matter
+            return result
         if labeled:
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             _apply(_Step(self, func, args, kwargs, inputs, labeled, outputs))
@@ -122,10 +133,10 @@ def _same(step: _Step) -> None:
 
 
 def _pointwise(step: _Step) -> None:
-    """Elements meet: the channels on both sides leave together."""
+    """Elements meet: the channels on both sides leave together, but for those that are broadcast over others."""
     shape = step.outputs[0].shape
     result = torch.zeros((1,) * len(shape), dtype=torch.int64)
-    for labels in step.labeled.values():
+    for labels in _without_spread(step):
         ours, theirs = core(result), core(labels)
         common = torch.broadcast_shapes(ours.shape, theirs.shape)  # type: ignore[no-untyped-call]
         ours, theirs = ours.expand(common), theirs.expand(common)
@@ -141,6 +152,21 @@ def _pointwise(step: _Step) -> None:
     elif any(_differs_along(tensor, dim - len(shape)) for tensor in unlabeled for dim in varying(result)):
         step.note("unsupported", "joins them with a tensor per channel that is no parameter", result)
     step.put_all(result)
+
+
+def _without_spread(step: _Step) -> list[Tensor]:
+    """Return the labels that meet; note those that are broadcast over others."""
+    operands = [Operand(t, step.labeled.get(id(t))) for t in step.inputs if t.is_floating_point()]
+    spread = spread_operands(operands, step.flow.labels)
+    if not spread:
+        return list(step.labeled.values())
+    shapes = tuple(tuple(operand.tensor.shape) for operand in operands)
+    seen = Broadcast(step.func._schema.name, shapes, tuple(spread))
+    step.flow.broadcasts.update(dict.fromkeys(autograd_numbers(step.func), seen))
+    for place in spread:
+        step.note("unsupported", "applies each of them to all channels of another layer", operands[place].labels)
+    gone = {id(operands[place].tensor) for place in spread}
+    return [labels for tensor, labels in step.labeled.items() if tensor not in gone]
 
 
 def _differs_along(tensor: Tensor, dim: int) -> bool:
@@ -262,10 +288,12 @@ def _dimensions(step: _Step) -> set[int]:
 
 _Rule = Callable[[_Step], None]
 
-# By aten name; in-place variants (a trailing underscore) follow the same rule.
+# By aten name; in-place variants (a trailing underscore) follow the same rule. Of what torch tags as pointwise, those
+# are here of which a variant in place is not tagged.
 _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     (_same, ("clone", "alias", "detach", "_to_copy", "lift_fresh", "contiguous", "as_strided", "zero", "fill")),
     (_pointwise, ("hardswish", "copy", "where", "masked_fill", "rsub", "add", "sub", "threshold")),
+    (_pointwise, ("abs", "copysign", "gelu", "mish", "relu6", "true_divide", "eq", "ge", "gt", "le", "lt", "ne")),
     (_move, ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze")),
     (_move, ("select", "slice", "split", "split_with_sizes", "unbind", "unfold", "diagonal", "repeat")),
     (_move, ("roll", "flip", "index", "index_select", "gather", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")),
