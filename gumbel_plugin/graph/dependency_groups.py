@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import GraphError
 from gumbel_plugin.graph.attention_heads import NamedHeads, find_heads, kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
-from gumbel_plugin.graph.exactness import ExactnessAnalysis, Safety, check_empirically, double_copy
+from gumbel_plugin.graph.exactness import Cut, ExactnessAnalysis, Safety, check_empirically, double_copy
+from gumbel_plugin.graph.label_groups import LabelGroups, merged
 from gumbel_plugin.graph.observed_kind import layout_of, observed_names
 from gumbel_plugin.graph.prunable_heads import find_named_heads
 from gumbel_plugin.graph.removal import HeadGroup, Item, Remover, UnitGroup, unchanging_graph
@@ -78,13 +79,14 @@ class DependencyGroups:
             found = self.graph.get_all_groups(list(ignored), tuple(roots))
             groups = [self._described(group, analysis) for group in found]
         groups += [self._unread(module, reason, analysis) for module, reason in self.graph.unread.items()]
+        groups = self._add_label_groups(groups, analysis, tuple(roots))
         groups += self._unknown_layers(ignored)
         if not named:
             names = {self._names.get(part) for layer in ignored for part in layer.modules()}
             heads = find_heads(model)
             groups = _without_insides(groups, heads)
             groups += [g for g in heads if not names & {g.name, *(p.module for p in g.producers)}]
-        known = {group.name for group in groups if kind_of(model.get_submodule(group.name)) is not None}
+        known = {group.name for group in groups if kind_of(model.get_submodule(group.root)) is not None}
         self.heads = set(self._named_heads) if named else known if pruner is None or pruner.prune_num_heads else set()
         if self._observed:
             self.heads &= self._observed.keys()
@@ -192,9 +194,23 @@ class DependencyGroups:
             return ChannelGroup(name, 1, (), (), "unsupported", f"the {type(root).__name__} {name!r} has no channels")
         size = channels // self._coupled(group)
         items = self._items[name] = [self._read(item, lambda roots: roots % size) for item in group.items]
-        layers = self._layers(items)
-        producers, consumers = _slices(layers)
-        safety, reason = analysis.result([((i.owner or "", reads), i.positions, i.units) for i, reads in layers])
+        return self._group(name, size, items, *analysis.result(_cuts(self._layers(items))))
+
+    def _add_label_groups(
+        self, groups: Sequence[ChannelGroup], analysis: ExactnessAnalysis, roots: tuple[type, ...]
+    ) -> list[ChannelGroup]:
+        """Add the groups that the graph does not describe, in place of those that it describes wrongly."""
+        described = [group for group in groups if group.safety != "unsupported" and group.name in self._items]
+        taken = [cut for group in described for cut in _cuts(self._layers(self._items[group.name]))]
+        labels = LabelGroups(self.graph, self._names, self._pruner, roots).read(analysis, taken)
+        found = [(each, self._group(each.root, each.size, each.items, each.safety, each.reason)) for each in labels]
+        groups, items = merged(groups, self._items, found)
+        self._items.update(items)
+        return groups
+
+    def _group(self, name: str, size: int, items: Sequence[Item], safety: Safety, reason: str) -> ChannelGroup:
+        """Return a group that cuts these items."""
+        producers, consumers = _slices(self._layers(items))
         if safety == "exact":
             safety, reason = self._check_parts(size, producers, consumers)
         outside = sum(self._elements(item) for item in items if item.is_parameter)
@@ -324,6 +340,11 @@ def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:
             owners.setdefault(parameter, []).append(name)
     pairs = itertools.chain.from_iterable(itertools.permutations(each, 2) for each in owners.values())
     return dict(pairs)
+
+
+def _cuts(layers: Sequence[tuple[Item, bool]]) -> list[Cut]:
+    """Return what some items cut, as the exactness analysis has it."""
+    return [((item.owner or "", reads), item.positions, item.units) for item, reads in layers]
 
 
 def _slices(layers: Sequence[tuple[Item, bool]]) -> tuple[tuple[ChannelSlice, ...], tuple[ChannelSlice, ...]]:

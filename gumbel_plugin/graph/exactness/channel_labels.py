@@ -34,6 +34,12 @@ class ChannelLabels:
         self._roots = torch.cat([self._roots, labels])
         return labels
 
+    def duplicate(self) -> ChannelLabels:
+        """Return equal labels, to unite more of them without consequences here."""
+        duplicate = ChannelLabels()
+        duplicate._roots, duplicate._notes = self._roots.clone(), list(self._notes)
+        return duplicate
+
     def roots(self, labels: Tensor) -> Tensor:
         """Return each label's root label (itself a label), in the same shape."""
         return self._roots[labels]
