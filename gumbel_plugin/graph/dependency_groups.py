@@ -68,7 +68,7 @@ class DependencyGroups:
         self._names = {module: name for name, module in model.named_modules()}
         self._pruner = pruner
         self.graph = _build_graph(model, example_inputs) if pruner is None else pruner.DG
-        self._items: dict[str, list[Item]] = {}
+        self._items: dict[str, Sequence[Item]] = {}
         self._named_heads: dict[str, NamedHeads] = {}
         self._tied = _tied_layers(self._names)
         self._observed = {} if pruner is None else observed_names(model, pruner.num_heads)
@@ -118,6 +118,22 @@ class DependencyGroups:
             return UnitGroup(self.graph, self._remover, name, units)
         return HeadGroup(self.graph, name, units)
 
+    def group_at(self, owner: str, outputs: bool, positions: Sequence[int]) -> Any:
+        """Return what removes certain channels of a layer with all that belongs to them; None if they are no units.
+
+        Args:
+            owner: The layer's name.
+            outputs: Whether its output channels are meant.
+            positions: Their numbers as they are now.
+        """
+        for group in self.groups:
+            if group.safety == "unsupported" or group.name not in self._items:
+                continue
+            units = self._remover.units_of(group.name, owner, outputs, torch.tensor(positions, dtype=torch.int64))
+            if units is not None:
+                return self.pruning_group(group.name, units)
+        return None
+
     def history(self, left: Mapping[str, Tensor]) -> list[list[Any]]:
         """Return how Torch-Pruning's history notes that units left: roots, whether by output channel, channel numbers.
 
@@ -125,14 +141,21 @@ class DependencyGroups:
             left: By group name, which of its units are left, bool.
         """
         entries: list[list[Any]] = []
+        gone: dict[Any, list[Tensor]] = {}  # by place, what earlier entries remove
         for name, stayed in left.items():
             units = torch.nonzero(~stayed).flatten()
-            root = self._items[name][0] if name in self._items else None
-            if root is not None and len(units):
-                outputs = self.graph.is_out_channel_pruning_fn(root.dep.trigger)
-                entries.append([root.owner, outputs, root.positions[torch.isin(root.units, units)].tolist()])
+            items = self._items.get(name, ()) if len(units) else ()
+            chosen = [(item.place, item.positions[torch.isin(item.units, units)]) for item in items]
+            if items:
+                place, positions = chosen[0]
+                outputs = self.graph.is_out_channel_pruning_fn(items[0].dep.trigger)
+                earlier = torch.unique(torch.cat([positions[:0], *gone.get(place, ())]))
+                positions = positions - torch.searchsorted(earlier, positions)
+                entries.append([items[0].owner, outputs, positions.tolist()])
             elif len(units):
                 entries.append([name, True, units.tolist()])
+            for place, positions in chosen:
+                gone.setdefault(place, []).append(positions)
         return entries
 
     def count_heads(self) -> None:
@@ -204,7 +227,7 @@ class DependencyGroups:
         taken = [cut for group in described for cut in _cuts(self._layers(self._items[group.name]))]
         labels = LabelGroups(self.graph, self._names, self._pruner, roots).read(analysis, taken)
         found = [(each, self._group(each.root, each.size, each.items, each.safety, each.reason)) for each in labels]
-        groups, items = merged(groups, self._items, found)
+        groups, items = merged(groups, found, lambda name: self._width(self.model.get_submodule(name)))
         self._items.update(items)
         return groups
 

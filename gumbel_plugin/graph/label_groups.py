@@ -7,7 +7,7 @@ the groups can be read from it: units of all parts at once, or a group of its ow
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,7 +121,7 @@ class LabelGroups:
 
     def _is_root(self, name: str) -> bool:
         module = self._modules.get(name)
-        return isinstance(module, self._roots) and not _is_depthwise(module)
+        return module is not None and isinstance(module, self._roots) and not _is_depthwise(module)
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -131,15 +131,15 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 def merged(
     described: Sequence[ChannelGroup],
-    items: Mapping[str, Sequence[Item]],
     found: Sequence[tuple[LabelGroup, ChannelGroup]],
+    width_of: Callable[[str], int | None],
 ) -> tuple[list[ChannelGroup], dict[str, Sequence[Item]]]:
     """Put groups from labels in the place of groups that cannot be cut as Torch-Pruning describes them.
 
     Args:
         described: Torch-Pruning's groups.
-        items: What they cut, by name.
         found: The groups from labels, with what is known of them.
+        width_of: Returns how many output channels a layer has.
 
     Returns:
         All groups, and what those from labels cut, by name.
@@ -152,8 +152,8 @@ def merged(
     groups = []
     for group in described:
         parts = [label.outputs[group.name] for label, _ in usable if group.name in label.outputs]
-        if group.safety == "unsupported" and group.name in items:
-            if sum(map(len, parts)) == len(items[group.name][0].positions):
+        if group.safety == "unsupported":
+            if parts and sum(map(len, parts)) == width_of(group.name):
                 continue
             if group.reason.startswith("Torch-Pruning") or parts:
                 group = replace(group, reason=reasons.get(group.name, group.reason))

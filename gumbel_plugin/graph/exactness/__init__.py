@@ -7,7 +7,7 @@ model, for what a forward does not show.
 
 from gumbel_plugin.graph.exactness.analysis import Cut, ExactnessAnalysis, Treatment
 from gumbel_plugin.graph.exactness.channel_labels import Safety
-from gumbel_plugin.graph.exactness.label_classes import LabelClasses
 from gumbel_plugin.graph.exactness.empirical_check import check_empirically, double_copy
+from gumbel_plugin.graph.exactness.label_classes import LabelClasses
 
 __all__ = ["Cut", "ExactnessAnalysis", "LabelClasses", "Safety", "Treatment", "check_empirically", "double_copy"]

@@ -42,20 +42,26 @@ def find_classes(
     labels = labels.duplicate()
     for side, count in blocks.items():
         _couple(labels, side[0], sides[side], count)
-    places, results = labels.results()
+    result_of, results = labels.results()
     severities = torch.tensor([("exact", "inexact", "unsupported").index(safety) for safety, _ in results])
     roots = [labels.roots(channels) for channels in sides.values()]
-    signatures = _signatures(roots, severities[places])
+    signatures = _signatures(roots, severities[result_of])
     signatures[0] = signatures[labels.roots(taken)] = 0
-    names, found = list(sides), []
-    for signature in torch.unique(torch.cat([signatures[own] for own in roots] or [signatures[:0]])).tolist():
-        if not signature:
-            continue
-        chosen = {side: torch.nonzero(signatures[own] == signature).flatten() for side, own in zip(names, roots)}
-        present = {side: own[chosen[side]] for side, own in zip(names, roots) if len(chosen[side])}
-        members = torch.unique(next(iter(present.values())))
-        units = {side: (chosen[side], torch.searchsorted(members, own)) for side, own in present.items()}
-        found.append(LabelClasses(units, *results[int(places[members].amax())]))
+    names, flat = list(sides), torch.cat([signatures[:0], *roots])
+    signed = signatures[flat]
+    numbers = torch.repeat_interleave(torch.arange(len(roots)), torch.tensor([len(own) for own in roots]).long())
+    where = torch.cat([signatures[:0], *(torch.arange(len(own)) for own in roots)])
+    chosen = torch.nonzero(signed).flatten()
+    chosen = chosen[torch.argsort(signed[chosen], stable=True)]  # by signature, then by side, then by channel
+    found = []
+    counts = torch.unique_consecutive(signed[chosen], return_counts=True)[1]
+    for own in torch.tensor_split(chosen, counts.cumsum(0)[:-1]) if len(chosen) else ():
+        members, classes = torch.unique(flat[own], return_inverse=True)
+        places, start = {}, 0
+        for side, count in zip(*torch.unique_consecutive(numbers[own], return_counts=True), strict=True):
+            part = slice(start, start := start + int(count))
+            places[names[int(side)]] = where[own[part]], classes[part]
+        found.append(LabelClasses(places, *results[int(result_of[members].amax())]))
     return sorted(found, key=lambda each: _start(each, names))
 
 
@@ -83,6 +89,6 @@ def _signatures(roots: list[Tensor], severities: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(1, 2**62, (len(roots) + 3,), generator=generator)
     signatures = numbers[len(roots) + severities]
-    for own, number in zip(roots, numbers):
+    for own, number in zip(roots, numbers[: len(roots)], strict=True):
         signatures.index_add_(0, own, number.expand(len(own)))
     return signatures

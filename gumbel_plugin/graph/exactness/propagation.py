@@ -6,6 +6,7 @@ channel makes it unsupported, so that a group which is called exact is one whose
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,7 +215,7 @@ def _glu(step: _Step) -> None:
 def _coupled(step: _Step, dim: int, size: int) -> Tensor:
     """Let the same members of equal parts of the channels leave together; return the source's labels after that."""
     smallest = core(step.source)
-    parts = smallest.unflatten(dim, (-1, size))
+    parts = smallest.unflatten(dim, (-1, size))  # type: ignore[no-untyped-call]
     first = parts.narrow(dim, 0, 1).expand_as(parts)
     step.flow.labels.unite(first, parts)
     lone = (parts.amin(dim, keepdim=True) == 0).expand_as(parts)
@@ -244,7 +245,7 @@ def _join(step: _Step) -> None:
 
 def _level(step: _Step, pieces: Sequence[Tensor], dim: int | None) -> None:
     """Let channels that lie side by side leave together: in all dimensions but one, pieces must be of one size."""
-    for first, second in zip(pieces, pieces[1:], strict=False):
+    for first, second in itertools.pairwise(pieces):
         ours, theirs = (core(piece) if dim is None else _one_of(core(piece), dim) for piece in (first, second))
         if ours is not None and theirs is not None:
             common = torch.broadcast_shapes(ours.shape, theirs.shape)  # type: ignore[no-untyped-call]
