@@ -93,7 +93,9 @@ class ExactnessAnalysis:
         sides = {**self._sides, **{side: self._labels.roots(own) for side, own in self._layers.weightless.items()}}
         coupled = {side: max(count, blocks.get(side, 1)) for side, count in self._layers.blocks.items()}
         coupled |= {side: count for side, count in blocks.items() if side in sides.keys() - coupled.keys()}
-        known = [sides[side][where[where < len(sides[side])]] for side, where, _ in taken if side in sides]
+        known = [
+            sides[side][where[(where >= 0) & (where < len(sides[side]))]] for side, where, _ in taken if side in sides
+        ]
         return find_classes(self._labels, sides, coupled, torch.cat([torch.zeros(0, dtype=torch.int64), *known]))
 
     def _follow(self, side: Side, positions: Tensor, units: Tensor, unit_of: Tensor) -> bool:
