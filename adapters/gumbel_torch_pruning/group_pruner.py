@@ -343,7 +343,7 @@ class GumbelGroupPruner(GuardedPruner):
             self._detach()
             dependency = self._dependency  # read before anything is removed
             with tracked(self.model) as self._changes:
-                replay(self.model, self.DG, dependency.heads, pruning_history)
+                replay(self.model, dependency, pruning_history)
             self._removed(copy.deepcopy(list(pruning_history)))
             self.current_step = self.iterative_steps
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch_pruning as tp
+from torch import nn
 
 from gumbel_plugin.graph.attention_heads import kind_of
+from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.graph.dependency_groups import DependencyGroups
 from gumbel_plugin.training.group_planner import GroupMetric, Share
 
@@ -25,7 +29,7 @@ def shares(
     patterns = _patterns(pruner) if pruner.isomorphic else {}
     for group in dependency.groups:
         of_heads = group.name in dependency.heads
-        if not of_heads and kind_of(modules[group.name]) is not None:
+        if not of_heads and kind_of(modules[group.root]) is not None:
             continue  # heads that stay
         layers = [modules[part.module] for part in group.producers]
         own = next((layer for layer in layers if layer in pruner._layer_to_scope), None)
@@ -39,10 +43,16 @@ def shares(
         elif own is not None:
             budget, ratios = pruner._layer_to_scope[own][0], pruner.pruning_ratio_dict[own]
         elif pruner.isomorphic:
-            budget = patterns.get(group.name, group.name)  # none of a group that cannot be read
+            budget = patterns.get(group.name) or _pattern(group, modules)
         if ratios[-1] > 0 or metric != "channels":
             found[group.name] = Share(budget, float(ratios[step]))
     return found
+
+
+def _pattern(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> str:
+    """Return the kinds of layers that a group connects which is none of Torch-Pruning's."""
+    sides = [*((part, "out") for part in group.producers), *((part, "in") for part in group.consumers)]
+    return "isomorphic " + " ".join(f"{type(modules[part.module]).__name__}-{side}" for part, side in sides)
 
 
 def _patterns(pruner: tp.pruner.BasePruner) -> dict[str, str]:

@@ -28,7 +28,7 @@ class ChannelGroup:
     """Channels that leave a network together, because the graph ties them.
 
     Attributes:
-        name: The module whose output channels define the group.
+        name: The module whose output channels define the group; "conv[8:16]" if other groups have the rest of them.
         size: How many units the group has; a unit is one channel, or several that must go together.
         producers: Modules that compute the channels (convolutions, linear layers, normalizations), by output channel.
         consumers: Layers that read them, by input channel. Gates act here: see design of exactness in docs.
@@ -46,3 +46,9 @@ class ChannelGroup:
     safety: Literal["exact", "inexact", "unsupported"] = "exact"
     reason: str = ""
     unlisted_weights: int = 0
+
+    @property
+    def root(self) -> str:
+        """The module whose output channels define the group: its name, or that of which it is a part ("conv[8:16]")."""
+        known = {part.module for part in (*self.producers, *self.consumers)}
+        return self.name if self.name in known else self.name.partition("[")[0]

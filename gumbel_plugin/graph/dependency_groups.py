@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from gumbel_plugin.errors import GraphError
 from gumbel_plugin.graph.attention_heads import NamedHeads, find_heads, kind_of
 from gumbel_plugin.graph.channel_groups import ChannelGroup, ChannelSlice
-from gumbel_plugin.graph.exactness import ExactnessAnalysis, Safety, check_empirically, double_copy
+from gumbel_plugin.graph.exactness import Cut, ExactnessAnalysis, Safety, check_empirically, double_copy
 from gumbel_plugin.graph.input_major_pruner import with_input_major
+from gumbel_plugin.graph.label_groups import LabelGroups, merged
 from gumbel_plugin.graph.observed_kind import layout_of, observed_names
 from gumbel_plugin.graph.prunable_heads import find_named_heads
 from gumbel_plugin.graph.removal import HeadGroup, Item, Remover, UnitGroup, unchanging_graph
@@ -25,9 +26,8 @@ from gumbel_plugin.graph.tracing_repairs import missing_pruners
 from gumbel_plugin.graph.unit_numbers import number_units
 from gumbel_plugin.layers.example_inputs import call_model, named_tensors
 from gumbel_plugin.layers.geometry import input_channels, is_input_major, output_dimension
-from gumbel_plugin.layers.kept_tensors import kept_tensors
+from gumbel_plugin.layers.kept_tensors import copy_hint
 from gumbel_plugin.layers.model_check import refuse_unusable
-from gumbel_plugin.layers.weights import how_to_keep_weights
 
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
 
@@ -69,24 +69,26 @@ class DependencyGroups:
         self._names = {module: name for name, module in model.named_modules()}
         self._pruner = pruner
         self.graph = _build_graph(model, example_inputs) if pruner is None else pruner.DG
-        self._items: dict[str, list[Item]] = {}
+        self._items: dict[str, Sequence[Item]] = {}
         self._named_heads: dict[str, NamedHeads] = {}
         self._tied = _tied_layers(self._names)
         self._observed = {} if pruner is None else observed_names(model, pruner.num_heads)
         named = pruner is not None and bool(pruner.num_heads) and not self._observed
         analysis = analysis_of(self.graph, example_inputs, opaque=not named)
-        ignored, roots = ((), _ROOTS) if pruner is None else (pruner.ignored_layers, pruner.root_module_types)
+        ignored, kinds = ((), _ROOTS) if pruner is None else (pruner.ignored_layers, pruner.root_module_types)
+        roots = with_input_major(kinds, model)
         with unchanging_graph():
-            found = self.graph.get_all_groups(list(ignored), with_input_major(roots, model))
+            found = self.graph.get_all_groups(list(ignored), roots)
             groups = [self._described(group, analysis) for group in found]
         groups += [self._unread(module, reason, analysis) for module, reason in self.graph.unread.items()]
+        groups = self._add_label_groups(groups, analysis, roots)
         groups += self._unknown_layers(ignored)
         if not named:
             names = {self._names.get(part) for layer in ignored for part in layer.modules()}
             heads = find_heads(model)
             groups = _without_insides(groups, heads)
             groups += [g for g in heads if not names & {g.name, *(p.module for p in g.producers)}]
-        known = {group.name for group in groups if kind_of(model.get_submodule(group.name)) is not None}
+        known = {group.name for group in groups if kind_of(model.get_submodule(group.root)) is not None}
         self.heads = set(self._named_heads) if named else known if pruner is None or pruner.prune_num_heads else set()
         if self._observed:
             self.heads &= self._observed.keys()
@@ -118,6 +120,22 @@ class DependencyGroups:
             return UnitGroup(self.graph, self._remover, name, units)
         return HeadGroup(self.graph, name, units)
 
+    def group_at(self, owner: str, outputs: bool, positions: Sequence[int]) -> Any:
+        """Return what removes certain channels of a layer with all that belongs to them; None if they are no units.
+
+        Args:
+            owner: The layer's name.
+            outputs: Whether its output channels are meant.
+            positions: Their numbers as they are now.
+        """
+        for group in self.groups:
+            if group.safety == "unsupported" or group.name not in self._items:
+                continue
+            units = self._remover.units_of(group.name, owner, outputs, torch.tensor(positions, dtype=torch.int64))
+            if units is not None:
+                return self.pruning_group(group.name, units)
+        return None
+
     def history(self, left: Mapping[str, Tensor]) -> list[list[Any]]:
         """Return how Torch-Pruning's history notes that units left: roots, whether by output channel, channel numbers.
 
@@ -125,14 +143,21 @@ class DependencyGroups:
             left: By group name, which of its units are left, bool.
         """
         entries: list[list[Any]] = []
+        gone: dict[Any, list[Tensor]] = {}  # by place, what earlier entries remove
         for name, stayed in left.items():
             units = torch.nonzero(~stayed).flatten()
-            root = self._items[name][0] if name in self._items else None
-            if root is not None and len(units):
-                outputs = self.graph.is_out_channel_pruning_fn(root.dep.trigger)
-                entries.append([root.owner, outputs, root.positions[torch.isin(root.units, units)].tolist()])
+            items = self._items.get(name, ()) if len(units) else ()
+            chosen = [(item.place, item.positions[torch.isin(item.units, units)]) for item in items]
+            if items:
+                place, positions = chosen[0]
+                outputs = self.graph.is_out_channel_pruning_fn(items[0].dep.trigger)
+                earlier = torch.unique(torch.cat([positions[:0], *gone.get(place, ())]))
+                positions = positions - torch.searchsorted(earlier, positions)
+                entries.append([items[0].owner, outputs, positions.tolist()])
             elif len(units):
                 entries.append([name, True, units.tolist()])
+            for place, positions in chosen:
+                gone.setdefault(place, []).append(positions)
         return entries
 
     def count_heads(self) -> None:
@@ -195,9 +220,23 @@ class DependencyGroups:
         unit_of = number_units(self._coupled(group), analysis.labels_of(name, channels))
         size = int(unit_of.max()) + 1
         items = self._items[name] = [self._read(item, lambda roots: unit_of[roots]) for item in group.items]
-        layers = self._layers(items)
-        producers, consumers = _slices(layers)
-        safety, reason = analysis.result([((i.owner or "", reads), i.positions, i.units) for i, reads in layers])
+        return self._group(name, size, items, *analysis.result(_cuts(self._layers(items))))
+
+    def _add_label_groups(
+        self, groups: Sequence[ChannelGroup], analysis: ExactnessAnalysis, roots: tuple[type, ...]
+    ) -> list[ChannelGroup]:
+        """Add the groups that the graph does not describe, in place of those that it describes wrongly."""
+        described = [group for group in groups if group.safety != "unsupported" and group.name in self._items]
+        taken = [cut for group in described for cut in _cuts(self._layers(self._items[group.name]))]
+        labels = LabelGroups(self.graph, self._names, self._pruner, roots).read(analysis, taken)
+        found = [(each, self._group(each.root, each.size, each.items, each.safety, each.reason)) for each in labels]
+        groups, items = merged(groups, found, lambda name: self._width(self.model.get_submodule(name)))
+        self._items.update(items)
+        return groups
+
+    def _group(self, name: str, size: int, items: Sequence[Item], safety: Safety, reason: str) -> ChannelGroup:
+        """Return a group that cuts these items."""
+        producers, consumers = _slices(self._layers(items))
         if safety == "exact":
             safety, reason = self._check_parts(size, producers, consumers)
         outside = sum(self._elements(item) for item in items if item.is_parameter)
@@ -299,21 +338,8 @@ def find_groups(model: nn.Module, example_inputs: Any) -> list[ChannelGroup]:
     try:
         duplicate = copy.deepcopy(model)
     except Exception as error:
-        raise GraphError(f"the model cannot be copied: {_copy_hint(model) or reason_of(error)}") from error
+        raise GraphError(f"the model cannot be copied: {copy_hint(model) or reason_of(error)}") from error
     return DependencyGroups(duplicate, example_inputs).groups
-
-
-def _copy_hint(model: nn.Module) -> str:
-    """Return what to do about weights and attributes that are computed from others, which torch does not copy."""
-    for name, module in model.named_modules():
-        way = how_to_keep_weights(module)
-        if way:
-            return f"{name!r} has a computed weight, call {way} first"
-        for attribute, value in kept_tensors(module):
-            if not value.is_leaf:
-                place = ".".join(filter(None, (name, attribute)))
-                return f"{place!r} is a tensor computed from others, which torch does not copy; delete or detach it"
-    return ""
 
 
 def _without_insides(groups: Sequence[ChannelGroup], heads: Sequence[ChannelGroup]) -> list[ChannelGroup]:
@@ -330,6 +356,11 @@ def _tied_layers(names: Mapping[nn.Module, str]) -> dict[str, str]:
             owners.setdefault(parameter, []).append(name)
     pairs = itertools.chain.from_iterable(itertools.permutations(each, 2) for each in owners.values())
     return dict(pairs)
+
+
+def _cuts(layers: Sequence[tuple[Item, bool]]) -> list[Cut]:
+    """Return what some items cut, as the exactness analysis has it."""
+    return [((item.owner or "", reads), item.positions, item.units) for item, reads in layers]
 
 
 def _slices(layers: Sequence[tuple[Item, bool]]) -> tuple[tuple[ChannelSlice, ...], tuple[ChannelSlice, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,25 +11,29 @@ from torch import nn
 
 from gumbel_plugin.errors import TargetError, nearest
 from gumbel_plugin.graph.attention_heads import kind_of, remove_heads
+from gumbel_plugin.graph.dependency_groups import DependencyGroups
 from gumbel_plugin.graph.tracing import catch_up
 
 
-def replay(model: nn.Module, graph: Any, heads: Container[str], history: Sequence[Any]) -> None:
+def replay(model: nn.Module, dependency: DependencyGroups, history: Sequence[Any]) -> None:
     """Remove what a history says from a model.
+
+    Entries that remove units of the model's groups do so wherever the groups say; the first one that does not, and all
+    after it, go through Torch-Pruning's graph.
 
     Args:
         model: The unpruned model, without gates; half pruned if this raises.
-        graph: The model's `torch_pruning.DependencyGraph`.
-        heads: Names of the groups whose units are attention heads that may leave.
+        dependency: Its groups, of which nothing was removed yet.
         history: Entries of a root's name, whether its output channels go, and their numbers.
 
     Raises:
         TargetError: If an entry does not fit what is left of the model.
     """
+    graph, known = dependency.graph, True
     for name, of_outputs, positions in copy.deepcopy(list(history)):
         modules = dict(model.named_modules())
         layer = modules.get(name)
-        kind = None if layer is None or name not in heads else kind_of(layer)
+        kind = None if layer is None or name not in dependency.heads else kind_of(layer)
         group = None if kind is None else kind.describe(name, model)
         if group is None and layer not in graph.module2node:
             raise TargetError(f"pruning history: layer {name!r} is not in the graph{nearest(str(name), modules)}")
@@ -39,7 +43,10 @@ def replay(model: nn.Module, graph: Any, heads: Container[str], history: Sequenc
             raise TargetError(f"pruning history: {name!r} has {width} units left, of which {positions} cannot go")
         if pruner is None:
             remove_heads(model, name, torch.tensor(positions))
+        elif known and (found := dependency.group_at(name, of_outputs, positions)) is not None:
+            found.prune(record_history=False)
         else:
+            known = False
             function = pruner.prune_out_channels if of_outputs else pruner.prune_in_channels
             graph.get_pruning_group(layer, function, positions).prune(record_history=False)
             catch_up(graph, {})

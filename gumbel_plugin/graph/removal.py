@@ -49,6 +49,11 @@ class Item:
         return self.dep.target, self.dep.handler.__func__
 
     @property
+    def is_output(self) -> bool:
+        """Whether what is cut are channels that a layer computes, or treats each by itself."""
+        return str(self.dep.handler.__name__) != "prune_in_channels"
+
+    @property
     def is_parameter(self) -> bool:
         """Whether a parameter is cut that belongs to no known layer."""
         return bool(self.dep.target.type == tp.ops.OPTYPE.PARAMETER)
@@ -114,6 +119,24 @@ class Remover:
         """Return the present numbers of the units to which some of a choice's present positions belong."""
         first = choice.item.units[choice.which][torch.isin(choice.now, positions)]
         return torch.searchsorted(torch.nonzero(self._left(name)).flatten(), torch.unique(first))
+
+    def units_of(self, name: str, owner: str, outputs: bool, positions: Tensor) -> Tensor | None:
+        """Return the present numbers of the units that have exactly these channels of a layer; None if there are none.
+
+        Args:
+            name: The group.
+            owner: The layer.
+            outputs: Whether its output channels are meant.
+            positions: Their present numbers.
+        """
+        everything = torch.arange(int(self._left(name).sum()))
+        for choice in self.choose(name, everything):
+            if choice.item.owner == owner and choice.item.is_output == outputs:
+                units = self.units_at(name, choice, positions)
+                again = next(each for each in self.choose(name, units) if each.item is choice.item)
+                if len(units) and torch.equal(again.now.sort().values, positions.sort().values):
+                    return units
+        return None
 
     def now(self, place: Any, first: Tensor) -> Tensor:
         """Return the present numbers of channels in a place."""

@@ -56,12 +56,27 @@ def known_joins(nodes: _Nodes) -> None:
         parts = getattr(node.grad_fn, "next_functions", ())
         shapes = [_shape_of(function, number) for function, number in parts]
         if node.type == tp.ops.OPTYPE.CONCAT and len(shapes) == len(node.inputs) and all(shapes):
-            dim = node.grad_fn._saved_dim
-            dim = dim if dim < len(shapes[0]) else dim - 2**64  # a negative number, kept as an unsigned one
+            dim = _signed(node.grad_fn._saved_dim, len(shapes[0]))
             node.module.concat_sizes = [shape[dim] for shape in shapes]
 
 
-REPAIRS: list[Callable[[_Nodes], None]] = [plain_views, known_splits, known_joins]
+def plain_splits(nodes: _Nodes) -> None:
+    """Let a split leave channel numbers alone that Torch-Pruning would miscount.
+
+    It numbers what reads the pieces, not the pieces, and looks for more pieces than there are where one is read twice
+    (C2f of YOLOv8); and it takes sizes along other dimensions, as of images in a batch, for channels. Where channels
+    are really cut, the group is read from the labels (see `label_groups`).
+    """
+    for node in nodes.values():
+        pieces = len(getattr(node.grad_fn, "_input_metadata", ()))
+        if node.type == tp.ops.OPTYPE.SPLIT and pieces:
+            shape = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ())) or _shape_of(node.grad_fn, 0)
+            dim = _signed(node.grad_fn._saved_dim, len(shape)) % len(shape)
+            if len(node.outputs) > pieces or dim == 0 or (len(shape) > 3 and dim != 1):
+                node.type = tp.ops.OPTYPE.ELEMENTWISE
+
+
+REPAIRS: list[Callable[[_Nodes], None]] = [plain_views, plain_splits, known_splits, known_joins]
 """Each takes the nodes of a traced graph, by module, and changes what is wrong with them."""
 
 
@@ -149,6 +164,11 @@ def repaired_tracing() -> Iterator[None]:
     finally:
         tp.DependencyGraph._build_dependency = original
         index_mapping.update_index_mapping, shape_infer.init_shape_information = numbering, sizing
+
+
+def _signed(dim: int, rank: int) -> int:
+    """Return a dimension that autograd may have kept, if negative, as an unsigned number."""
+    return dim if dim < rank else dim - 2**64
 
 
 def _shapes(grad_fn: Any) -> tuple[Sequence[int], Sequence[int]]:

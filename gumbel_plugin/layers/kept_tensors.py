@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gumbel_plugin.layers.weights import how_to_keep_weights
+
 _OWN = frozenset(vars(nn.Module()))
 """What every module has: parameters, buffers, children, hooks and flags."""
 
@@ -100,3 +102,16 @@ def _parts(value: Any) -> Iterator[Any]:
             found += part
         elif not isinstance(part, _CLOSED) and hasattr(part, "__dict__"):
             found += vars(part).values()
+
+
+def copy_hint(model: nn.Module) -> str:
+    """Return what to do about weights and attributes that are computed from others, which torch does not copy."""
+    for name, module in model.named_modules():
+        way = how_to_keep_weights(module)
+        if way:
+            return f"{name!r} has a computed weight, call {way} first"
+        for attribute, value in kept_tensors(module):
+            if not value.is_leaf:
+                place = ".".join(filter(None, (name, attribute)))
+                return f"{place!r} is a tensor computed from others, which torch does not copy; delete or detach it"
+    return ""

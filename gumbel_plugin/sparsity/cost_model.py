@@ -206,7 +206,7 @@ def _count_heads(
 
     That is what the layer's MACs fall by when a head leaves, less what the cost model has already.
     """
-    heads = {name: group for name, group in groups.items() if kind_of(model.get_submodule(name)) is not None}
+    heads = {name: group for name, group in groups.items() if kind_of(model.get_submodule(group.root)) is not None}
     if not heads:
         return
     smaller = copy.deepcopy(model)

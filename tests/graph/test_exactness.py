@@ -57,6 +57,10 @@ PASSES: dict[str, Forward] = {
     "a slice of positions": lambda net, y: torch.cat([y[:, :, ::2], y[:, :, 1::2]], 3),
     "branches of positions": lambda net, y: torch.cat([part * 2 for part in y.chunk(2, 3)], 3),
     "half precision and back": lambda net, y: y.double().float(),
+    "halves": lambda net, y: torch.cat([y.chunk(2, 1)[1], y.chunk(2, 1)[0]], 1),
+    "a half read twice": lambda net, y: torch.cat([(half := y.chunk(2, 1)[1]).relu(), half + 1], 1),
+    "halves by slices": lambda net, y: torch.cat([y[:, y.shape[1] // 2 :], y[:, : y.shape[1] // 2]], 1),
+    "quarters": lambda net, y: torch.cat([part * (2 + k) for k, part in enumerate(y.chunk(4, 1))], 1),
     "stacked and summed": lambda net, y: torch.stack([y, y.relu()]).sum(0),
 }
 
@@ -73,14 +77,14 @@ STOPPED: dict[str, tuple[Forward, str, int]] = {
     "rolled": (lambda net, y: y.roll(1, dims=1), "changes the order", 8),
     "chosen": (lambda net, y: y[:, [0, 3, 5]], "takes these channels apart", 3),
     "sliced": (lambda net, y: y[:, 2:], "takes these channels apart", 6),
-    "halves": (lambda net, y: torch.cat([y.chunk(2, 1)[1], y.chunk(2, 1)[0]], 1), "takes these channels apart", 8),
+    "parts of different sizes": (lambda net, y: y.split([2, 6], 1)[1], "takes these channels apart", 6),
+    "every channel by itself": (lambda net, y: sum(y.split(1, 1)).repeat(1, 8, 1, 1), "takes these channels apart", 8),
     "shuffled": (
         lambda net, y: y.view(2, 2, 4, 8, 8).transpose(1, 2).reshape(2, 8, 8, 8),
         "spreads these channels over several dimensions",
         8,
     ),
     "pixel shuffle": (lambda net, y: F.pixel_shuffle(y, 2), "spreads these channels", 2),
-    "gated by its half": (lambda net, y: F.glu(y, 1), "aten::glu is not known", 4),
     "a matrix product": (lambda net, y: (y.flatten(2) @ y.flatten(2).mT).unsqueeze(-1), "is not known", 8),
     "functional convolution": (lambda net, y: F.conv2d(y, torch.ones(8, 8, 1, 1)), "aten::convolution", 8),
     "sorted": (lambda net, y: y.sort(1).values, "aten::sort is not known", 8),

@@ -9,5 +9,15 @@ from gumbel_plugin.graph.exactness.analysis import Cut, ExactnessAnalysis, Treat
 from gumbel_plugin.graph.exactness.broadcasting import Broadcast
 from gumbel_plugin.graph.exactness.channel_labels import Safety
 from gumbel_plugin.graph.exactness.empirical_check import check_empirically, double_copy
+from gumbel_plugin.graph.exactness.label_classes import LabelClasses
 
-__all__ = ["Broadcast", "Cut", "ExactnessAnalysis", "Safety", "Treatment", "check_empirically", "double_copy"]
+__all__ = [
+    "Broadcast",
+    "Cut",
+    "ExactnessAnalysis",
+    "LabelClasses",
+    "Safety",
+    "Treatment",
+    "check_empirically",
+    "double_copy",
+]

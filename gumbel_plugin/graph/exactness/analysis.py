@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gumbel_plugin.graph.exactness.broadcasting import Broadcast
 from gumbel_plugin.graph.exactness.channel_labels import Safety
+from gumbel_plugin.graph.exactness.label_classes import LabelClasses, find_classes
 from gumbel_plugin.graph.exactness.layer_rules import Layers, Side, Treatment
 from gumbel_plugin.layers.example_inputs import named_tensors
 
@@ -40,12 +41,13 @@ class ExactnessAnalysis:
         """
         self._model = model
         self._layers = Layers(treatments)
+        self._labels = self._layers.flow.labels
         for parameter, (name, dim) in parameters.items():
             self._layers.label_parameter(parameter, name, dim)
 
     def follow(self, forward: Callable[[], Any]) -> Any:
         """Follow the labels through one forward of the model, in eval mode, and return its output."""
-        layers, labels = self._layers, self._layers.flow.labels
+        layers, labels = self._layers, self._labels
         with _plain_attention(), layers.watched(self._model), layers.flow:
             output = forward()
         layers.note([tensor for _, tensor in named_tensors(output)], "unsupported", "it reaches the network's output")
@@ -90,6 +92,22 @@ class ExactnessAnalysis:
         roots = self._sides.get((layer, False), torch.zeros(0, dtype=torch.int64))
         results = (self._results[place] for place in torch.unique(self._places[roots]).tolist())
         return max(results, key=_severity, default=self._results[0])[1]
+
+    def classes(self, blocks: Mapping[Side, int], taken: Sequence[Cut]) -> list[LabelClasses]:
+        """Return the channels that must leave together, wherever they are, by what they have in common.
+
+        Args:
+            blocks: Into how many equal parts the channels of a side fall that must lose the same members, where a
+                caller wants more than the layers do.
+            taken: Channels that are left out, with all that leave with them.
+        """
+        sides = {**self._sides, **{side: self._labels.roots(own) for side, own in self._layers.weightless.items()}}
+        coupled = {side: max(count, blocks.get(side, 1)) for side, count in self._layers.blocks.items()}
+        coupled |= {side: count for side, count in blocks.items() if side in sides.keys() - coupled.keys()}
+        known = [
+            sides[side][where[(where >= 0) & (where < len(sides[side]))]] for side, where, _ in taken if side in sides
+        ]
+        return find_classes(self._labels, sides, coupled, torch.cat([torch.zeros(0, dtype=torch.int64), *known]))
 
     def _follow(self, side: Side, positions: Tensor, units: Tensor, unit_of: Tensor) -> bool:
         """Give the root labels of some channels their units; return whether that is possible."""

@@ -42,6 +42,12 @@ class ChannelLabels:
         same = torch.nonzero(self._roots == roots.max()).flatten()
         return len(roots) == 1 and bool(torch.isin(same, torch.tensor(self._lone)).all())
 
+    def duplicate(self) -> ChannelLabels:
+        """Return equal labels, to unite more of them without consequences here."""
+        duplicate = ChannelLabels()
+        duplicate._roots, duplicate._notes, duplicate._lone = self._roots.clone(), list(self._notes), list(self._lone)
+        return duplicate
+
     def roots(self, labels: Tensor) -> Tensor:
         """Return each label's root label (itself a label), in the same shape."""
         return self._roots[labels]

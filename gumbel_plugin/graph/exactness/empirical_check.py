@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -86,7 +86,11 @@ def _check(copy: Removable, example_inputs: Any, groups: Sequence[ChannelGroup])
     generator = torch.Generator().manual_seed(0)
     perturb(copy.model, generator)
     inputs = random_inputs_like(example_inputs, generator, torch.float64)
-    units = {group.name: _odd_half(group.size, generator) for group in groups}
+    seen: Counter[int] = Counter()
+    units = {}
+    for group in groups:
+        units[group.name] = _odd_half(group.size, seen[group.size], generator)
+        seen[group.size] += 1
     try:
         for group in groups:
             _close(copy.model, group, units[group.name])
@@ -160,14 +164,15 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
 
 
-def _odd_half(size: int, generator: torch.Generator) -> Tensor:
+def _odd_half(size: int, turn: int, generator: torch.Generator) -> Tensor:
     """Return about half of the units, at random.
 
     Their number has no factor in common with the size, so that units which really belong together in pairs or triples
-    (the parts of a `chunk`) are torn apart.
+    (the parts of a `chunk`) are torn apart. It changes with each turn, so that groups that must be of one size are not.
     """
     numbers = [number for number in range(1, size) if math.gcd(number, size) == 1]
-    return torch.randperm(size, generator=generator)[: min(numbers, key=lambda number: abs(number - size / 2))]
+    nearest = sorted(numbers, key=lambda number: abs(number - size / 2))[:3]
+    return torch.randperm(size, generator=generator)[: nearest[turn % len(nearest)]]
 
 
 @torch.no_grad()

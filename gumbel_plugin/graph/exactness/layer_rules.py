@@ -42,6 +42,7 @@ class Layers:
     Attributes:
         flow: Follows the labels between the layers.
         sides: The labels of the channels of every layer and parameter, on each side that a group may cut.
+        weightless: The labels of the channels of layers that treat each by itself and have no weight.
         blocks: Into how many equal parts the channels of a side fall that must lose the same members.
     """
 
@@ -49,6 +50,7 @@ class Layers:
         """Start with nothing seen."""
         self.flow = Flow()
         self.sides: dict[Side, Tensor] = {}
+        self.weightless: dict[Side, Tensor] = {}
         self.blocks: dict[Side, int] = {}
         self._treatments = treatments
         self._effects: tuple[tuple[tuple[type[nn.Module], ...], _Effect], ...] = (
@@ -199,6 +201,8 @@ class Layers:
             dim = 0  # no batch dimension
         if isinstance(weight, Tensor) and dim < len(sizes) and weight.shape == (sizes[dim],):
             self._read((name, False), inputs[0], dim)
+        elif not isinstance(module, nn.PReLU):  # one slope is of no channel
+            self._read((name, False), inputs[0], dim, self.weightless)
         self._pass_on(inputs[0], output)
 
     def _normalize_over(self, name: str, module: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
@@ -234,8 +238,9 @@ class Layers:
         shape[dim] = -1
         self.flow.put(tensor, self.sides[side].reshape(shape).expand(tensor.shape))
 
-    def _read(self, side: Side, tensor: Tensor, dim: int) -> None:
+    def _read(self, side: Side, tensor: Tensor, dim: int, sides: dict[Side, Tensor] | None = None) -> None:
         """Note a tensor's labels along a dimension; whatever else is read in the same place leaves with them."""
+        sides = self.sides if sides is None else sides
         labels = self.flow.of(tensor)
         if labels is None:
             labels = torch.zeros((), dtype=torch.int64).expand(tensor.shape)
@@ -245,11 +250,11 @@ class Layers:
         if rows.shape[1] > 1:
             self.flow.labels.unite(first[:, None].expand_as(rows), rows)
         first = first.expand(tensor.shape[dim])
-        if side in self.sides:
-            known = self.sides[side]
+        if side in sides:
+            known = sides[side]
             self.flow.labels.unite(known, first)
             first = torch.where(known > 0, known, first)
-        self.sides[side] = first
+        sides[side] = first
 
     def _pass_on(self, x: Tensor, output: Any) -> None:
         """Let an output carry the input's labels, if it has the same channels."""

@@ -6,6 +6,7 @@ channel makes it unsupported, so that a group which is called exact is one whose
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,6 +210,45 @@ def _fault(before: Tensor, after: Tensor) -> str:
     return ""
 
 
+def _cut(step: _Step) -> None:
+    """Take one or several parts. Of equal parts of the channels the same members leave, so that they stay equal."""
+    dim = step.argument("dim", 0) % step.source.dim()
+    sizes = {output.shape[dim] for output in step.outputs}
+    size = step.outputs[0].shape[dim]
+    whole = len(step.labeled) == 1 and step.labeled.get(id(step.args[0])) is step.source and len(sizes) == 1
+    strided = _name(step.func) == "slice" and step.argument("step", 1) != 1
+    start = (step.argument("start") or 0) if _name(step.func) == "slice" else 0
+    aligned = 1 < size < step.source.shape[dim] and step.source.shape[dim] % size == 0 and start % size == 0
+    if dim in varying(step.source) and whole and aligned and not strided:
+        labels = _coupled(step, dim, size)
+        begin = start % step.source.shape[dim]
+        for number, output in enumerate(step.outputs):
+            step.flow.put(output, labels.narrow(dim, begin + number * size, size))
+    else:
+        _move(step)
+
+
+def _glu(step: _Step) -> None:
+    """One half, times a function of the other."""
+    dim = step.argument("dim", -1) % step.source.dim()
+    if dim in varying(step.source):
+        size = step.source.shape[dim] // 2
+        step.flow.put(step.outputs[0], _coupled(step, dim, size).narrow(dim, 0, size))
+    else:
+        _unknown(step)
+
+
+def _coupled(step: _Step, dim: int, size: int) -> Tensor:
+    """Let the same members of equal parts of the channels leave together; return the source's labels after that."""
+    smallest = core(step.source)
+    parts = smallest.unflatten(dim, (-1, size))  # type: ignore[no-untyped-call]
+    first = parts.narrow(dim, 0, 1).expand_as(parts)
+    step.flow.labels.unite(first, parts)
+    lone = (parts.amin(dim, keepdim=True) == 0).expand_as(parts)
+    step.note("unsupported", "cuts them into parts together with what no layer computes", parts * lone)
+    return step.flow.labels.roots(smallest).expand(step.source.shape)
+
+
 def _join(step: _Step) -> None:
     """Concatenate or stack."""
     pieces = [step.labeled.get(id(t), torch.zeros((), dtype=torch.int64).expand(t.shape)) for t in step.inputs]
@@ -223,8 +263,25 @@ def _join(step: _Step) -> None:
         pieces = [
             piece[tuple(slice(None) if d in kept else slice(0, 1) for d in range(piece.dim()))] for piece in pieces
         ]
+    _level(step, pieces, None if stacked else dim)
+    pieces = [step.flow.labels.roots(core(piece)).expand(piece.shape) for piece in pieces]
     joined = torch.stack(pieces, dim) if stacked else torch.cat(pieces, dim)
     step.flow.put(step.outputs[0], joined.expand(step.outputs[0].shape))
+
+
+def _level(step: _Step, pieces: Sequence[Tensor], dim: int | None) -> None:
+    """Let channels that lie side by side leave together: in all dimensions but one, pieces must be of one size."""
+    for first, second in itertools.pairwise(pieces):
+        ours, theirs = (core(piece) if dim is None else _one_of(core(piece), dim) for piece in (first, second))
+        if ours is not None and theirs is not None:
+            common = torch.broadcast_shapes(ours.shape, theirs.shape)  # type: ignore[no-untyped-call]
+            step.flow.labels.unite(ours.expand(common), theirs.expand(common))
+
+
+def _one_of(labels: Tensor, dim: int) -> Tensor | None:
+    """Return the labels at one place along a dimension; None if there is none, or they differ along it."""
+    differ = labels.shape[dim] != 1 and not bool((labels == labels.narrow(dim, 0, min(1, labels.shape[dim]))).all())
+    return None if differ or not labels.numel() else labels.narrow(dim, 0, 1)
 
 
 def _pad(step: _Step) -> None:
@@ -295,7 +352,9 @@ _RULES: tuple[tuple[_Rule, tuple[str, ...]], ...] = (
     (_pointwise, ("hardswish", "copy", "where", "masked_fill", "rsub", "add", "sub", "threshold")),
     (_pointwise, ("abs", "copysign", "gelu", "mish", "relu6", "true_divide", "eq", "ge", "gt", "le", "lt", "ne")),
     (_move, ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze")),
-    (_move, ("select", "slice", "split", "split_with_sizes", "unbind", "unfold", "diagonal", "repeat")),
+    (_cut, ("slice", "split", "split_with_sizes")),
+    (_glu, ("glu",)),
+    (_move, ("select", "unbind", "unfold", "diagonal", "repeat")),
     (_move, ("roll", "flip", "index", "index_select", "gather", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")),
     (_join, ("cat", "stack")),
     (_pad, ("constant_pad_nd",)),
