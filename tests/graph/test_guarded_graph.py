@@ -233,7 +233,9 @@ class TestGuards:
         model = Between(Block())
         groups = {group.name: group for group in find_groups(model, IMAGES)}
         assert groups["before"].safety == groups["after"].safety == "exact"
-        assert {groups[name].safety for name in ("stem", "block.one", "block.two")} == {"unsupported"}
+        others = groups.keys() - {"before", "after"}  # the parts are of a size that the code says
+        assert {groups[name].safety for name in others} == {"unsupported"}
+        assert "stem" in others
         assert all(group.reason for group in groups.values() if group.safety != "exact")
 
     def test_an_operation_whose_rule_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +256,7 @@ class TestGuards:
         assert "GroupNorm block.inside is called is not understood (IndexError" in groups["stem"].reason
         assert groups["before"].safety == groups["after"].safety == "exact"
 
-    def test_a_group_whose_description_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_group_whose_description_fails_is_read_from_its_labels(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original = DependencyGroups._coupled
 
         def coupled(self: DependencyGroups, group: Any) -> int:
@@ -264,8 +266,7 @@ class TestGuards:
 
         monkeypatch.setattr(DependencyGroups, "_coupled", coupled)
         groups = self._groups(nn.ReLU())
-        assert groups["stem"].reason.startswith("Torch-Pruning cannot follow its channels: ZeroDivisionError")
-        assert groups["before"].safety == groups["after"].safety == "exact"
+        assert {groups[name].safety for name in ("before", "stem", "after")} == {"exact"}
 
     def _groups(self, function: Any) -> dict[str, Any]:
         class Block(nn.Module):
