@@ -51,6 +51,7 @@ ALL_REPAIRS = (
     "untraced_optimizers",
     "optimizers_of_another_model",
     "layer_types_by_name",
+    "derived_layer_types",
     "values_last_used_by_size",
     "pytree_nodes_of_fx",
     "size_is_a_leaf",
