@@ -48,10 +48,10 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }
 # All trained methods, NNI's included, share the phases of the first: dense, learning masks, fixed masks.
-PHASES = {"dense": 0.15, "fixed": 0.35}
+PHASES = {"dense": 0.15, "fixed": 0.5}
 FROZEN = {"weights": "frozen", "weight_init": "signed_constant"}
 METHODS: dict[str, dict[str, Any]] = {
-    "Gumbel-Softmax, joint (C)": {"method": "gumbel_softmax", "phases": PHASES, "gates": {"prior": "magnitude"}},
+    "Gumbel-Softmax, joint (C)": {"method": "gumbel_softmax", "phases": PHASES},
     "hard concrete": {"method": "hard_concrete", "phases": PHASES},
     "Gibbs (D)": {"method": "gibbs", "phases": PHASES},
     "reparametrization, no fine-tuning (B)": {"method": "reparametrization"},
