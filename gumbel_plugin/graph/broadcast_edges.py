@@ -37,13 +37,13 @@ def _is_of(grad_fn: Any, seen: Broadcast) -> bool:
     return (
         str(grad_fn.name()).lower().startswith(f"{name}backward")
         and len(operands) == len(seen.shapes)
-        and all(_shape_of(*operands[place]) in ((), seen.shapes[place]) for place in seen.spread)
+        and all(shape_of(*operands[place]) in ((), seen.shapes[place]) for place in seen.spread)
     )
 
 
-def _shape_of(function: Any, number: int) -> tuple[int, ...]:
-    """Return the shape of an operand by what computed it; empty if it is not remembered."""
-    metadata = getattr(function, "_input_metadata", ())
+def shape_of(grad_fn: Any, number: int) -> tuple[int, ...]:
+    """Return the shape of an output of the operation whose autograd node this is; empty if it is not remembered."""
+    metadata = getattr(grad_fn, "_input_metadata", ())
     return tuple(metadata[number].shape) if number < len(metadata) else ()
 
 

@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import nn
 from torch_pruning.dependency import index_mapping, shape_infer
 
-from gumbel_plugin.graph.broadcast_edges import cut_broadcasts
+from gumbel_plugin.graph.broadcast_edges import cut_broadcasts, shape_of
 from gumbel_plugin.graph.guarded_graph import find_sizes, number_channels
 from gumbel_plugin.graph.input_major_pruner import InputMajorPruner
 
@@ -54,7 +54,7 @@ def known_joins(nodes: _Nodes) -> None:
     """
     for node in nodes.values():
         parts = getattr(node.grad_fn, "next_functions", ())
-        shapes = [_shape_of(function, number) for function, number in parts]
+        shapes = [shape_of(function, number) for function, number in parts]
         if node.type == tp.ops.OPTYPE.CONCAT and len(shapes) == len(node.inputs) and all(shapes):
             dim = _signed(node.grad_fn._saved_dim, len(shapes[0]))
             node.module.concat_sizes = [shape[dim] for shape in shapes]
@@ -70,7 +70,7 @@ def plain_splits(nodes: _Nodes) -> None:
     for node in nodes.values():
         pieces = len(getattr(node.grad_fn, "_input_metadata", ()))
         if node.type == tp.ops.OPTYPE.SPLIT and pieces:
-            shape = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ())) or _shape_of(node.grad_fn, 0)
+            shape = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ())) or shape_of(node.grad_fn, 0)
             dim = _signed(node.grad_fn._saved_dim, len(shape)) % len(shape)
             if len(node.outputs) > pieces or dim == 0 or (len(shape) > 3 and dim != 1):
                 node.type = tp.ops.OPTYPE.ELEMENTWISE
@@ -173,14 +173,8 @@ def _signed(dim: int, rank: int) -> int:
 
 def _shapes(grad_fn: Any) -> tuple[Sequence[int], Sequence[int]]:
     """Return the shapes before and after a view, as autograd remembers them; empty where it does not."""
-    before, after = tuple(getattr(grad_fn, "_saved_self_sym_sizes", ())), _shape_of(grad_fn, 0)
+    before, after = tuple(getattr(grad_fn, "_saved_self_sym_sizes", ())), shape_of(grad_fn, 0)
     return (before, after) if before and after else ((), ())
-
-
-def _shape_of(grad_fn: Any, number: int) -> Sequence[int]:
-    """Return the shape of an output of the operation whose autograd node this is; empty if it is not remembered."""
-    metadata = getattr(grad_fn, "_input_metadata", ())
-    return tuple(metadata[number].shape) if number < len(metadata) else ()
 
 
 def _flattens(before: Sequence[int], after: Sequence[int]) -> bool:

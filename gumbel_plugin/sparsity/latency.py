@@ -24,6 +24,7 @@ from gumbel_plugin.layers.geometry import (
     channel_dimension,
     groups_of,
     is_depthwise,
+    is_input_major,
     is_matrix,
     is_transposed,
     layer_channels,
@@ -296,8 +297,9 @@ def _narrow(module: nn.Module, in_channels: int, out_channels: int) -> Any:
     layer.weight = nn.Parameter(layer.weight.detach()[:rows, :columns].clone())
     if isinstance(layer.bias, Tensor):
         layer.bias = nn.Parameter(layer.bias.detach()[:out_channels].clone())
-    setattr(layer, f"in_{kind}", in_channels)
-    setattr(layer, f"out_{kind}", out_channels)
+    names = ("nx", "nf") if is_input_major(module) else (f"in_{kind}", f"out_{kind}")
+    for name, width in zip(names, (in_channels, out_channels), strict=True):
+        setattr(layer, name, width)
     return layer
 
 

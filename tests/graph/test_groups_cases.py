@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,19 +14,7 @@ from gumbel_plugin.graph.channel_groups import ChannelGroup
 from gumbel_plugin.layers.geometry import columns_view, input_channels
 from gumbel_plugin.shrinking.equivalence import verify_equivalence
 from gumbel_torch_pruning import DependencyGroups, find_groups
-
-
-class Net(nn.Module):
-    """A network whose forward is given, over named layers and parameters."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Any], **terms: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.function = function
-        for name, term in terms.items():
-            setattr(self, name, term)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
+from tests.graph.exact_cuts import Net
 
 
 def pooled(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from gumbel_plugin import GumbelGroupPruner
 from gumbel_plugin.graph.dependency_groups import DependencyGroups
 from gumbel_plugin.graph.exactness import layer_rules, propagation
 from gumbel_plugin.graph.guarded_graph import GuardedGraph
+from gumbel_plugin.sparsity.counting import count_parameters
 from gumbel_torch_pruning import find_groups
 from tests.graph.exact_steps import exact_step
 
@@ -178,7 +179,9 @@ def test_other_arguments_pass_over_it_too(arguments: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = Between(nn.Sequential(Separable(), Windows(), Modulation(), Separable()))
     pruner = GumbelGroupPruner(model, IMAGES, **{"pruning_ratio": 0.3, "ignored_layers": [model.head], **arguments})
+    before = count_parameters(model)
     exact_step(pruner, IMAGES)
+    assert count_parameters(model) < before
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])

@@ -17,6 +17,7 @@ from gumbel_plugin import GumbelGroupPruner, load_pruned, save_pruned
 from gumbel_plugin.layers.geometry import column_sums, columns_view, layer_channels, read_channels, rows_view
 from gumbel_plugin.shrinking.shrink import shrink
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
+from gumbel_plugin.sparsity.latency import measure_table
 from gumbel_torch_pruning import find_groups
 from tests.graph.exact_cuts import Net, exact_groups
 
@@ -134,6 +135,12 @@ def test_gpt2_loses_units_of_its_mlps(target: Any, tmp_path: Path) -> None:
     save_pruned(tmp_path / "small.safetensors", model)
     again = load_pruned(tmp_path / "small.safetensors", gpt2)
     torch.testing.assert_close(again.eval()(**WORDS).logits, model(**WORDS).logits)
+
+
+def test_its_latency_is_measured_at_smaller_widths() -> None:
+    grid = measure_table(gpt2(), WORDS, min_run_time=1e-4).layers["transformer.h.0.mlp.c_fc"]
+    assert (grid.inputs[-1], grid.outputs[-1]) == (16, 64)
+    assert min(len(grid.inputs), len(grid.outputs)) > 1
 
 
 def test_root_module_types_speak_of_it_with_linear_layers() -> None:

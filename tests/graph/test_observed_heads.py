@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from gumbel_plugin import GumbelGroupPruner, load_pruned, save_pruned, verify_equivalence
+from gumbel_plugin import GumbelGroupPruner, load_pruned, save_pruned
 from gumbel_plugin.graph.dependency_groups import find_groups
 from gumbel_plugin.graph.observed_kind import layout_of
-from gumbel_plugin.layers.weights import plain_copy
+from tests.graph.exact_steps import exact_step
 from tests.graph.observed_layers import (
     HEADS,
     REFUSED,
@@ -37,16 +37,7 @@ def prune(model: Transformer, steps: int = 1, **arguments: Any) -> GumbelGroupPr
     arguments = {"prune_num_heads": True, "head_pruning_ratio": 0.5, "ignored_layers": [model.head], **arguments}
     pruner = GumbelGroupPruner(model, INPUTS, pruning_ratio=0.25, iterative_steps=steps, **arguments)
     for number in range(steps):
-        generator = torch.Generator().manual_seed(number)
-        for parameter in pruner.gate_parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-        groups = pruner.step(interactive=True)
-        first = next(groups)
-        masked = plain_copy(model)
-        first.prune()
-        for group in groups:
-            group.prune()
-        verify_equivalence(masked, plain_copy(model), INPUTS).raise_for_failure()
+        exact_step(pruner, INPUTS, number)
     return pruner
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gumbel_plugin import GumbelGroupPruner, verify_equivalence
+from gumbel_plugin import GumbelGroupPruner
 from gumbel_plugin.layers.weights import plain_copy
 from gumbel_plugin.sparsity.counting import count_macs, count_parameters
+from tests.graph.exact_steps import exact_step, set_gates
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 import torchvision  # isort: skip
@@ -100,24 +101,11 @@ class Transformer(nn.Module):
         return {layer: HEADS for attention in self.attentions for layer in attention.named()}
 
 
-def set_gates(pruner: GumbelGroupPruner, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in pruner.gate_parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-
-
 def prune(model: Transformer, steps: int = 1, **arguments: Any) -> GumbelGroupPruner:
     arguments = {"num_heads": model.heads(), "prune_num_heads": True, "ignored_layers": [model.head], **arguments}
     pruner = GumbelGroupPruner(model, INPUTS, iterative_steps=steps, **arguments)
     for number in range(steps):
-        set_gates(pruner, number)
-        groups = pruner.step(interactive=True)
-        first = next(groups)
-        masked = plain_copy(model)
-        first.prune()
-        for group in groups:
-            group.prune()
-        verify_equivalence(masked, plain_copy(model), INPUTS).raise_for_failure()
+        exact_step(pruner, INPUTS, number)
     return pruner
 
 
@@ -268,14 +256,7 @@ class TestKnownHeads:
         dense = {"macs": count_macs(model, IMAGES), "parameters": count_parameters(model)}
         pruner = self.pruner(model, target, iterative_steps=2)
         for number in range(2):
-            set_gates(pruner, number)
-            groups = pruner.step(interactive=True)
-            first = next(groups)
-            masked = plain_copy(model)
-            first.prune()
-            for group in groups:
-                group.prune()
-            verify_equivalence(masked, plain_copy(model), IMAGES).raise_for_failure()
+            exact_step(pruner, IMAGES, number)
         if target == "channels":
             assert [layer.self_attention.num_heads for layer in model.encoder.layers] == [2, 2]
         else:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from gumbel_plugin import GumbelGroupPruner, verify_equivalence
 from gumbel_plugin.layers.weights import plain_copy
+from tests.graph.exact_steps import set_gates
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 
@@ -60,9 +61,7 @@ def prune(model: nn.Module, steps: int = 1, **arguments: Any) -> Iterator[Gumbel
     """Prune with random gates, verify every step, and yield the pruner after each."""
     pruner = GumbelGroupPruner(model, arguments.pop("example_inputs", INPUTS), iterative_steps=steps, **arguments)
     for number in range(steps):
-        generator = torch.Generator().manual_seed(number + 4)
-        for parameter in pruner.gate_parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        set_gates(pruner, number + 4)
         groups = pruner.step(interactive=True)
         first = next(groups, None)
         masked = plain_copy(pruner.model)

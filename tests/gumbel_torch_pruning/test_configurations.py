@@ -12,6 +12,7 @@ from torch import nn
 from gumbel_plugin import GumbelGroupPruner
 from gumbel_plugin.config import PruningConfig, PruningSection
 from gumbel_plugin.errors import ConfigError, TargetError
+from tests.graph.exact_steps import set_gates
 
 X = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
 RULES = [{"op_names": ["0"], "sparse_ratio": 0.25}, {"op_names": ["2"], "sparse_ratio": 0.5}]
@@ -101,9 +102,7 @@ def test_a_budget_without_a_config_list_says_what_the_arguments_say(
 ) -> None:
     def widths(pruner: GumbelGroupPruner) -> list[int]:
         for number in range(pruner.iterative_steps):
-            generator = torch.Generator().manual_seed(number)
-            for parameter in pruner.gate_parameters():
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+            set_gates(pruner, number)
             pruner.step()
         return [layer.out_features for layer in pruner.model if isinstance(layer, nn.Linear)]
 

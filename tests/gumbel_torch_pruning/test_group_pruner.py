@@ -15,6 +15,7 @@ from gumbel_plugin import GumbelGroupPruner, load_pruned, save_pruned, verify_eq
 from gumbel_plugin.errors import LifecycleError, NonFiniteLossError, TargetError
 from gumbel_plugin.graph.record import kept_of
 from gumbel_plugin.layers.weights import GATES, plain_copy
+from tests.graph.exact_steps import set_gates
 
 import torch_pruning as tp  # isort: skip  (after gumbel_plugin, which makes torchvision importable)
 
@@ -26,13 +27,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "macs": {"target": "macs"},
     "parameters": {"target": "parameters"},
 }
-
-
-def draw(pruner: GumbelGroupPruner, seed: int = 0) -> None:
-    """Give the gates random logits: about half of them are closed."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in pruner.gate_parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def step(pruner: GumbelGroupPruner) -> nn.Module:
@@ -81,7 +75,7 @@ def optimizer_of(pruner: GumbelGroupPruner, kind: type[torch.optim.Optimizer] = 
 def test_the_small_model_computes_what_the_masked_one_computes(network, setting):
     before = sum(parameter.numel() for parameter in network.model.parameters())
     pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.5, **SETTINGS[setting])
-    draw(pruner)
+    set_gates(pruner, 0)
     masked = step(pruner)
     verify_equivalence(masked, network.model, network.inputs).raise_for_failure()
     assert sum(parameter.numel() for parameter in network.model.parameters()) < 0.75 * before
@@ -94,7 +88,7 @@ def test_every_iterative_step_is_exact(network, target):
     pruner = GumbelGroupPruner(network.model, network.inputs, target=target, iterative_steps=3, pruning_ratio=0.6)
     sizes = []
     for number in range(3):
-        draw(pruner, number)
+        set_gates(pruner, number)
         masked = step(pruner)
         verify_equivalence(masked, plain_copy(network.model), network.inputs).raise_for_failure()
         sizes.append(sum(size.numel() for size in shapes(network.model).values()))
@@ -103,7 +97,7 @@ def test_every_iterative_step_is_exact(network, target):
 
 def test_after_the_first_group_the_masks_are_in_the_weights(network):
     pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.5)
-    draw(pruner)
+    set_gates(pruner, 0)
     pruner.session.decide()
     network.model.eval()
     inputs = network.batch(5)
@@ -119,7 +113,7 @@ def test_interactive_or_not_the_same_leaves(make_network):
     one, two = make_network("residual"), make_network("residual")
     for network, interactive in ((one, False), (two, True)):
         pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.5)
-        draw(pruner)
+        set_gates(pruner, 0)
         if interactive:
             for group in pruner.step(interactive=True):
                 assert isinstance(group, tp.dependency.Group)
@@ -151,7 +145,7 @@ def test_masks_say_which_rows_will_go(make_network):
     network = make_network("residual")
     pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.5)
     assert all(bool((mask == 1).all()) for own in pruner.masks().values() for mask in own.values())
-    draw(pruner)
+    set_gates(pruner, 0)
     pruner.session.decide()
     masks = pruner.masks()
     assert set(masks) == {"conv1", "bn1", "conv2", "bn2", "conv3", "bn3"}
@@ -173,7 +167,7 @@ def test_masks_of_several_steps_are_in_the_original_numbers(network):
     pruner = GumbelGroupPruner(network.model, network.inputs, iterative_steps=3, pruning_ratio=0.6)
     closed = []
     for number in range(3):
-        draw(pruner, number)
+        set_gates(pruner, number)
         step(pruner)
         closed.append(sum(int((mask == 0).sum()) for own in pruner.masks().values() for mask in own.values()))
     assert closed[0] < closed[1] < closed[2]
@@ -196,7 +190,7 @@ def test_masks_of_several_steps_are_in_the_original_numbers(network):
 def test_a_copy_of_the_pruner_goes_its_own_way(network):
     pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.5)
     before = shapes(network.model)
-    draw(pruner)
+    set_gates(pruner, 0)
     twin = copy.deepcopy(pruner)
     masked = step(twin)
     verify_equivalence(masked, twin.model, network.inputs).raise_for_failure()
@@ -257,7 +251,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(make_network, kind, steps_before):
 def test_a_finished_pruner_can_be_saved_too(make_network):
     network, fresh = make_network("residual"), make_network("residual")
     pruner = GumbelGroupPruner(network.model, network.inputs)
-    draw(pruner)
+    set_gates(pruner, 0)
     pruner.step()
     again = GumbelGroupPruner(fresh.model, fresh.inputs)
     again.load_state_dict(pruner.state_dict())
@@ -272,7 +266,7 @@ def test_a_finished_pruner_can_be_saved_too(make_network):
 def test_a_history_gives_a_fresh_model_the_same_shapes(network, make_network):
     pruner = GumbelGroupPruner(network.model, network.inputs, iterative_steps=2, pruning_ratio=0.6)
     for number in range(2):
-        draw(pruner, number)
+        set_gates(pruner, number)
         pruner.step()
     history = pruner.pruning_history()
     plain = make_network(network.name).model
@@ -322,7 +316,7 @@ def test_the_model_knows_what_it_kept(tmp_path):
     model = copy.deepcopy(dense)
     pruner = GumbelGroupPruner(model, torch.randn(2, 3), pruning_ratio=0.5, iterative_steps=2)
     for number in range(2):
-        draw(pruner, number)
+        set_gates(pruner, number)
         pruner.step()
     kept = kept_of(model)
     rows = kept["0.weight"][0]

@@ -15,16 +15,11 @@ from gumbel_plugin import GumbelGroupPruner, verify_equivalence
 from gumbel_plugin.errors import LifecycleError, TargetError
 from gumbel_plugin.graph.record import kept_of
 from gumbel_plugin.layers.weights import plain_copy
+from tests.graph.exact_steps import set_gates
 
 
 class Interrupted(Exception):
     """What the caller of a step raises."""
-
-
-def draw(pruner: GumbelGroupPruner, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in pruner.gate_parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def everything(pruner: GumbelGroupPruner) -> dict[str, Any]:
@@ -141,7 +136,7 @@ def test_a_step_that_is_not_finished_changes_nothing(make_network: Any, way: Cal
         GumbelGroupPruner(each.model, each.inputs, pruning_ratio=0.6, iterative_steps=2) for each in (network, twin)
     ]
     for pruner in pruners:
-        draw(pruner)
+        set_gates(pruner, 0)
         pruner.model(network.batch(3)).sum().backward()
     pruner, untouched = pruners
     optimizer = torch.optim.SGD(network.model.parameters(), lr=0.1, momentum=0.9)
@@ -162,7 +157,7 @@ def test_a_step_that_is_not_finished_changes_nothing(make_network: Any, way: Cal
 def test_a_step_left_open_is_taken_back_by_the_next_verb(make_network: Any) -> None:
     network = make_network("residual")
     pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.5)
-    draw(pruner)
+    set_gates(pruner, 0)
     before = everything(pruner)
     held = pruner.step(interactive=True)
     next(held).prune()
@@ -174,7 +169,7 @@ def test_a_step_left_open_is_taken_back_by_the_next_verb(make_network: Any) -> N
         n: before["numbers"][n].shape for n, _ in network.model.named_parameters()
     }
     assert next(held, None) is None
-    draw(pruner)
+    set_gates(pruner, 0)
     pruner.step()
     assert network.model.conv2.out_channels == 4
 
@@ -214,7 +209,7 @@ def test_skipped_groups_stay_in_every_account(make_network: Any, skipped: int) -
     network, fresh, resumed = (make_network("residual") for _ in range(3))
     dense = copy.deepcopy(network.model)
     pruner = GumbelGroupPruner(network.model, network.inputs, pruning_ratio=0.6, iterative_steps=2)
-    draw(pruner)
+    set_gates(pruner, 0)
     weights = [parameter for parameter in network.model.parameters() if parameter.dim() != 0]
     optimizer = torch.optim.Adam(weights, lr=0.01)
     network.model(network.batch(4)).square().sum().backward()
@@ -255,7 +250,7 @@ def test_a_part_of_a_group_may_be_pruned() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
     dense = copy.deepcopy(model)
     pruner = GumbelGroupPruner(model, torch.randn(2, 3), pruning_ratio=0.5)
-    draw(pruner)
+    set_gates(pruner, 0)
     groups = pruner.step(interactive=True)
     first = next(groups)
     masked, idxs = plain_copy(model), list(first[0].idxs)
@@ -275,7 +270,7 @@ def test_a_part_of_a_group_may_be_pruned() -> None:
 def test_a_history_of_another_network_leaves_the_pruner_as_it_was(make_network: Any) -> None:
     network = make_network("residual")
     pruner = GumbelGroupPruner(network.model, network.inputs)
-    draw(pruner)
+    set_gates(pruner, 0)
     before = everything(pruner)
     with pytest.raises(TargetError, match="not in the graph"):
         pruner.load_pruning_history([("conv2", True, [1, 3]), ("nothing", True, [0])])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gumbel_plugin import GumbelGroupPruner, verify_equivalence
-from gumbel_plugin.layers.weights import plain_copy
 from gumbel_torch_pruning import find_groups
+from tests.graph.exact_steps import exact_step
 
 
 class Net(nn.Module):
@@ -286,25 +286,6 @@ def made(build: Callable[[], nn.Module], shapes: list[tuple[int, ...]]) -> tuple
     return model.eval(), tuple(map(torch.randn, shapes))
 
 
-def step(pruner: GumbelGroupPruner, seed: int) -> nn.Module:
-    """Make a step with random gates; return the masked model before anything was removed."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in pruner.gate_parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    groups = pruner.step(interactive=True)
-    first = next(groups)
-    masked = plain_copy(pruner.model)
-    first.prune()
-    for group in groups:
-        group.prune()
-    return masked
-
-
-def equal(masked: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    for dtype in (torch.float32, torch.float64):
-        verify_equivalence(masked, small, inputs, dtypes=(dtype,)).raise_for_failure()
-
-
 @pytest.mark.parametrize("case", EXACT)
 def test_parts_can_leave(case: str) -> None:
     build, shapes, layers = EXACT[case]
@@ -322,14 +303,13 @@ def test_what_leaves_changes_nothing_and_is_removed_again_from_a_history(case: s
     pruner = GumbelGroupPruner(model, inputs, pruning_ratio=0.6, iterative_steps=2)
     before = sum(parameter.numel() for parameter in fresh.parameters())
     for seed in (1, 2):
-        masked = step(pruner, seed)
-        equal(masked, plain_copy(model), inputs)
+        exact_step(pruner, inputs, seed)
     assert sum(parameter.numel() for parameter in model.parameters()) < before
     again = GumbelGroupPruner(fresh, inputs, pruning_ratio=0.6)
     again.load_pruning_history(pruner.pruning_history())
     assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
     fresh.load_state_dict(model.state_dict())
-    equal(model, fresh, inputs)
+    verify_equivalence(model, fresh, inputs).raise_for_failure()
 
 
 @pytest.mark.parametrize("case", WHOLE)

@@ -15,6 +15,7 @@ from gumbel_plugin.errors import ConfigError, DataError, TargetError
 from gumbel_plugin.layers.geometry import layer_channels
 from gumbel_plugin.sparsity import latency as latency_module
 from gumbel_plugin.sparsity.latency import LatencyTable, LayerGrid, latency_cost, measure_table
+from tests.graph.exact_steps import set_gates
 
 INPUTS = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -232,9 +233,7 @@ def test_the_budget_is_met_in_terms_of_the_table(ratio, steps):
     budget = pruner.session.plan.budgets[0]
     dense, one_unit = budget.total, max(0.0, *(0.01 * (3 + 20) + 0.1, 0.01 * (16 + 12) + 0.1, 0.01 * (20 + 4) + 0.1))
     for number in range(steps):
-        generator = torch.Generator().manual_seed(number)
-        for parameter in pruner.gate_parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        set_gates(pruner, number)
         pruner.step()
     predicted = float(latency_cost(model, {}, table)(dict(_no_gates())))
     assert predicted <= dense * (1 - ratio) * (1 + 1e-6)
